@@ -1,0 +1,5 @@
+"""The command line, `baton`."""
+
+
+def main() -> None:
+    raise SystemExit("baton: no commands yet")

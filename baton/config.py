@@ -1,0 +1,174 @@
+"""Configuration: frozen, strict, read once. The only module that reads the environment for settings.
+
+Sources, later ones win: defaults below, a YAML file, `BATON_…` environment variables (`BATON_ENGINE__BLOCK_SIZE=32`), and `key.path=value`
+overrides of the command line. An unknown key is an error that names the nearest known one. Builders hand plain values on: nothing below
+`services` and `runtime.build` takes a configuration.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from baton.errors import ConfigError
+from baton.types import Role
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def _parse_size(value: object) -> object:
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?)?b?\s*", value.lower())):
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+    return value
+
+
+Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
+"""Bytes: an integer, or text such as 512MiB."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class ServerConfig(Strict):
+    id: str = ""  # empty: role and a random suffix
+    host: str = "127.0.0.1"  # what the servers bind; nothing listens on all interfaces unless told
+    advertise: str = ""  # host that others reach this process at; empty: `host`
+    grpc_port: int = Field(default=0, ge=0, le=65535)  # 0: any free one
+    metrics_port: int = Field(default=0, ge=0, le=65535)  # Prometheus; 0: any free one
+
+
+class ClusterConfig(Strict):
+    name: str = "baton"  # clusters of different names share an etcd without seeing each other
+    etcd: str = ""  # http://host:port[,host:port]; empty: static membership
+    workers: tuple[str, ...] = ()  # static membership: gRPC addresses, host:port
+    lease_s: float = Field(default=5.0, gt=0)  # how long a silent member is believed alive; no wait in the system is longer
+
+
+class EngineConfig(Strict):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the model's config.json says
+    block_size: int = Field(default=16, ge=1)  # tokens per KV block
+    kv_memory: Size = 256 * 2**20  # bytes of KV cache on this worker
+    num_blocks: int | None = Field(default=None, ge=2)  # instead of kv_memory
+    max_model_len: int | None = Field(default=None, ge=1)  # tokens; None: what the model's config.json says
+    max_num_batched_tokens: int = Field(default=512, ge=1)  # token budget of a step; longer prompts are computed in chunks
+    max_num_seqs: int = Field(default=64, ge=1)
+    prefix_caching: bool = True
+    num_threads: int | None = Field(default=None, ge=1)  # of torch on CPU
+
+
+class PoolConfig(Strict):
+    master: str = ""  # host:port of mooncake_master; empty: no pool
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    devices: str = ""  # RDMA devices, comma-separated
+    host: str = "127.0.0.1"  # that other store clients reach this one at
+    budget_s: float = Field(default=2.0, gt=0)  # a slower pool call counts as a miss
+    local_buffer: Size = 16 * 2**20
+
+
+class WorkerConfig(Strict):
+    """A prefill, decode or unified worker."""
+
+    role: Role = Role.UNIFIED
+    model: str = ""  # Hugging Face folder
+    served_model_name: str = ""  # empty: the folder's name
+    server: ServerConfig = ServerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    engine: EngineConfig = EngineConfig()
+    pool: PoolConfig = PoolConfig()
+    max_local_prefill_tokens: int = Field(default=64, ge=0)  # a decode worker computes a missing prompt remainder up to this itself
+    drain_grace_s: float = Field(default=30.0, ge=0)
+
+
+class RouterConfig(Strict):
+    model: str = ""  # Hugging Face folder: tokenizer, chat template, generation defaults
+    served_model_name: str = ""
+    server: ServerConfig = ServerConfig()
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    cluster: ClusterConfig = ClusterConfig()
+    policy: Literal["round_robin", "least_load", "prefix_aware"] = "prefix_aware"
+    max_body: Size = 16 * 2**20
+    max_migrations: int = Field(default=3, ge=0)  # per sequence
+    drain_grace_s: float = Field(default=30.0, ge=0)
+
+
+class KVStoreConfig(Strict):
+    """A kvstore process: `master` runs and supervises mooncake_master, `node` lends memory to the pool."""
+
+    mode: Literal["master", "node"] = "node"
+    server: ServerConfig = ServerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    pool: PoolConfig = PoolConfig()
+    memory: Size = 512 * 2**20  # node: bytes lent
+    master_port: int = Field(default=50051, ge=1, le=65535)  # master: where mooncake_master listens
+    master_metrics_port: int = Field(default=9003, ge=1, le=65535)
+    client_ttl_s: int = Field(default=5, ge=1)  # a silent node is unmounted after so long
+    drain_grace_s: float = Field(default=10.0, ge=0)
+
+
+C = TypeVar("C", bound=Strict)
+
+
+def load_config(cls: type[C], path: Path | str | None = None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> C:
+    """Reads, merges and checks. `overrides` are `key.path=value`, value in YAML. Raises ConfigError with every problem in it."""
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"configuration {path} is not valid YAML: {error}") from error
+        if not isinstance(loaded, dict | None):
+            raise ConfigError(f"configuration {path} must be a mapping of keys to values, not a {type(loaded).__name__}")
+        tree = cast("dict[str, Any]", loaded or {})
+    for name, text in sorted((os.environ if environ is None else environ).items()):
+        keys = name.lower().removeprefix("baton_").split("__")
+        if name.startswith("BATON_") and keys[0] in cls.model_fields:
+            _put(tree, keys, text)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} must look like key=value, for example engine.block_size=32")
+        _put(tree, key.split("."), text)
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(cls, tuple(map(str, item["loc"])), item["msg"], item["type"]) for item in error.errors())
+        raise ConfigError(f"{path or 'configuration'}: {problems}") from error
+
+
+def _put(tree: dict[str, Any], keys: Sequence[str], text: str) -> None:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    for key in keys[:-1]:
+        section = tree.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{'.'.join(keys)}: {key} is a value, not a section")
+        tree = cast("dict[str, Any]", section)
+    tree[keys[-1]] = value
+
+
+def _explain(cls: type[Strict], location: tuple[str, ...], message: str, kind: str) -> str:
+    where = ".".join(location)
+    if kind != "extra_forbidden":
+        return f"{where}: {message}"
+    known = _section(cls, location[:-1]).model_fields
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(known)}")
+
+
+def _section(cls: type[Strict], path: Sequence[str]) -> type[Strict]:
+    for key in path:
+        annotation = cls.model_fields[key].annotation
+        candidates = (annotation, *get_args(annotation))
+        cls = next(c for c in candidates if isinstance(c, type) and issubclass(c, Strict))
+    return cls

@@ -1,0 +1,57 @@
+"""What a worker's gRPC side asks of an engine. Torch-free: `runtime.engine.Engine` is one, tests may bring another."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from baton.types import GenerateOutput, GenerateRequest, Load, OutputToken, StateUpdate
+
+
+class Sequence(Protocol):
+    """One submitted request. All methods belong to the event loop; none blocks.
+
+    Life: submitted → matched (own prefix cache and KV pool looked up) → [held: a prefill worker feeds it] → released → computed → finished.
+    Iterating gives outputs until the one with a finish reason; a failure of the engine raises. `close` at any moment ends it and
+    frees its blocks within one step; it is idempotent.
+    """
+
+    async def matched(self) -> tuple[int, int]:
+        """Prompt tokens found (in the own prefix cache, and beyond them in the KV pool)."""
+        ...
+
+    def offer_blocks(self, num_blocks: int) -> None:
+        """The KV pool now holds the first `num_blocks` full blocks of the prompt: they get loaded as they appear."""
+        ...
+
+    def push_token(self, token: OutputToken) -> None:
+        """The next output token, sampled by a prefill worker; it is emitted like one sampled here."""
+        ...
+
+    def release(self) -> None:
+        """No more offers will come: what is missing gets computed here. Idempotent."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[GenerateOutput]: ...
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    def submit(self, request: GenerateRequest, *, hold: bool = False) -> Sequence:
+        """Takes a request. With `hold` it waits for `release` after its lookups. Raises InvalidRequest (also PromptTooLong) or
+        Overloaded at once."""
+        ...
+
+    def watch(self) -> AsyncIterator[StateUpdate]:
+        """State updates: a snapshot, then changes as steps end, at least one a second. A reader that falls behind gets a new snapshot."""
+        ...
+
+    @property
+    def load(self) -> Load: ...
+
+    async def check_integrity(self) -> list[str]:
+        """Problems found in the block bookkeeping; empty when every block is accounted for."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends every sequence with an error, then the engine's thread. Idempotent."""
+        ...

@@ -1,0 +1,88 @@
+"""KVStore: what Baton asks of a distributed KV pool, and a store in this process's memory (tests; one worker without a pool).
+
+Calls block and are made on I/O threads only (`kv.transfer`). Keys are opaque strings (`kv.layout.block_key`), values whole blocks. The
+pool is a cache: a lost or refused block is a miss (False), never an error. `StoreError` is for a pool that as a whole can't answer.
+"""
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A piece of this process's memory, inside a region that was registered."""
+
+    address: int
+    nbytes: int
+
+
+class KVStore(Protocol):
+    def register(self, region: Buffer) -> None:
+        """Makes a region usable as source and target of transfers. Raises StoreError."""
+        ...
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        """Which keys could be read now. Raises StoreError."""
+        ...
+
+    def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
+        """Reads each key into its buffer; False where it is missing or of another size. When the call has returned, nothing of it is
+        written any more. Raises StoreError (then too)."""
+        ...
+
+    def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
+        """Writes each buffer under its key; True where the pool holds the key now (also when it held it before), False where refused.
+        Raises StoreError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class MemoryStore:
+    """An LRU of at most `capacity` bytes in this process. Thread-safe."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._used = 0
+        self._values: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def register(self, region: Buffer) -> None:
+        pass
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        with self._lock:
+            return [key in self._values for key in keys]
+
+    def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
+        found: list[bool] = []
+        with self._lock:
+            for key, buffer in zip(keys, buffers, strict=True):
+                value = self._values.get(key)
+                hit = value is not None and len(value) == buffer.nbytes
+                if value is not None and hit:
+                    self._values.move_to_end(key)
+                    ctypes.memmove(buffer.address, value, buffer.nbytes)
+                found.append(hit)
+        return found
+
+    def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
+        stored: list[bool] = []
+        with self._lock:
+            for key, buffer in zip(keys, buffers, strict=True):
+                if key not in self._values and buffer.nbytes <= self._capacity:
+                    self._values[key] = ctypes.string_at(buffer.address, buffer.nbytes)
+                    self._used += buffer.nbytes
+                    while self._used > self._capacity:
+                        self._used -= len(self._values.popitem(last=False)[1])
+                stored.append(key in self._values)
+        return stored
+
+    def close(self) -> None:
+        with self._lock:
+            self._values.clear()
+            self._used = 0

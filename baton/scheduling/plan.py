@@ -1,0 +1,39 @@
+"""What the scheduler decided for one step, and what the step gave. The only words between deciding and computing."""
+
+from dataclasses import dataclass, field
+
+from baton.scheduling.request import Request
+from baton.types import OutputToken, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """`num_new_tokens` known tokens of `request`, from position `start` on, get computed in this step. Their blocks are allocated:
+    request.block_ids reaches at least to start + num_new_tokens."""
+
+    request: Request
+    start: int
+    num_new_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step computes the last known token, whose logits give the next one."""
+        return self.start + self.num_new_tokens == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    scheduled: tuple[ScheduledRequest, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_new_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """By request id. `tokens` has an entry for each scheduled request that samples; `prompt_logprobs` for each that asked, holding
+    the logprobs of prompt tokens start + 1 … start + num_new_tokens (those that are prompt tokens)."""
+
+    tokens: dict[str, OutputToken] = field(default_factory=dict[str, OutputToken])
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict[str, list[TokenLogprobs]])

@@ -1,0 +1,170 @@
+"""The words of the system: plain frozen data that every room may use. Knows nothing of torch, gRPC or HTTP."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNIFIED = "unified"  # prefill and decode in one worker: the baseline
+    KVSTORE = "kvstore"
+    ROUTER = "router"
+
+
+class MemberState(StrEnum):
+    READY = "ready"
+    DRAINING = "draining"  # finishes what it has, takes nothing new
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end-of-sequence id, a stop id, or (at the router) a stop string
+    LENGTH = "length"  # max_tokens, or the model's context is full
+    ABORT = "abort"  # cancelled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. Stop *strings* are not here: text exists at the router alone.
+
+    Logits are penalised, divided by `temperature`, then filtered by min_p, top_k and top_p, in that order (as vLLM does). Draws come
+    from a counter-based generator keyed by (`seed`, position of the drawn token in the sequence): the same request gives the same
+    tokens in any batch, on any worker, before or after a migration.
+    """
+
+    max_tokens: int
+    seed: int = 0  # 0 <= seed < 2**63; the router draws one when the client gives none
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    min_tokens: int = 0  # eos and stop ids are banned until so many tokens are out
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; n: the sampled token's and the n likeliest
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms, of the raw logits (before penalties and temperature)."""
+
+    logprob: float
+    rank: int  # 1 is the likeliest
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class OutputToken:
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One sequence to generate.
+
+    `output_token_ids` are tokens already generated elsewhere (a migrated request): they count as output for penalties, min_tokens and
+    max_tokens, and are never emitted again. `sampling.max_tokens` counts them too.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    output_token_ids: tuple[int, ...] = ()
+    salt: str = ""  # separates prefix caches: tenant, adapter, images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReport:
+    """Where a request's prompt KV came from, in tokens. What is left of the prompt was computed."""
+
+    num_prompt_tokens: int
+    num_local_tokens: int = 0  # this worker's own prefix cache
+    num_pool_tokens: int = 0  # loaded from the KV pool, put there by an earlier request
+    num_prefill_tokens: int = 0  # loaded from the KV pool, computed for this request by a prefill worker
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """What OpenAI's `usage.prompt_tokens_details.cached_tokens` counts: tokens that nobody had to compute."""
+        return self.num_local_tokens + self.num_pool_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOutput:
+    """What one engine step gave one request. Zero tokens with no finish reason is progress only (a long prompt being computed)."""
+
+    tokens: tuple[OutputToken, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the id that ended it (eos or a stop id); it is the last of `tokens`
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # once, with the first token; the first entry is None
+    num_computed_tokens: int = 0
+    num_saved_blocks: int = 0  # leading full blocks of the prompt that the KV pool is known to hold
+    cache: CacheReport | None = None  # with the first output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A process of the cluster as it announces itself. A prefill and a decode worker pair only if their fingerprints are equal."""
+
+    id: str
+    role: Role
+    address: str  # host:port of its gRPC server
+    state: MemberState = MemberState.READY
+    pid: int = 0
+    model: str = ""  # served name
+    fingerprint: str = ""  # of the KV layout: weights, block size, dtype, hash scheme
+    block_size: int = 0  # tokens
+    num_blocks: int = 0
+    max_model_len: int = 0
+    metrics_address: str = ""  # host:port of its Prometheus endpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """A worker's load at one moment."""
+
+    num_running: int = 0
+    num_waiting: int = 0  # queued, or loading KV
+    num_waiting_tokens: int = 0  # known tokens of waiting and running requests that are not computed yet
+    blocks_total: int = 0
+    blocks_free: int = 0  # neither held by a request nor caching anything, plus evictable cached ones
+    blocks_cached: int = 0  # blocks that hold a hash (held or evictable)
+
+
+class Tier(StrEnum):
+    DEVICE = "device"
+    HOST = "host"
+    POOL = "pool"
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksStored:
+    block_hashes: tuple[bytes, ...]
+    tier: Tier = Tier.DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksRemoved:
+    block_hashes: tuple[bytes, ...]
+    tier: Tier = Tier.DEVICE
+
+
+KVEvent = BlocksStored | BlocksRemoved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateUpdate:
+    """One message of a worker's state stream. Sequence numbers rise by one; after a gap the reader asks for a new stream, whose first
+    message is a snapshot. With `snapshot`, `events` is everything that the worker holds and replaces what the reader knew."""
+
+    sequence: int
+    state: MemberState
+    load: Load
+    events: tuple[KVEvent, ...] = ()
+    snapshot: bool = False
