@@ -1,0 +1,93 @@
+"""KVCache: which blocks a request holds, and which of its tokens need no computing because their blocks are cached.
+
+    blocks of a request:   | matched (shared, full) | computed here (own) | next |
+    tokens:                  0 ...                                     num_tokens
+
+The last known token is never matched: its logits are wanted, so it is computed. Blocks that were loaded ahead for a request that is not
+scheduled yet are *pinned* under its id; pins are broken, newest first, when somebody running needs the memory.
+Knows nothing of where loaded blocks come from. Only the engine's thread calls it.
+"""
+
+from collections.abc import Sequence
+
+from baton.hashing import block_hashes
+from baton.scheduling.blocks import BlockPool
+from baton.scheduling.request import Request
+
+
+class KVCache:
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._pins: dict[str, list[int]] = {}
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def num_matchable_blocks(self, request: Request) -> int:
+        """Leading full blocks that a match may use. A request for prompt logprobs must compute every position, so it matches none."""
+        if not self.prefix_caching or request.sampling.prompt_logprobs is not None:
+            return 0
+        return (request.num_tokens - 1) // self.block_size
+
+    def match(self, request: Request) -> list[int]:
+        """Cached blocks of the longest prefix. Takes no reference."""
+        return self.pool.find(request.block_hashes[: self.num_matchable_blocks(request)])
+
+    def admit(self, request: Request, num_new_tokens: int) -> bool:
+        """Gives a waiting request its cached prefix and blocks for at least one and at most `num_new_tokens` tokens more.
+
+        False, with nothing taken, where memory does not allow it.
+        """
+        matched = self.match(request)
+        start = len(matched) * self.block_size
+        wanted = self.blocks_for(min(start + num_new_tokens, request.num_tokens)) - len(matched)
+        self.pool.reuse(matched)
+        if not self._make_room(wanted, keep=request.request_id):
+            self.pool.release(matched)
+            return False
+        request.block_ids = matched + self.pool.take(wanted)
+        request.num_computed_tokens = start
+        self.unpin(request.request_id)
+        return True
+
+    def extend(self, request: Request, num_tokens: int) -> bool:
+        """Blocks for the first `num_tokens` tokens of a running request. False, with nothing taken, where there are too few."""
+        wanted = self.blocks_for(num_tokens) - len(request.block_ids)
+        if wanted > 0:
+            if not self._make_room(wanted):
+                return False
+            request.block_ids += self.pool.take(wanted)
+        return True
+
+    def register(self, request: Request, start: int) -> None:
+        """Makes the full blocks among the tokens computed since `start` findable."""
+        request.block_hashes = block_hashes(request.token_ids, self.block_size, request.salt, known=request.block_hashes)
+        if self.prefix_caching:
+            first, end = start // self.block_size, request.num_computed_tokens // self.block_size
+            self.pool.register(request.block_ids[first:end], request.block_hashes[first:end])
+
+    def free(self, request: Request) -> None:
+        """Takes everything back; what is cached stays findable. Idempotent."""
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        request.num_computed_tokens = 0
+        self.unpin(request.request_id)
+
+    def pin(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """Hands the caller's references on these blocks over to a pin."""
+        self._pins.setdefault(request_id, []).extend(block_ids)
+
+    def unpin(self, request_id: str) -> None:
+        self.pool.release(self._pins.pop(request_id, []))
+
+    def pinned(self) -> list[list[int]]:
+        return list(self._pins.values())
+
+    def _make_room(self, count: int, keep: str = "") -> bool:
+        for request_id in [name for name in reversed(self._pins) if name != keep]:
+            if self.pool.num_free >= count:
+                break
+            self.unpin(request_id)
+        return self.pool.num_free >= count

@@ -1,0 +1,87 @@
+"""Scheduler: which tokens of which requests the next step computes.
+
+What belongs here: the order of requests, the token budget, memory for the tokens that get scheduled, preemption.
+What never will: phases, pools, transfers, speculation, adapters, sampling, clocks. A feature reaches a step as known tokens that are not
+computed yet (request.num_tokens - request.num_computed_tokens) or as cached blocks (`KVCache.match`); if it needs a branch in `schedule`,
+its design goes back.
+
+A request is added when nothing outside this worker is awaited for it any more, and leaves by finishing or `remove`. Only the engine's
+thread calls it.
+"""
+
+from collections import deque
+
+from baton.scheduling.cache import KVCache
+from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
+from baton.scheduling.request import Request, RequestStatus
+
+
+class Scheduler:
+    def __init__(self, cache: KVCache, *, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+        self.cache = cache
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # by admission, oldest first
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        request.status = RequestStatus.WAITING
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Ends a request at any moment between two steps; its blocks are free at once. Idempotent."""
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        elif request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        self.cache.free(request)
+
+    def schedule(self) -> StepPlan:
+        """The next step. Requests that miss one token go first, so that a long prompt never holds up those that are generating."""
+        budget = self.max_num_batched_tokens
+        scheduled: dict[Request, int] = {}
+        preempted = False
+        for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed_tokens > 1):
+            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            while request.status is RequestStatus.RUNNING and count and not self.cache.extend(request, request.num_computed_tokens + count):
+                budget += scheduled.pop(self._preempt_latest(), 0)
+                preempted = True
+            if request.status is RequestStatus.RUNNING and count:
+                scheduled[request] = count
+                budget -= count
+        while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            if not self.cache.admit(request, budget):
+                break
+            self.waiting.popleft()
+            self.running.append(request)
+            request.status = RequestStatus.RUNNING
+            scheduled[request] = min(request.num_tokens - request.num_computed_tokens, budget)
+            budget -= scheduled[request]
+        return StepPlan(tuple(ScheduledRequest(request, request.num_computed_tokens, count) for request, count in scheduled.items()))
+
+    def update(self, plan: StepPlan, result: StepResult) -> None:
+        """Takes in what a step gave: computed tokens, new tokens, finished requests (their finish_reason is set, their blocks free)."""
+        for item in plan.scheduled:
+            request = item.request
+            request.num_computed_tokens = item.start + item.num_new_tokens
+            self.cache.register(request, item.start)
+            if item.samples:
+                request.append(result.tokens[request.request_id].token_id)
+                if request.finish_reason is not None:
+                    self.remove(request)
+
+    def _preempt_latest(self) -> Request:
+        request = self.running.pop()
+        self.cache.free(request)
+        request.status = RequestStatus.WAITING
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+        return request
