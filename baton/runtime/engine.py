@@ -1,0 +1,433 @@
+"""Engine: one worker's scheduler, KV blocks and model, behind an asynchronous face.
+
+    event loop                         engine's thread                        I/O threads (kv.transfer)
+    submit, offer, push, close ──▶ inbox ─▶ loading ─▶ scheduler ─▶ runner ─▶ outputs
+    Sequence ◀── one call per step ─────────────────────┘                      lookup, load, save ──▶ inbox
+
+The thread alone owns scheduler, blocks and requests; everything else reaches it as a function in the inbox. It sleeps when there is
+nothing to compute. A step that raises fails the requests in it, and nobody else. Knows nothing of gRPC, of other workers, or of roles.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.errors import BatonError, Draining, InternalError, Overloaded
+from baton.kv.store import Buffer
+from baton.runtime.loading import Feed, Loader, Transfer
+from baton.runtime.state import StatePublisher
+from baton.runtime.validation import Limits, validate
+from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
+from baton.scheduling.request import Request, RequestStatus
+from baton.scheduling.scheduler import Scheduler
+from baton.types import CacheReport, FinishReason, GenerateOutput, GenerateRequest, Load, OutputToken, StateUpdate, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0  # also the heartbeat of the state stream
+STALLED_WAIT_S = 0.01  # work is queued, but memory is held by calls in flight
+
+
+class Runner(Protocol):
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class EngineSequence:
+    """See hosting.engine.Sequence. The event loop's half of a request."""
+
+    def __init__(self, engine: "Engine", request_id: str) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._outputs: asyncio.Queue[GenerateOutput | BatonError] = asyncio.Queue()
+        self._matched: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+        self._ended = False
+
+    async def matched(self) -> tuple[int, int]:
+        return await asyncio.shield(self._matched)
+
+    def offer_blocks(self, num_blocks: int) -> None:
+        self._engine.post_to(self.request_id, lambda entry: self._engine.loader.offer(entry.feed, num_blocks))
+
+    def push_token(self, token: OutputToken) -> None:
+        self._engine.post_to(self.request_id, lambda entry: self._engine.push(entry, token))
+
+    def release(self) -> None:
+        self._engine.post_to(self.request_id, lambda entry: self._engine.loader.release(entry.feed))
+
+    async def __aiter__(self) -> AsyncIterator[GenerateOutput]:
+        while True:
+            output = await self._outputs.get()
+            if isinstance(output, BatonError):
+                raise output
+            yield output
+            if output.finish_reason is not None:
+                return
+
+    def close(self) -> None:
+        if not self._ended:
+            self._end()
+            self._engine.post_to(self.request_id, self._engine.abort)
+
+    def deliver(self, output: "GenerateOutput | BatonError | tuple[int, int]") -> None:
+        """On the event loop."""
+        if isinstance(output, tuple):
+            if not self._matched.done():
+                self._matched.set_result(output)
+            return
+        self._outputs.put_nowait(output)
+        if isinstance(output, BatonError) or output.finish_reason is not None:
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._engine.forget(self.request_id)
+        if not self._matched.done():
+            self._matched.set_result((0, 0))
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """The engine thread's half of a request."""
+
+    request: Request
+    feed: Feed
+    sequence: EngineSequence
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])  # by position
+    finish: GenerateOutput | None = None  # held back until the saves have ended
+
+
+class Engine:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        transfer: Transfer,
+        *,
+        key: Callable[[bytes], str],
+        buffer: Callable[[int], Buffer],
+        limits: Limits,
+        eos_token_ids: frozenset[int],
+        budget_s: float,
+        on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None,
+    ) -> None:
+        """`key` names a block hash in the pool, `buffer` gives a block's memory, `budget_s` bounds each pool call,
+        `on_step(plan, seconds)` is called after each step on the engine's thread."""
+        self.scheduler, self.runner, self.limits = scheduler, runner, limits
+        self.loader = Loader(
+            scheduler.cache,
+            transfer,
+            key=key,
+            buffer=buffer,
+            budget_s=budget_s,
+            post=self._post,
+            on_matched=self._matched,
+            on_ready=self._ready,
+            on_saved=self._saved,
+        )
+        self._transfer, self._eos_token_ids, self._on_step = transfer, eos_token_ids, on_step
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._entries: dict[str, Entry] = {}
+        self._outbox: list[tuple[EngineSequence, GenerateOutput | BatonError | tuple[int, int]]] = []
+        self._live: dict[str, EngineSequence] = {}  # the event loop's
+        self._publisher = StatePublisher(self._measure, scheduler.cache.pool)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping = False
+        self._stalled = True
+
+    # -- the event loop's side
+
+    def start(self) -> None:
+        """Starts the thread. Called once, on the event loop that will use the engine."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def submit(self, request: GenerateRequest, *, hold: bool = False, await_saves: bool = False) -> EngineSequence:
+        if self._stopping:
+            raise Draining("this worker is stopping; send the request to another one")
+        if len(self._live) >= self.limits.max_queued:
+            raise Overloaded(f"this worker has {len(self._live)} requests queued; try again later, or add workers")
+        validate(request, self.limits, self._live)
+        sequence = EngineSequence(self, request.request_id)
+        self._live[request.request_id] = sequence
+        inner = Request.create(
+            request,
+            eos_token_ids=self._eos_token_ids,
+            max_model_len=self.limits.max_model_len,
+            block_size=self.scheduler.cache.block_size,
+            arrival=time.monotonic(),
+        )
+        entry = Entry(inner, Feed(inner, hold=hold, await_saves=await_saves), sequence)
+        self._post(lambda: self._admit(entry))
+        return sequence
+
+    async def watch(self) -> AsyncIterator[StateUpdate]:
+        reader = self._publisher.reader(asyncio.get_running_loop())
+        self._post(lambda: self._publisher.subscribe(reader))
+        try:
+            while True:
+                update = await reader.next()
+                if update is None:
+                    self._post(lambda: self._publisher.subscribe(reader))
+                else:
+                    yield update
+        finally:
+            self._post(lambda: self._publisher.unsubscribe(reader))
+
+    @property
+    def load(self) -> Load:
+        return self._publisher.load
+
+    async def check_integrity(self) -> list[str]:
+        if self._stopping:
+            return []
+        answer: Future[list[str]] = Future()
+        self._post(lambda: answer.set_result(self._check_integrity()))
+        return await asyncio.wrap_future(answer)
+
+    async def stop(self) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+        for sequence in list(self._live.values()):
+            sequence.deliver(Draining("this worker is stopping; send the request to another one"))
+        await asyncio.to_thread(self._transfer.close)
+
+    def forget(self, request_id: str) -> None:
+        self._live.pop(request_id, None)
+
+    def post_to(self, request_id: str, action: Callable[[Entry], None]) -> None:
+        """Runs `action` on the engine's thread, unless the request has ended by then."""
+
+        def run() -> None:
+            entry = self._entries.get(request_id)
+            if entry is not None:
+                self._guard(entry, action)
+
+        self._post(run)
+
+    # -- the engine's thread
+
+    def push(self, entry: Entry, token: OutputToken) -> None:
+        """An output token sampled elsewhere. Ignored once the request is computed here, which samples the same token."""
+        request = entry.request
+        if request.status is not RequestStatus.LOADING or request.finish_reason is not None:
+            return
+        request.append(token.token_id)
+        self._emit(entry, GenerateOutput(tokens=(token,), num_computed_tokens=0, num_saved_blocks=entry.feed.num_saved_blocks))
+
+    def abort(self, entry: Entry) -> None:
+        self.scheduler.remove(entry.request)
+        self._drop(entry)
+
+    def _admit(self, entry: Entry) -> None:
+        self._entries[entry.request.request_id] = entry
+        self._guard(entry, lambda entry: self.loader.start(entry.feed))
+
+    def _guard(self, entry: Entry, action: Callable[[Entry], None]) -> None:
+        """A bug met on behalf of one request ends that request alone."""
+        try:
+            action(entry)
+        except Exception as error:
+            logger.exception("request %s failed", entry.request.request_id)
+            self._fail(entry.request, InternalError(f"the engine failed on this request: {type(error).__name__}: {error}"))
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._inbox.put(action)
+
+    def _run(self) -> None:
+        while self._work_inbox():
+            now = time.monotonic()
+            self.loader.tick(now)
+            plan = self.scheduler.schedule()
+            if plan.scheduled:
+                self._step(plan)
+            self._flush()
+            self._publisher.publish(time.monotonic())
+            self._stalled = not plan.scheduled
+
+    def _work_inbox(self) -> bool:
+        """Runs what is in the inbox; waits for something if there is nothing to compute. False at the end."""
+        wait = self._wait()
+        while True:
+            try:
+                action = self._inbox.get(timeout=wait) if wait > 0 else self._inbox.get_nowait()
+            except queue.Empty:
+                return True
+            if action is None:
+                return False
+            try:
+                action()
+            except Exception:
+                logger.exception("an action of the engine failed")
+            wait = 0.0
+
+    def _wait(self) -> float:
+        if self.scheduler.has_work:
+            return STALLED_WAIT_S if self._stalled else 0.0
+        waits = [IDLE_WAIT_S, self._publisher.wait(time.monotonic())]
+        if self.loader.next_deadline is not None:
+            waits.append(self.loader.next_deadline - time.monotonic())
+        return max(min(waits), 0.001)
+
+    def _step(self, plan: StepPlan) -> None:
+        started = time.monotonic()
+        for item in plan.scheduled:
+            self._admitted(item)
+        try:
+            result = self.runner.execute(plan)
+        except Exception as error:
+            logger.exception("a step of %d requests failed", len(plan.scheduled))
+            for item in plan.scheduled:
+                self._fail(item.request, InternalError(f"the engine failed in a step: {type(error).__name__}: {error}"))
+            return
+        blocks = [item.request.block_ids for item in plan.scheduled]
+        self.scheduler.update(plan, result)
+        for item, block_ids in zip(plan.scheduled, blocks, strict=True):
+            self._computed(item, block_ids, result)
+        self._on_step(plan, time.monotonic() - started)
+
+    def _admitted(self, item: ScheduledRequest) -> None:
+        """The first time that a request is scheduled, its cache is known."""
+        request = item.request
+        if request.cache is not None:
+            return
+        entry = self._entries[request.request_id]
+        feed, size = entry.feed, self.scheduler.cache.block_size
+        cached = min(item.start, request.num_prompt_tokens)
+        local = min(cached, feed.num_matched * size)
+        pool = min(cached, feed.num_found * size) - local
+        request.cache = CacheReport(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_local_tokens=local,
+            num_pool_tokens=pool,
+            num_prefill_tokens=cached - local - pool,
+        )
+        if feed.await_saves:
+            self.loader.save_matched(feed)
+
+    def _computed(self, item: ScheduledRequest, block_ids: Sequence[int], result: StepResult) -> None:
+        request = item.request
+        entry = self._entries[request.request_id]
+        end = item.start + item.num_new_tokens
+        first = request.num_output_tokens - item.samples == 0
+        for offset, logprobs in enumerate(result.prompt_logprobs.get(request.request_id, ())):
+            entry.prompt_logprobs[item.start + 1 + offset] = logprobs
+        self.loader.save_new(entry.feed, block_ids, item.start, end)
+        token = result.tokens.get(request.request_id) if item.samples else None
+        output = GenerateOutput(
+            tokens=(token,) if token is not None else (),
+            prompt_logprobs=self._take_prompt_logprobs(entry) if token is not None and first else (),
+            num_computed_tokens=end,
+            num_saved_blocks=entry.feed.num_saved_blocks,
+            cache=request.cache,
+        )
+        self._emit(entry, output)
+
+    def _take_prompt_logprobs(self, entry: Entry) -> tuple[TokenLogprobs | None, ...]:
+        if entry.request.sampling.prompt_logprobs is None:
+            return ()
+        return (None, *(entry.prompt_logprobs[i] for i in range(1, entry.request.num_prompt_tokens)))
+
+    def _emit(self, entry: Entry, output: GenerateOutput) -> None:
+        """Queues an output; adds the finish reason, and ends the request, when it has one and nothing is awaited any more."""
+        reason = entry.request.finish_reason
+        if reason is not None:
+            end = GenerateOutput(
+                finish_reason=reason,
+                stop_token_id=entry.request.stop_token_id,
+                num_computed_tokens=output.num_computed_tokens,
+                num_saved_blocks=entry.feed.num_saved_blocks,
+                cache=entry.request.cache,
+            )
+            if entry.feed.await_saves and entry.feed.num_saving:
+                entry.finish = end
+            else:
+                self._finish(entry, output, end)
+                return
+        self._outbox.append((entry.sequence, output))
+
+    def _finish(self, entry: Entry, output: GenerateOutput, end: GenerateOutput) -> None:
+        last = GenerateOutput(
+            tokens=output.tokens,
+            finish_reason=end.finish_reason,
+            stop_token_id=end.stop_token_id,
+            prompt_logprobs=output.prompt_logprobs,
+            num_computed_tokens=end.num_computed_tokens,
+            num_saved_blocks=entry.feed.num_saved_blocks,
+            cache=end.cache,
+        )
+        self._outbox.append((entry.sequence, last))
+        self.scheduler.remove(entry.request)
+        self._drop(entry)
+
+    def _matched(self, feed: Feed) -> None:
+        entry = self._entries[feed.request.request_id]
+        size = self.scheduler.cache.block_size
+        self._outbox.append((entry.sequence, (feed.num_matched * size, (feed.num_found - feed.num_matched) * size)))
+
+    def _ready(self, feed: Feed) -> None:
+        self.scheduler.add(feed.request)
+
+    def _saved(self, feed: Feed) -> None:
+        entry = self._entries.get(feed.request.request_id)
+        if entry is None or not feed.await_saves:
+            return
+        progress = GenerateOutput(num_computed_tokens=feed.request.num_computed_tokens, num_saved_blocks=feed.num_saved_blocks)
+        if entry.finish is not None and not feed.num_saving:
+            self._finish(entry, progress, entry.finish)
+        else:
+            self._outbox.append((entry.sequence, progress))
+
+    def _fail(self, request: Request, error: BatonError) -> None:
+        entry = self._entries[request.request_id]
+        self._outbox.append((entry.sequence, error))
+        self.abort(entry)
+
+    def _drop(self, entry: Entry) -> None:
+        self.loader.close(entry.feed)
+        self._entries.pop(entry.request.request_id, None)
+        if entry.request.finish_reason is None:
+            entry.request.finish_reason = FinishReason.ABORT
+
+    def _flush(self) -> None:
+        if self._outbox and self._loop is not None:
+            batch, self._outbox = self._outbox, []
+            try:
+                self._loop.call_soon_threadsafe(_deliver, batch)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self._stopping = True
+
+    def _measure(self) -> Load:
+        scheduler, pool = self.scheduler, self.scheduler.cache.pool
+        missing = sum(entry.request.num_tokens - entry.request.num_computed_tokens for entry in self._entries.values())
+        return Load(
+            num_running=len(scheduler.running),
+            num_waiting=len(self._entries) - len(scheduler.running),
+            num_waiting_tokens=missing,
+            blocks_total=pool.num_blocks,
+            blocks_free=pool.num_free,
+            blocks_cached=pool.num_cached,
+        )
+
+    def _check_integrity(self) -> list[str]:
+        cache = self.scheduler.cache
+        held = [request.block_ids for request in self.scheduler.running]
+        problems = cache.pool.check_integrity([*held, *cache.pinned(), *self.loader.held()])
+        known = {entry.request for entry in self._entries.values()}
+        queued = {*self.scheduler.running, *self.scheduler.waiting}
+        problems += [f"request {request.request_id} is scheduled, but has ended" for request in queued - known]
+        return problems
+
+
+def _deliver(batch: list[tuple[EngineSequence, GenerateOutput | BatonError | tuple[int, int]]]) -> None:
+    for sequence, output in batch:
+        sequence.deliver(output)

@@ -1,0 +1,94 @@
+"""StatePublisher: an engine's state, streamed to any number of readers.
+
+A reader gets a snapshot first, then changes with rising sequence numbers, coalesced to one message in `MIN_INTERVAL_S`, and a heartbeat
+every `HEARTBEAT_S`. A reader that falls behind loses its backlog and gets a new snapshot. All but `StateReader` belongs to the engine's
+thread.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from baton.scheduling.blocks import BlockPool
+from baton.types import BlocksStored, KVEvent, Load, MemberState, StateUpdate
+
+MIN_INTERVAL_S = 0.02
+HEARTBEAT_S = 1.0
+MAX_BACKLOG = 256  # messages
+
+
+class StateReader:
+    """The event loop's end of one subscription."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._backlog: asyncio.Queue[StateUpdate | None] = asyncio.Queue()
+        self._lagging = False
+
+    async def next(self) -> StateUpdate | None:
+        """The next message; None when messages were lost and the reader must subscribe again."""
+        return await self._backlog.get()
+
+    def send(self, update: StateUpdate) -> None:
+        """From the engine's thread."""
+        self._loop.call_soon_threadsafe(self._take, update)
+
+    def _take(self, update: StateUpdate) -> None:
+        if update.snapshot:
+            self._lagging = False
+        if self._lagging:
+            return
+        if self._backlog.qsize() >= MAX_BACKLOG:
+            self._lagging = True
+            while not self._backlog.empty():
+                self._backlog.get_nowait()
+            self._backlog.put_nowait(None)
+        else:
+            self._backlog.put_nowait(update)
+
+
+class StatePublisher:
+    def __init__(self, measure: Callable[[], Load], pool: BlockPool) -> None:
+        self._measure, self._pool = measure, pool
+        self._readers: dict[StateReader, None] = {}
+        self._pending: list[KVEvent] = []
+        self._sequence = 0
+        self._sent_at = 0.0
+        self.load = measure()
+        self._dirty = False
+
+    def reader(self, loop: asyncio.AbstractEventLoop) -> StateReader:
+        return StateReader(loop)
+
+    def subscribe(self, reader: StateReader) -> None:
+        self._pending += self._pool.drain_events()
+        self._send_all()
+        events = (BlocksStored(self._pool.hashes()),)
+        reader.send(StateUpdate(sequence=self._sequence, state=MemberState.READY, load=self.load, events=events, snapshot=True))
+        self._readers[reader] = None
+
+    def unsubscribe(self, reader: StateReader) -> None:
+        self._readers.pop(reader, None)
+
+    def publish(self, now: float) -> None:
+        """Sends what has changed, or a heartbeat, if it is time."""
+        self._pending += self._pool.drain_events()
+        load = self._measure()
+        self._dirty = self._dirty or bool(self._pending) or load != self.load
+        self.load = load
+        if now - self._sent_at >= (MIN_INTERVAL_S if self._dirty else HEARTBEAT_S):
+            self._send_all()
+            self._sent_at = now
+
+    def wait(self, now: float) -> float:
+        """Seconds until `publish` has something to send."""
+        return self._sent_at + (MIN_INTERVAL_S if self._dirty else HEARTBEAT_S) - now
+
+    def _send_all(self) -> None:
+        self._sequence += 1
+        events, self._pending = tuple(self._pending), []
+        self._dirty = False
+        for reader in list(self._readers):
+            try:
+                reader.send(StateUpdate(sequence=self._sequence, state=MemberState.READY, load=self.load, events=events))
+            except RuntimeError:  # its loop is closed
+                self.unsubscribe(reader)
