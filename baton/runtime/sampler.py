@@ -1,10 +1,13 @@
 """Sampler: logits → tokens.
 
-Raw logits → penalties and bias → / temperature → min_p → top_k → top_p → draw. Draws are Gumbel-max (argmax of logits plus Gumbel noise is
-a draw from their softmax; Gumbel 1954, Maddison et al. 2014) with noise from a counter-based generator: a hash of (seed, position, token
-id). So a draw depends on nothing else: not on the batch, the worker, the process, or what was drawn before.
+Raw logits → bias and bans → penalties → / temperature → min_p → top_k → top_p → draw, the order of vLLM v1. Draws are Gumbel-max (argmax of
+logits plus Gumbel noise is a draw from their softmax; Gumbel 1954, Maddison et al. 2014) with noise from a counter-based generator: a hash
+of (seed, position, token id). So a draw depends on nothing else: not on the batch, the worker, the process, or what was drawn before.
+
+Each stage works on the rows that asked for it, all of them at once, and costs nothing when there is none.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +18,7 @@ from baton.types import OutputToken, SamplingParams, TokenLogprobs
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK64 = 2**64 - 1
+_GREEDY = 1e-5  # temperatures below it are greedy: dividing by them would overflow fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +39,10 @@ class Row:
 
 
 def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[OutputToken]:
-    """One token for each row of logits [R, vocab_size] fp32, which are left as they are."""
-    adjusted = logits.clone()
-    for index, row in enumerate(rows):
-        _penalise(adjusted[index], row)
+    """One token for each row of logits [R, vocab_size] fp32, which stay as they are. Greedy takes the lowest of equal ids."""
+    adjusted = _penalise(_bias(logits, rows), rows)
     chosen = adjusted.argmax(-1)
-    drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
+    drawn = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY]
     if drawn:
         chosen[drawn] = _draw(adjusted[drawn], [rows[index] for index in drawn])
     token_ids: list[int] = chosen.tolist()
@@ -66,21 +68,46 @@ def logprobs(logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[in
     ]
 
 
-def _penalise(logits: torch.Tensor, row: Row) -> None:
-    """In place on one row [vocab_size]; vLLM's semantics: repetition counts prompt and output, presence and frequency the output."""
-    params = row.params
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(row.token_ids)), device=logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    output = row.token_ids[row.num_prompt_tokens :] if params.presence_penalty or params.frequency_penalty else ()
-    if output:
-        seen, counts = torch.tensor(output, device=logits.device).unique(return_counts=True)
-        logits[seen] -= params.frequency_penalty * counts + params.presence_penalty
-    for token_id, bias in params.logit_bias.items():
-        logits[token_id] += bias
-    if banned := row.banned:
-        logits[list(banned)] = -torch.inf
+def _bias(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """logits [R, vocab_size] with logit_bias added and banned ids at -inf; the same tensor when nothing changes, else a new one."""
+    size = logits.shape[-1]
+    added = {index * size + token_id: bias for index, row in enumerate(rows) for token_id, bias in row.params.logit_bias.items()}
+    added |= {index * size + token_id: -math.inf for index, row in enumerate(rows) for token_id in row.banned}
+    if not added:
+        return logits
+    changed = logits.clone()
+    changed.view(-1)[torch.tensor(list(added), device=logits.device)] += torch.tensor(list(added.values()), device=logits.device)
+    return changed
+
+
+def _penalise(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """logits [R, vocab_size] with penalties; the same tensor when there are none, else a new one.
+
+    vLLM's semantics: repetition (Keskar et al. 2019, CTRL) counts prompt and output, presence and frequency (OpenAI) the output alone.
+    """
+    repeating = [index for index, row in enumerate(rows) if row.params.repetition_penalty != 1]
+    counting = [index for index, row in enumerate(rows) if row.params.presence_penalty or row.params.frequency_penalty]
+    if not repeating and not counting:
+        return logits
+    changed = logits.clone()
+    flat, size = changed.view(-1), logits.shape[-1]
+
+    def entries(histories: dict[int, Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Places in `flat` of the distinct tokens of each row's history, their rows, and how often each occurs."""
+        places = torch.tensor([index * size + token_id for index, history in histories.items() for token_id in history], dtype=torch.long)
+        places, counts = places.to(logits.device).unique(return_counts=True)
+        return places, places // size, counts
+
+    if repeating:
+        places, owners, _ = entries({index: rows[index].token_ids for index in repeating})
+        penalty, values = _column([row.params.repetition_penalty for row in rows], logits)[owners, 0], flat[places]
+        flat[places] = torch.where(values > 0, values / penalty, values * penalty)
+    if counting:
+        places, owners, counts = entries({index: rows[index].token_ids[rows[index].num_prompt_tokens :] for index in counting})
+        frequency = _column([row.params.frequency_penalty for row in rows], logits)[owners, 0]
+        presence = _column([row.params.presence_penalty for row in rows], logits)[owners, 0]
+        flat[places] -= frequency * counts + presence
+    return changed
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
@@ -90,26 +117,29 @@ def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     if any(p.min_p for p in params):
         threshold = logits.amax(-1, keepdim=True) + _column([p.min_p for p in params], logits).log()
         logits.masked_fill_(logits < threshold, -torch.inf)
-    filtered = [index for index, p in enumerate(params) if 0 < p.top_k < logits.shape[-1] or p.top_p < 1]
-    if filtered:
-        logits[filtered] = _top(logits[filtered], [params[index] for index in filtered])
+    cut = [index for index, p in enumerate(params) if 0 < p.top_k < logits.shape[-1]]
+    if cut:
+        logits[cut] = _top_k(logits[cut], [params[index].top_k for index in cut])
+    cut = [index for index, p in enumerate(params) if p.top_p < 1]
+    if cut:
+        logits[cut] = _top_p(logits[cut], [params[index].top_p for index in cut])
     keys = [_mix(row.params.seed * _GOLDEN + _mix(len(row.token_ids) + 1)) for row in rows]
     return (logits - exponential_noise(keys, logits.shape[-1], logits.device).log()).argmax(-1)
 
 
-def _top(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Keeps the top_k likeliest (and their equals), then of those the fewest that hold a probability of top_p."""
-    size = logits.shape[-1]
+def _top_k(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Keeps each row's counts[r] likeliest tokens, and all that equal the last of them."""
+    last = torch.tensor(counts, device=logits.device)[:, None] - 1
+    return logits.masked_fill(logits < logits.topk(max(counts), dim=-1).values.gather(1, last), -torch.inf)
+
+
+def _top_p(logits: torch.Tensor, masses: Sequence[float]) -> torch.Tensor:
+    """Keeps each row's fewest tokens with a probability of masses[r], one at least (Holtzman et al. 2019); of equals, lower ids first."""
     ordered, order = logits.sort(stable=True, dim=-1, descending=True)
-    last = _column([min(p.top_k or size, size) - 1 for p in params], logits).long()
-    ordered = ordered.masked_fill(ordered < ordered.gather(1, last), -torch.inf)
     probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    outside = before >= _column([p.top_p for p in params], logits)
+    outside = probabilities.cumsum(-1) - probabilities >= _column(masses, logits)
     outside[:, 0] = False
-    outside &= (_column([p.top_p for p in params], logits) < 1).expand_as(outside)
-    ordered = ordered.masked_fill(outside, -torch.inf)
-    return torch.empty_like(logits).scatter_(1, order, ordered)
+    return torch.empty_like(logits).scatter_(1, order, ordered.masked_fill(outside, -torch.inf))
 
 
 def exponential_noise(keys: Sequence[int], size: int, device: torch.device) -> torch.Tensor:
