@@ -8,6 +8,7 @@ overrides of the command line. An unknown key is an error that names the nearest
 import difflib
 import os
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
@@ -110,6 +111,11 @@ class KVStoreConfig(Strict):
     master_metrics_port: int = Field(default=9003, ge=1, le=65535)
     client_ttl_s: int = Field(default=5, ge=1)  # a silent node is unmounted after so long
     drain_grace_s: float = Field(default=10.0, ge=0)
+
+
+def member_id(server: ServerConfig, role: Role) -> str:
+    """Who a process is in the cluster."""
+    return server.id or f"{role}-{secrets.token_hex(4)}"
 
 
 C = TypeVar("C", bound=Strict)

@@ -104,7 +104,7 @@ class GenerateOutput:
     stop_token_id: int | None = None  # the id that ended it (eos or a stop id); it is the last of `tokens`
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # once, with the first token; the first entry is None
     num_computed_tokens: int = 0
-    num_saved_blocks: int = 0  # leading full blocks of the prompt that the KV pool is known to hold
+    num_saved_blocks: int = 0  # leading full blocks of the tokens sent that the KV pool is known to hold
     cache: CacheReport | None = None  # with the first output
 
 

@@ -36,6 +36,10 @@ class Sequence(Protocol):
 
 
 class Engine(Protocol):
+    def start(self) -> None:
+        """Once, on the event loop that will use it."""
+        ...
+
     def submit(self, request: GenerateRequest, *, hold: bool = False, await_saves: bool = False) -> Sequence:
         """Takes a request. With `hold` it waits for `release` after its lookups. With `await_saves` every full block of the prompt
         that the KV pool lacks is saved there, cached ones too, and the output with the finish reason comes when those saves have

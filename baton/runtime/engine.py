@@ -114,10 +114,9 @@ class Engine:
         limits: Limits,
         eos_token_ids: frozenset[int],
         budget_s: float,
-        on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None,
     ) -> None:
-        """`key` names a block hash in the pool, `buffer` gives a block's memory, `budget_s` bounds each pool call,
-        `on_step(plan, seconds)` is called after each step on the engine's thread."""
+        """`key` names a block hash in the pool, `buffer` gives a block's memory, `budget_s` bounds each pool call."""
+        self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
         self.loader = Loader(
             scheduler.cache,
@@ -130,7 +129,7 @@ class Engine:
             on_ready=self._ready,
             on_saved=self._saved,
         )
-        self._transfer, self._eos_token_ids, self._on_step = transfer, eos_token_ids, on_step
+        self._transfer, self._eos_token_ids = transfer, eos_token_ids
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._entries: dict[str, Entry] = {}
         self._outbox: list[tuple[EngineSequence, GenerateOutput | BatonError | tuple[int, int]]] = []
@@ -293,7 +292,7 @@ class Engine:
         self.scheduler.update(plan, result)
         for item, block_ids in zip(plan.scheduled, blocks, strict=True):
             self._computed(item, block_ids, result)
-        self._on_step(plan, time.monotonic() - started)
+        self.on_step(plan, time.monotonic() - started)
 
     def _admitted(self, item: ScheduledRequest) -> None:
         """The first time that a request is scheduled, its cache is known."""

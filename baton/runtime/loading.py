@@ -44,6 +44,7 @@ class Feed:
     request: Request
     hold: bool
     await_saves: bool
+    num_blocks: int = 0  # full blocks of the tokens known at the start
     num_matched: int = 0  # leading blocks of the own prefix cache at the start
     num_found: int = 0  # leading blocks that are here or were in the pool at the start
     num_available: int = 0  # leading blocks that are here or in the pool by now
@@ -90,12 +91,13 @@ class Loader:
     def start(self, feed: Feed) -> None:
         """Looks up what the own cache and the pool have of the request's known tokens."""
         request, cache = feed.request, self._cache
+        feed.num_blocks = len(request.block_hashes)
         matched = cache.match(request)
         cache.pool.reuse(matched)
         cache.pin(request.request_id, matched)
         feed.num_matched = feed.num_found = feed.num_available = feed.num_loaded = len(matched)
         first = 0 if feed.await_saves else len(matched)
-        last = self._num_prompt_blocks(request) if feed.await_saves else cache.num_matchable_blocks(request)
+        last = feed.num_blocks if feed.await_saves else cache.num_matchable_blocks(request)
         if first >= last:
             self._looked_up(feed, first, 0)
             return
@@ -105,7 +107,7 @@ class Loader:
 
     def offer(self, feed: Feed, num_blocks: int) -> None:
         """The pool holds the first `num_blocks` full blocks by now."""
-        feed.num_available = max(feed.num_available, min(num_blocks, len(feed.request.block_hashes)))
+        feed.num_available = max(feed.num_available, min(num_blocks, feed.num_blocks))
         self._advance(feed)
 
     def release(self, feed: Feed) -> None:
@@ -180,7 +182,7 @@ class Loader:
 
     def save_matched(self, feed: Feed) -> None:
         """For a prefill: the cached blocks of its prompt that the pool lacks. Called when the request was admitted."""
-        blocks = range(min(feed.request.num_computed_tokens // self._cache.block_size, self._num_prompt_blocks(feed.request)))
+        blocks = range(min(feed.request.num_computed_tokens // self._cache.block_size, feed.num_blocks))
         self.save(feed, feed.request.block_ids, blocks)
 
     def save(self, feed: Feed, block_ids: Sequence[int], indices: Sequence[int]) -> None:
@@ -244,8 +246,5 @@ class Loader:
         self._feeds.discard(feed)
 
     def _count_saved(self, feed: Feed) -> None:
-        while feed.num_saved_blocks in feed.saved and feed.num_saved_blocks < self._num_prompt_blocks(feed.request):
+        while feed.num_saved_blocks in feed.saved and feed.num_saved_blocks < feed.num_blocks:
             feed.num_saved_blocks += 1
-
-    def _num_prompt_blocks(self, request: Request) -> int:
-        return request.num_prompt_tokens // self._cache.block_size

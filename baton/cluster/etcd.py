@@ -1,0 +1,206 @@
+# pyright: basic
+"""EtcdMembership: members as keys under a lease. The only importer of aetcd.
+
+    /baton/{cluster}/members/{id} → JSON of Member, under a lease of `lease_s` that is kept alive three times as often
+
+Watching is: list, then watch from the next revision; when the watch breaks, the same again. While etcd is away the last view stays in
+force; and since its leases may have run out meanwhile, members missing after an outage have one lease to come back before they are dropped.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+from urllib.parse import urlparse
+
+import aetcd
+import aetcd.exceptions
+import grpc
+
+from baton.cluster.membership import View
+from baton.errors import ConfigError, MembershipError
+from baton.types import Member, MemberState, Role
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_RETRY_S = 0.5
+_FAILURES = (aetcd.exceptions.ClientError, grpc.RpcError, TimeoutError, OSError)
+
+
+class EtcdMembership:
+    def __init__(self, url: str, cluster: str, *, lease_s: float) -> None:
+        """`url` is http://host:port. Raises ConfigError if it is not. Connects when first used."""
+        parsed = urlparse(url if "//" in url else f"http://{url}")
+        if not parsed.hostname:
+            raise ConfigError(f"cluster.etcd={url!r} must look like http://127.0.0.1:2379")
+        self._endpoint = (parsed.hostname, parsed.port or 2379)
+        self._prefix = f"/baton/{cluster}/members/"
+        self._lease_s = lease_s
+        self._member: Member | None = None
+        self._changed = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self._client: aetcd.Client | None = None
+
+    async def join(self, member: Member) -> None:
+        self._member = member
+        if self._keeper is None:
+            try:
+                lease = await self._announce()
+            except _FAILURES as error:
+                raise MembershipError(f"etcd at {self._endpoint[0]}:{self._endpoint[1]} cannot be reached: {error!r}") from error
+            self._keeper = asyncio.create_task(self._keep(lease), name="etcd-lease")
+        else:
+            self._changed.set()
+
+    async def leave(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+            self._keeper = None
+        if self._member is not None and self._client is not None:
+            with contextlib.suppress(*_FAILURES):
+                await self._bounded(self._client.delete(self._key(self._member)))
+        self._member = None
+
+    async def watch(self) -> AsyncIterator[View]:
+        view: dict[str, Member] = {}
+        first = True
+        while True:
+            try:
+                client = self._new_client()
+                try:
+                    async for followed in self._follow(client, view, grace=not first):
+                        first, view = False, followed
+                        yield dict(view)
+                finally:
+                    with contextlib.suppress(*_FAILURES, asyncio.TimeoutError):
+                        await asyncio.wait_for(client.close(), 1.0)
+            except _FAILURES as error:
+                logger.debug("etcd: %r", error)
+            if first:  # nothing is known yet; say so, so that nobody waits for the first view
+                first = False
+                yield {}
+            await asyncio.sleep(_RETRY_S)
+
+    async def close(self) -> None:
+        await self.leave()
+        if self._client is not None:
+            client, self._client = self._client, None
+            with contextlib.suppress(*_FAILURES):
+                await asyncio.wait_for(client.close(), 1.0)
+
+    # -- announcing
+
+    async def _announce(self) -> "aetcd.Lease":
+        assert self._member is not None
+        if self._client is None:
+            self._client = self._new_client()
+        lease = await self._bounded(self._client.lease(max(int(self._lease_s + 0.5), 1)))
+        await self._bounded(self._client.put(self._key(self._member), _encode(self._member), lease=lease))
+        return lease
+
+    async def _keep(self, lease: "aetcd.Lease | None") -> None:
+        """Refreshes the lease; grants a new one whenever that fails or finds it gone."""
+        while True:
+            try:
+                async with asyncio.timeout(self._lease_s / 3):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            changed = self._changed.is_set()
+            self._changed.clear()
+            try:
+                if lease is None or changed:
+                    old, lease = lease, await self._announce()
+                    if old is not None:
+                        await self._bounded(old.revoke())
+                elif (await self._bounded(lease.refresh())).TTL <= 0:
+                    lease = None
+                    self._changed.set()
+            except _FAILURES as error:
+                if lease is not None:
+                    logger.warning("etcd does not answer (%r); serving on, and joining again when it does", error)
+                lease = None
+                await self._reset()
+
+    async def _reset(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(*_FAILURES):
+                await asyncio.wait_for(client.close(), 1.0)
+
+    # -- watching
+
+    async def _follow(self, client: aetcd.Client, last: dict[str, Member], *, grace: bool) -> AsyncIterator[dict[str, Member]]:
+        """Views until the watch breaks. With `grace`, members of the last view have one lease to come back."""
+        result = await self._bounded(client.get_prefix(self._prefix.encode()))
+        listed = {member.id: member for item in result if (member := _decode(item.value)) is not None}
+        absent = {name: member for name, member in last.items() if name not in listed} if grace else {}
+        deadline = time.monotonic() + self._lease_s + 1.0
+        yield {**absent, **listed}
+        watch = await self._bounded(client.watch_prefix(self._prefix.encode(), start_revision=result.header.revision + 1))
+        events = aiter(watch)
+        pending: asyncio.Future[Any] | None = None
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(anext(events))
+                wait = max(deadline - time.monotonic(), 0) if absent else self._lease_s
+                done, _ = await asyncio.wait([pending], timeout=wait)
+                if not done:
+                    if absent and time.monotonic() >= deadline:
+                        absent = {}
+                        yield dict(listed)
+                    else:  # silence: is etcd still there?
+                        await self._bounded(client.status())
+                    continue
+                try:
+                    event = pending.result()
+                except StopAsyncIteration:
+                    return
+                pending = None
+                name = event.kv.key.decode().removeprefix(self._prefix)
+                member = None if event.kind == "DELETE" else _decode(event.kv.value)
+                if member is None:
+                    listed.pop(name, None)
+                else:
+                    listed[name] = member
+                absent.pop(name, None)
+                yield {**absent, **listed}
+        finally:
+            if pending is not None:
+                pending.cancel()
+                with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, *_FAILURES):
+                    await pending
+
+    # -- the client
+
+    def _new_client(self) -> aetcd.Client:
+        host, port = self._endpoint
+        return aetcd.Client(host=host, port=port, timeout=int(self._lease_s) or 1)
+
+    async def _bounded(self, call: Coroutine[Any, Any, T]) -> T:
+        async with asyncio.timeout(self._lease_s / 2):
+            return await call
+
+    def _key(self, member: Member) -> bytes:
+        return (self._prefix + member.id).encode()
+
+
+def _encode(member: Member) -> bytes:
+    return json.dumps(dataclasses.asdict(member)).encode()
+
+
+def _decode(value: bytes) -> Member | None:
+    """None for a record that this version does not understand: one bad member must not hide the others."""
+    try:
+        fields = json.loads(value)
+        fields["role"], fields["state"] = Role(fields["role"]), MemberState(fields["state"])
+        return Member(**fields)
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning("etcd: a member's record cannot be read (%s); is it of another version?", error)
+        return None

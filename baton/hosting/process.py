@@ -1,0 +1,49 @@
+"""What every process of a cluster does around its work: arguments, logging, signals, a parent to die with."""
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from baton.config import Strict, load_config
+from baton.errors import BatonError
+
+C = TypeVar("C", bound=Strict)
+_PR_SET_PDEATHSIG = 1
+
+
+def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable[None]]) -> None:
+    """Parses `--config FILE key=value …`, runs `serve` until it returns, and exits: 0, or 2 after one clear line where it can't start."""
+    import asyncio
+
+    parser = argparse.ArgumentParser(prog=f"services.{name}", description=f"Baton's {name} service")
+    parser.add_argument("--config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file, such as engine.block_size=32")
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s {name}[{os.getpid()}] %(name)s: %(message)s", stream=sys.stderr
+    )
+    if os.environ.get("BATON_DIE_WITH_PARENT") == "1":
+        die_with_parent()
+    try:
+        asyncio.run(_serve(serve, load_config(config_class, arguments.config, arguments.overrides)))
+    except BatonError as error:
+        logging.debug("cannot start", exc_info=True)
+        print(f"{name}: {error.message}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+async def _serve(serve: Callable[[C], Awaitable[None]], config: C) -> None:
+    await serve(config)
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when the one that started it dies, so that no orphan stays. Linux; elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:
+            raise SystemExit(1)

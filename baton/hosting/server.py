@@ -1,0 +1,117 @@
+# pyright: basic
+"""Hosting: one gRPC server with health and reflection, a metrics endpoint, a place in the cluster, and an orderly end.
+
+    build ─▶ listen ─▶ join (others may call now) ─▶ … ─▶ SIGTERM: say draining ─▶ finish what is there ─▶ leave ─▶ stop
+
+A second signal ends the process at once. Knows nothing of what is served.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from baton.cluster.membership import Membership
+from baton.config import ClusterConfig, ServerConfig
+from baton.errors import ConfigError, MembershipError
+from baton.hosting.members import make_membership
+from baton.metrics import Metrics, serve_metrics
+from baton.rpc.channel import server_options
+from baton.types import Member, MemberState
+
+logger = logging.getLogger(__name__)
+
+
+class Host:
+    """`member` is who this process is; its address, metrics address and pid are filled in when the servers listen."""
+
+    def __init__(self, server: ServerConfig, cluster: ClusterConfig, member: Member, metrics: Metrics | None = None) -> None:
+        self._config, self._metrics = server, metrics
+        self.member = dataclasses.replace(member, pid=os.getpid())
+        self.membership: Membership = make_membership(cluster)
+        self.grpc = grpc.aio.server(options=server_options())
+        self._health: Any = cast(Any, health).aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        self._stop = asyncio.Event()
+
+    async def run(
+        self,
+        services: Sequence[str],
+        drain: Callable[[], Awaitable[None]],
+        *,
+        on_ready: Callable[[Member], Awaitable[None]] | None = None,
+        on_draining: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Serves until SIGTERM or SIGINT, then `drain`s and returns. `services` are the full names of what was added to `self.grpc`.
+
+        Raises ConfigError when a port is taken.
+        """
+        reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
+        host = self._config.host
+        advertised = self._config.advertise or host
+        try:
+            port = self.grpc.add_insecure_port(f"{host}:{self._config.grpc_port}")
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {host}:{self._config.grpc_port} (server.grpc_port); is the port taken?") from error
+        exporter = None
+        metrics_address = ""
+        if self._metrics is not None:
+            try:
+                exporter, metrics_port = serve_metrics(self._metrics, host, self._config.metrics_port)
+            except OSError as error:
+                raise ConfigError(f"cannot listen on {host}:{self._config.metrics_port} (server.metrics_port): {error.strerror}") from error
+            metrics_address = f"{advertised}:{metrics_port}"
+        self.member = dataclasses.replace(self.member, address=f"{advertised}:{port}", metrics_address=metrics_address)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        await self.grpc.start()
+        try:
+            await self._join()
+            for service in ("", *services):
+                await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+            logger.info("%s serves on %s", self.member.id, self.member.address)
+            if on_ready is not None:
+                await on_ready(self.member)
+            await self._stop.wait()
+            logger.info("%s drains", self.member.id)
+            self.member = dataclasses.replace(self.member, state=MemberState.DRAINING)
+            on_draining()
+            await self._health.enter_graceful_shutdown()
+            with contextlib.suppress(MembershipError):
+                await self.membership.join(self.member)
+            await drain()
+        finally:
+            await self.membership.close()
+            await self.grpc.stop(0.5)
+            if exporter is not None:
+                exporter.shutdown()
+                exporter.server_close()
+        logger.info("%s has left", self.member.id)
+
+    async def _join(self) -> None:
+        """An etcd that is away at the start is waited for: workers and etcd may start in any order."""
+        warned = False
+        while not self._stop.is_set():
+            try:
+                await self.membership.join(self.member)
+                return
+            except MembershipError as error:
+                if not warned:
+                    logger.warning("%s; trying on", error)
+                    warned = True
+                await asyncio.sleep(0.5)
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            os._exit(1)
+        self._stop.set()

@@ -1,0 +1,139 @@
+"""Every metric of every process, named once. Seconds, bytes and tokens. Names follow vLLM's; those that vLLM has too are exported a second
+time under its name, so that dashboards and autoscalers made for vLLM work as they are.
+
+A process makes one `Metrics` of its kind, hands it to whom it concerns, and serves it with `serve_metrics`.
+"""
+
+from collections.abc import Callable, Iterator
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from baton.types import Load
+
+_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TWINS = frozenset(
+    {
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "num_preemptions",
+        "prefix_cache_queries",
+        "prefix_cache_hits",
+        "prompt_tokens",
+        "generation_tokens",
+        "request_success",
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "e2e_request_latency_seconds",
+    }
+)
+
+
+class _Twins(Collector):
+    """The same samples under vLLM's names."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            if family.name.removeprefix("baton:") in _TWINS:
+                twin = Metric(family.name.replace("baton:", "vllm:"), family.documentation, family.type)
+                twin.samples = [
+                    Sample(s.name.replace("baton:", "vllm:"), s.labels, s.value, s.timestamp, s.exemplar) for s in family.samples
+                ]
+                yield twin
+
+
+class Metrics:
+    """What every process has: a registry, and constant labels `model_name` and `worker`."""
+
+    def __init__(self, model: str, worker: str) -> None:
+        self.registry = CollectorRegistry()
+        self._exported = CollectorRegistry()
+        self._exported.register(_Twins(self.registry))
+        self._labels = {"model_name": model, "worker": worker}
+
+    def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
+        """A value that is read when somebody asks."""
+        Gauge(f"baton:{name}", help, [*self._labels], registry=self.registry).labels(**self._labels).set_function(read)
+
+    def counter(self, name: str, help: str, *labels: str) -> "Counter":
+        return Counter(f"baton:{name}", help, [*self._labels, *labels], registry=self.registry)
+
+    def histogram(self, name: str, help: str) -> Histogram:
+        family = Histogram(f"baton:{name}", help, [*self._labels], buckets=_LATENCY, registry=self.registry)
+        return family.labels(**self._labels)
+
+    def labelled(self, family: Counter, **labels: str) -> Counter:
+        return family.labels(**self._labels, **labels)
+
+    def exposition(self) -> bytes:
+        """Prometheus's text format."""
+        return generate_latest(self.registry) + generate_latest(self._exported)
+
+
+class WorkerMetrics(Metrics):
+    """Of a prefill, decode or unified worker."""
+
+    def __init__(self, model: str, worker: str, read_load: Callable[[], Load], read_transfer: Callable[[], dict[str, float]]) -> None:
+        super().__init__(model, worker)
+        self.gauge("num_requests_running", "Requests that hold KV blocks", lambda: read_load().num_running)
+        self.gauge("num_requests_waiting", "Requests that are queued or loading KV", lambda: read_load().num_waiting)
+        self.gauge("kv_cache_usage_perc", "Share of KV blocks in use (1 is full)", lambda: _usage(read_load()))
+        self.gauge("kv_blocks_cached", "KV blocks that the prefix cache can find", lambda: read_load().blocks_cached)
+        for name in read_transfer():
+            self.gauge(f"kv_pool_{name}", "KV pool traffic since the start", lambda name=name: read_transfer()[name])
+        self.prompt_tokens = self.labelled(self.counter("prompt_tokens", "Prompt tokens taken"))
+        self.generation_tokens = self.labelled(self.counter("generation_tokens", "Tokens generated"))
+        self.prefix_cache_queries = self.labelled(self.counter("prefix_cache_queries", "Prompt tokens looked up in caches"))
+        self.prefix_cache_hits = self.labelled(self.counter("prefix_cache_hits", "Prompt tokens found in the prefix cache or the pool"))
+        self._prefills = self.counter("prefills", "How decode requests got their prompt computed", "way")
+        self.step_seconds = self.histogram("step_seconds", "Duration of an engine step")
+
+    def prefill(self, way: str) -> None:
+        """`way`: local, remote, or fallback (a prefill worker was lost and the rest computed here)."""
+        self.labelled(self._prefills, way=way).inc()
+
+
+class RouterMetrics(Metrics):
+    def __init__(self, model: str) -> None:
+        super().__init__(model, "router")
+        self.time_to_first_token = self.histogram("time_to_first_token_seconds", "From arrival to the first token")
+        self.inter_token_latency = self.histogram("inter_token_latency_seconds", "Between two tokens of a stream")
+        self.e2e_request_latency = self.histogram("e2e_request_latency_seconds", "From arrival to the last token")
+        self.prompt_tokens = self.labelled(self.counter("prompt_tokens", "Prompt tokens of finished requests"))
+        self.cached_tokens = self.labelled(self.counter("cached_tokens", "Prompt tokens that nobody had to compute"))
+        self.generation_tokens = self.labelled(self.counter("generation_tokens", "Tokens generated"))
+        self.migrations = self.labelled(self.counter("migrations", "Sequences continued on another worker"))
+        self._success = self.counter("request_success", "Finished requests", "finished_reason")
+        self._failures = self.counter("request_failures", "Failed requests", "code")
+
+    def success(self, reason: str) -> None:
+        self.labelled(self._success, finished_reason=reason).inc()
+
+    def failure(self, code: str) -> None:
+        self.labelled(self._failures, code=code).inc()
+
+
+def serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[WSGIServer, int]:
+    """Serves /metrics on a thread of its own; the server (to shut down) and the port it got (`port` 0 takes a free one). Raises OSError."""
+
+    class Exported(Collector):
+        def collect(self) -> Iterator[Metric]:
+            yield from metrics.registry.collect()
+            yield from _Twins(metrics.registry).collect()
+
+    registry = CollectorRegistry()
+    registry.register(Exported())
+    server, _ = start_http_server(port, host, registry)
+    return server, int(server.server_address[1])
+
+
+def _usage(load: Load) -> float:
+    return 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0

@@ -1,0 +1,60 @@
+"""gRPC channels and servers whose calls end soon after the other side is gone: keepalive pings find a dead, paused or cut-off peer within
+one lease. Message sizes are not limited here: the router limits bodies, the engine prompts."""
+
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+
+Options = Sequence[tuple[str, int]]
+
+_UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+
+def client_options(lease_s: float) -> Options:
+    half = max(int(lease_s * 500), 100)
+    return (
+        *_UNLIMITED,
+        ("grpc.keepalive_time_ms", half),
+        ("grpc.keepalive_timeout_ms", half),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.use_local_subchannel_pool", 1),
+    )
+
+
+def server_options() -> Options:
+    return (
+        *_UNLIMITED,
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 50),
+        ("grpc.so_reuseport", 0),
+    )
+
+
+class Channels:
+    """One channel per address, made when first asked for."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._options = client_options(lease_s)
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def get(self, address: str) -> grpc.aio.Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+        return channel
+
+    async def drop(self, address: str) -> None:
+        """The address left the cluster; calls on its channel are cancelled."""
+        channel = self._channels.pop(address, None)
+        if channel is not None:
+            await channel.close(None)
+
+    async def close(self) -> None:
+        for address in list(self._channels):
+            await self.drop(address)

@@ -1,0 +1,290 @@
+"""Protocol buffers ↔ baton.types, errors ↔ gRPC statuses. Protos stop here: no other module looks into one, but to fill or read a call."""
+
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+
+from baton.errors import BatonError, InternalError, Overloaded, RequestCancelled, WorkerLost, error_classes
+from baton.hashing import HASH_BYTES
+from baton.rpc.v1 import common_pb2 as common
+from baton.rpc.v1 import worker_pb2 as worker
+from baton.types import (
+    BlocksRemoved,
+    BlocksStored,
+    CacheReport,
+    FinishReason,
+    GenerateOutput,
+    GenerateRequest,
+    KVEvent,
+    Load,
+    Member,
+    MemberState,
+    OutputToken,
+    Role,
+    SamplingParams,
+    StateUpdate,
+    Tier,
+    TokenLogprobs,
+)
+
+_CODE_KEY, _PARAM_KEY = "baton-error-code", "baton-error-param"
+_FINISH = {
+    FinishReason.STOP: common.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: common.FINISH_REASON_ABORT,
+}
+_FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
+_ROLES: dict[Role, Any] = {role: worker.Role.Value(f"ROLE_{role.name}") for role in Role}
+_ROLES_BACK = {number: role for role, number in _ROLES.items()}
+_STATES: dict[MemberState, Any] = {state: worker.MemberState.Value(f"MEMBER_STATE_{state.name}") for state in MemberState}
+_STATES_BACK = {number: state for state, number in _STATES.items()}
+_TIERS: dict[Tier, Any] = {tier: worker.Tier.Value(f"TIER_{tier.name}") for tier in Tier}
+_TIERS_BACK = {number: tier for tier, number in _TIERS.items()}
+
+
+# -- requests
+
+
+def sampling_to_proto(params: SamplingParams) -> common.SamplingParams:
+    return common.SamplingParams(
+        max_tokens=params.max_tokens,
+        seed=params.seed,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias),
+        min_tokens=params.min_tokens,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+    )
+
+
+def sampling_from_proto(message: common.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        seed=message.seed,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=dict(message.logit_bias),
+        min_tokens=message.min_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def request_to_proto(request: GenerateRequest) -> common.SequenceRequest:
+    return common.SequenceRequest(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=sampling_to_proto(request.sampling),
+        output_token_ids=request.output_token_ids,
+        salt=request.salt,
+    )
+
+
+def request_from_proto(message: common.SequenceRequest) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=message.request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling_from_proto(message.sampling),
+        output_token_ids=tuple(message.output_token_ids),
+        salt=message.salt,
+    )
+
+
+# -- outputs
+
+
+def _logprobs_to_proto(logprobs: TokenLogprobs) -> common.TokenLogprobs:
+    top = [common.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in logprobs.top]
+    return common.TokenLogprobs(logprob=logprobs.logprob, rank=logprobs.rank, top=top)
+
+
+def _logprobs_from_proto(message: common.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(message.logprob, message.rank, tuple((item.token_id, item.logprob) for item in message.top))
+
+
+def token_to_proto(token: OutputToken) -> common.OutputToken:
+    return common.OutputToken(token_id=token.token_id, logprobs=None if token.logprobs is None else _logprobs_to_proto(token.logprobs))
+
+
+def token_from_proto(message: common.OutputToken) -> OutputToken:
+    return OutputToken(message.token_id, _logprobs_from_proto(message.logprobs) if message.HasField("logprobs") else None)
+
+
+def finish_to_proto(reason: FinishReason | None) -> common.FinishReason:
+    return common.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH[reason]
+
+
+def output_to_proto(output: GenerateOutput) -> common.SequenceOutput:
+    cache = output.cache
+    return common.SequenceOutput(
+        tokens=[token_to_proto(token) for token in output.tokens],
+        finish_reason=finish_to_proto(output.finish_reason),
+        stop_token_id=output.stop_token_id,
+        prompt_logprobs=[
+            common.PromptLogprobs(logprobs=None if item is None else _logprobs_to_proto(item)) for item in output.prompt_logprobs
+        ],
+        num_computed_tokens=output.num_computed_tokens,
+        num_saved_blocks=output.num_saved_blocks,
+        cache=None
+        if cache is None
+        else common.CacheReport(
+            num_prompt_tokens=cache.num_prompt_tokens,
+            num_local_tokens=cache.num_local_tokens,
+            num_pool_tokens=cache.num_pool_tokens,
+            num_prefill_tokens=cache.num_prefill_tokens,
+        ),
+    )
+
+
+def output_from_proto(message: common.SequenceOutput) -> GenerateOutput:
+    cache = message.cache
+    return GenerateOutput(
+        tokens=tuple(token_from_proto(token) for token in message.tokens),
+        finish_reason=_FINISH_BACK.get(message.finish_reason),
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        prompt_logprobs=tuple(
+            _logprobs_from_proto(item.logprobs) if item.HasField("logprobs") else None for item in message.prompt_logprobs
+        ),
+        num_computed_tokens=message.num_computed_tokens,
+        num_saved_blocks=message.num_saved_blocks,
+        cache=CacheReport(
+            num_prompt_tokens=cache.num_prompt_tokens,
+            num_local_tokens=cache.num_local_tokens,
+            num_pool_tokens=cache.num_pool_tokens,
+            num_prefill_tokens=cache.num_prefill_tokens,
+        )
+        if message.HasField("cache")
+        else None,
+    )
+
+
+# -- members and their state
+
+
+def member_to_proto(member: Member) -> worker.Member:
+    return worker.Member(
+        id=member.id,
+        role=_ROLES[member.role],
+        address=member.address,
+        state=_STATES[member.state],
+        pid=member.pid,
+        model=member.model,
+        fingerprint=member.fingerprint,
+        block_size=member.block_size,
+        num_blocks=member.num_blocks,
+        max_model_len=member.max_model_len,
+        metrics_address=member.metrics_address,
+    )
+
+
+def member_from_proto(message: worker.Member) -> Member:
+    return Member(
+        id=message.id,
+        role=_ROLES_BACK[message.role],
+        address=message.address,
+        state=_STATES_BACK[message.state],
+        pid=message.pid,
+        model=message.model,
+        fingerprint=message.fingerprint,
+        block_size=message.block_size,
+        num_blocks=message.num_blocks,
+        max_model_len=message.max_model_len,
+        metrics_address=message.metrics_address,
+    )
+
+
+def load_to_proto(load: Load) -> worker.Load:
+    return worker.Load(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_waiting_tokens=load.num_waiting_tokens,
+        blocks_total=load.blocks_total,
+        blocks_free=load.blocks_free,
+        blocks_cached=load.blocks_cached,
+    )
+
+
+def load_from_proto(message: worker.Load) -> Load:
+    return Load(
+        num_running=message.num_running,
+        num_waiting=message.num_waiting,
+        num_waiting_tokens=message.num_waiting_tokens,
+        blocks_total=message.blocks_total,
+        blocks_free=message.blocks_free,
+        blocks_cached=message.blocks_cached,
+    )
+
+
+def _event_to_proto(event: KVEvent) -> worker.KVEvent:
+    removed = isinstance(event, BlocksRemoved)
+    return worker.KVEvent(removed=removed, tier=_TIERS[event.tier], block_hashes=b"".join(event.block_hashes))
+
+
+def _event_from_proto(message: worker.KVEvent) -> KVEvent:
+    data = message.block_hashes
+    hashes = tuple(data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES))
+    return (BlocksRemoved if message.removed else BlocksStored)(hashes, _TIERS_BACK[message.tier])
+
+
+def state_to_proto(update: StateUpdate) -> worker.StateUpdate:
+    return worker.StateUpdate(
+        sequence=update.sequence,
+        state=_STATES[update.state],
+        load=load_to_proto(update.load),
+        events=[_event_to_proto(event) for event in update.events],
+        snapshot=update.snapshot,
+    )
+
+
+def state_from_proto(message: worker.StateUpdate) -> StateUpdate:
+    return StateUpdate(
+        sequence=message.sequence,
+        state=_STATES_BACK[message.state],
+        load=load_from_proto(message.load),
+        events=tuple(_event_from_proto(event) for event in message.events),
+        snapshot=message.snapshot,
+    )
+
+
+# -- errors
+
+
+def error_status(error: BatonError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """Status, message and trailing metadata, as `ServicerContext.abort` takes them."""
+    metadata = [(_CODE_KEY, error.code)]
+    if error.param:
+        metadata.append((_PARAM_KEY, error.param))
+    return getattr(grpc.StatusCode, error.grpc_status), error.message, tuple(metadata)
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError, who: str) -> BatonError:
+    """What a failed call to `who` means. A status without our code comes from gRPC itself: then the peer is lost."""
+    pairs = cast("list[tuple[str, str | bytes]]", error.trailing_metadata() or [])
+    metadata = {key: str(value) for key, value in pairs}
+    message = error.details() or error.code().name
+    cls = error_classes().get(metadata.get(_CODE_KEY, ""))
+    if cls is not None:
+        return cls(message, param=metadata.get(_PARAM_KEY))
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return WorkerLost(f"{who} is gone: {message}")
+    if error.code() is grpc.StatusCode.CANCELLED:
+        return RequestCancelled(f"the call to {who} was cancelled")
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Overloaded(f"{who}: {message}")
+    return InternalError(f"{who} failed: {error.code().name}: {message}")

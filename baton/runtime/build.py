@@ -1,0 +1,119 @@
+"""From a worker's configuration to what its process hosts: a loaded model behind an engine, a member record, metrics."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from baton.config import EngineConfig, WorkerConfig, member_id
+from baton.errors import ConfigError
+from baton.kv.connect import connect_pool
+from baton.kv.layout import KVLayout, block_key
+from baton.kv.pool import DTYPES, KVPool, num_blocks_for
+from baton.layers.attention import TorchAttention
+from baton.metrics import WorkerMetrics
+from baton.models.config import ModelConfig
+from baton.models.loader import load_model, weights_fingerprint
+from baton.models.registry import read_config
+from baton.runtime.engine import Engine
+from baton.runtime.loading import Transfer
+from baton.runtime.runner import ModelRunner
+from baton.runtime.validation import Limits
+from baton.scheduling.cache import KVCache
+from baton.scheduling.scheduler import Scheduler
+from baton.types import Member
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltWorker:
+    engine: Engine
+    member: Member
+    metrics: WorkerMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model and the memory for its KV, on one device."""
+
+    config: ModelConfig
+    runner: ModelRunner
+    pool: KVPool
+    fingerprint: str
+    max_model_len: int
+
+
+def build_worker(config: WorkerConfig) -> BuiltWorker:
+    """Raises ModelError for a folder that can't be served, ConfigError for settings that don't fit it."""
+    if not config.model:
+        raise ConfigError("model is not set: give a Hugging Face model folder, model=/path/to/model")
+    model = Path(config.model)
+    loaded = load(model, config.engine)
+    transfer = connect_pool(config.pool, loaded.pool.region)
+    engine = build_engine(loaded, config.engine, transfer, budget_s=config.pool.budget_s)
+    name = config.served_model_name or model.resolve().name
+    member = Member(
+        id=member_id(config.server, config.role),
+        role=config.role,
+        address="",
+        model=name,
+        fingerprint=loaded.fingerprint,
+        block_size=config.engine.block_size,
+        num_blocks=loaded.pool.num_blocks,
+        max_model_len=loaded.max_model_len,
+    )
+    metrics = WorkerMetrics(name, member.id, lambda: engine.load, transfer.stats.values)
+    engine.on_step = lambda plan, seconds: metrics.step_seconds.observe(seconds)
+    return BuiltWorker(engine, member, metrics)
+
+
+def load(model: Path, settings: EngineConfig) -> LoadedModel:
+    """Reads the weights and allocates the KV cache."""
+    device = torch.device(_device(settings.device))
+    torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
+    config = read_config(model)
+    dtype = config.dtype if settings.dtype == "auto" else settings.dtype
+    layout = KVLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=settings.block_size,
+        dtype=dtype,
+    )
+    num_blocks = settings.num_blocks or num_blocks_for(layout, settings.kv_memory)
+    max_model_len = min(settings.max_model_len or config.max_model_len, config.max_model_len, num_blocks * settings.block_size)
+    fingerprint = layout.fingerprint(weights_fingerprint(model))
+    network = load_model(model, config, dtype=DTYPES[dtype], device=device)
+    pool = KVPool(layout, num_blocks, device)
+    logger.info(
+        "%s on %s in %s: %d KV blocks of %d tokens, %d bytes each; at most %d tokens a request; fingerprint %s",
+        model.name, device, dtype, num_blocks, settings.block_size, layout.block_bytes, max_model_len, fingerprint,
+    )  # fmt: skip
+    return LoadedModel(config, ModelRunner(network, pool, TorchAttention()), pool, fingerprint, max_model_len)
+
+
+def build_engine(loaded: LoadedModel, settings: EngineConfig, transfer: Transfer, *, budget_s: float) -> Engine:
+    """An engine that can be started. `budget_s` bounds each call to the KV pool."""
+    cache = KVCache(loaded.pool.num_blocks, settings.block_size, prefix_caching=settings.prefix_caching)
+    return Engine(
+        Scheduler(cache, max_num_batched_tokens=settings.max_num_batched_tokens, max_num_seqs=settings.max_num_seqs),
+        loaded.runner,
+        transfer,
+        key=lambda block_hash: block_key(loaded.fingerprint, block_hash),
+        buffer=loaded.pool.buffer,
+        limits=Limits(vocab_size=loaded.config.vocab_size, max_model_len=loaded.max_model_len),
+        eos_token_ids=loaded.config.eos_token_ids,
+        budget_s=budget_s,
+    )
+
+
+def _device(asked: str) -> str:
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise ConfigError(
+            "engine.device=cuda, but torch finds no CUDA device here; use engine.device=cpu, or install a CUDA build of torch"
+        )
+    return "cuda" if asked != "cpu" and available else "cpu"

@@ -1,0 +1,41 @@
+"""The decode worker's process; with role `unified`, the worker that does both."""
+
+from baton.config import WorkerConfig
+from baton.errors import ConfigError
+from baton.hosting.process import run_service
+from baton.hosting.server import Host
+from baton.hosting.worker import Intake, host_worker
+from baton.rpc.channel import Channels
+from baton.rpc.v1 import decode_pb2, decode_pb2_grpc
+from baton.runtime.build import build_worker
+from baton.types import Role
+from services.decode.servicer import DecodeServicer
+
+
+async def serve(config: WorkerConfig) -> None:
+    if config.role not in (Role.DECODE, Role.UNIFIED):
+        raise ConfigError(f"role={config.role} is not for this service; use decode or unified")
+    built = build_worker(config)
+    channels = Channels(config.cluster.lease_s)
+
+    def add_services(host: Host, intake: Intake) -> list[str]:
+        servicer = DecodeServicer(
+            intake,
+            built.member.fingerprint,
+            channels,
+            built.metrics,
+            lease_s=config.cluster.lease_s,
+            max_local_prefill_tokens=config.max_local_prefill_tokens,
+            unified=config.role is Role.UNIFIED,
+        )
+        decode_pb2_grpc.add_DecodeServicer_to_server(servicer, host.grpc)
+        return [decode_pb2.DESCRIPTOR.services_by_name["Decode"].full_name]
+
+    try:
+        await host_worker(config, built.engine, built.member, built.metrics, add_services)
+    finally:
+        await channels.close()
+
+
+if __name__ == "__main__":
+    run_service("decode", WorkerConfig, serve)

@@ -1,0 +1,168 @@
+"""Decode.Generate: the entrance of a request to the workers. Generates here; has the prompt computed here or by a prefill worker."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from baton.errors import BatonError, WorkerLost
+from baton.hosting.engine import Sequence
+from baton.hosting.heartbeat import with_heartbeat
+from baton.hosting.worker import Context, Intake, guarded
+from baton.metrics import WorkerMetrics
+from baton.rpc import convert
+from baton.rpc.channel import Channels
+from baton.rpc.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from baton.types import CacheReport, GenerateOutput, GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Feeding:
+    """How one request gets its prompt's KV: what was decided, what was found, what a prefill worker reported."""
+
+    def __init__(self) -> None:
+        self.prefill_id = ""
+        self.reason = ""
+        self.matched: tuple[int, int] = (0, 0)  # tokens: own prefix cache, pool
+        self.prefill_cache: CacheReport | None = None
+        self._told = False
+
+    def decide(self, prefill_id: str, reason: str) -> None:
+        self.prefill_id, self.reason, self._told = prefill_id, reason, False
+
+    def news(self) -> decode_pb2.PrefillDecision | None:
+        """The decision, if it was not told yet."""
+        if self._told or not self.reason:
+            return None
+        self._told = True
+        return decode_pb2.PrefillDecision(prefill_id=self.prefill_id, reason=self.reason)
+
+    def report(self, output: GenerateOutput, num_prompt_tokens: int) -> CacheReport | None:
+        """Where the prompt's KV came from, with what the prefill worker found in its own cache counted as cached."""
+        if output.cache is None and not output.tokens:
+            return None
+        local, pool = self.matched
+        cache = output.cache or CacheReport(num_prompt_tokens=num_prompt_tokens, num_local_tokens=local, num_pool_tokens=pool)
+        if self.prefill_cache is None:
+            return cache
+        found = max(cache.num_pool_tokens, self.prefill_cache.num_cached_tokens - cache.num_local_tokens)
+        return dataclasses.replace(
+            cache, num_pool_tokens=found, num_prefill_tokens=max(num_prompt_tokens - cache.num_local_tokens - found, 0)
+        )
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServicer):
+    def __init__(
+        self,
+        intake: Intake,
+        fingerprint: str,
+        channels: Channels,
+        metrics: WorkerMetrics,
+        *,
+        lease_s: float,
+        max_local_prefill_tokens: int,
+        unified: bool,
+    ) -> None:
+        self._intake, self._fingerprint, self._channels, self._metrics = intake, fingerprint, channels, metrics
+        self._lease_s, self._max_local, self._unified = lease_s, max_local_prefill_tokens, unified
+
+    async def Generate(self, request: decode_pb2.GenerateRequest, context: Context) -> AsyncIterator[decode_pb2.GenerateResponse]:
+        async with guarded(context):
+            sequence_request = convert.request_from_proto(request.sequence)
+            candidates = list(request.prefill_candidates)
+            if self._unified or sequence_request.sampling.prompt_logprobs is not None:
+                candidates = []
+            sequence = self._intake.submit(sequence_request, hold=bool(candidates))
+            feeding, feeder = Feeding(), None
+            try:
+                if candidates:
+                    feeder = await self._choose(sequence, sequence_request, candidates, feeding)
+                else:
+                    feeding.decide("", "unified worker" if self._unified else "no prefill worker")
+                yield decode_pb2.GenerateResponse(prefill=feeding.news())
+                async for output in with_heartbeat(aiter(sequence), self._lease_s / 4):
+                    report = feeding.report(output, len(sequence_request.prompt_token_ids))
+                    self._count(output, report)
+                    output = dataclasses.replace(output, cache=report)
+                    yield decode_pb2.GenerateResponse(output=convert.output_to_proto(output), prefill=feeding.news())
+            finally:
+                if feeder is not None:
+                    feeder.cancel()
+                self._intake.done(sequence_request.request_id)
+
+    async def _choose(
+        self, sequence: Sequence, request: GenerateRequest, candidates: list[decode_pb2.PrefillCandidate], feeding: Feeding
+    ) -> asyncio.Task[None] | None:
+        """Conditional disaggregation: what is missing is computed here if it is short, else by a prefill worker."""
+        feeding.matched = await sequence.matched()
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        missing = known - sum(feeding.matched)
+        if missing <= self._max_local:
+            feeding.decide("", f"{missing} of {known} tokens missing, computed here")
+            self._metrics.prefill("local")
+            sequence.release()
+            return None
+        feeding.decide(candidates[0].id, f"{missing} of {known} tokens missing")
+        return asyncio.create_task(self._feed(sequence, request, candidates, feeding), name=f"feed-{request.request_id}")
+
+    async def _feed(
+        self, sequence: Sequence, request: GenerateRequest, candidates: list[decode_pb2.PrefillCandidate], feeding: Feeding
+    ) -> None:
+        """Has the prompt computed by the first candidate that manages it; in the end the sequence is released, whatever happened."""
+        try:
+            for candidate in candidates:
+                feeding.decide(candidate.id, feeding.reason)
+                pushed = False
+                try:
+                    async for output in self._prefill(candidate, request):
+                        feeding.prefill_cache = output.cache or feeding.prefill_cache
+                        sequence.offer_blocks(output.num_saved_blocks)
+                        for token in output.tokens:
+                            pushed = True
+                            sequence.push_token(token)
+                    self._metrics.prefill("remote")
+                    return
+                except BatonError as error:
+                    logger.warning("prefill of %s by %s failed: %s", request.request_id, candidate.id, error.message)
+                    feeding.decide(candidate.id, f"{candidate.id} failed: {error.message}")
+                    if pushed:
+                        break
+            else:
+                feeding.decide("", "no prefill worker managed it, computed here")
+            self._metrics.prefill("fallback")
+        finally:
+            sequence.release()
+
+    async def _prefill(self, candidate: decode_pb2.PrefillCandidate, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
+        """The outputs of one prefill call, which is cancelled if it is left early. Raises a BatonError where it fails or falls silent."""
+        wanted = len(request.output_token_ids) + 1
+        sampling = dataclasses.replace(request.sampling, max_tokens=wanted, min_tokens=min(request.sampling.min_tokens, wanted))
+        message = prefill_pb2.PrefillRequest(
+            sequence=convert.request_to_proto(dataclasses.replace(request, sampling=sampling)), fingerprint=self._fingerprint
+        )
+        call = prefill_pb2_grpc.PrefillStub(self._channels.get(candidate.address)).Prefill(message)
+        try:
+            while True:
+                async with asyncio.timeout(self._lease_s):
+                    output = await call.read()
+                if not isinstance(output, common_pb2.SequenceOutput):  # the end
+                    return
+                yield convert.output_from_proto(output)
+        except grpc.aio.AioRpcError as error:
+            raise convert.error_from_rpc(error, candidate.id) from error
+        except TimeoutError as error:
+            raise WorkerLost(f"{candidate.id} was silent for {self._lease_s:g} s") from error
+        finally:
+            with contextlib.suppress(asyncio.InvalidStateError):
+                call.cancel()
+
+    def _count(self, output: GenerateOutput, report: CacheReport | None) -> None:
+        self._metrics.generation_tokens.inc(len(output.tokens))
+        if output.finish_reason is not None and report is not None:
+            self._metrics.prompt_tokens.inc(report.num_prompt_tokens)
+            self._metrics.prefix_cache_queries.inc(report.num_prompt_tokens)
+            self._metrics.prefix_cache_hits.inc(report.num_cached_tokens)

@@ -1,0 +1,25 @@
+"""The prefill worker's process."""
+
+from baton.config import WorkerConfig
+from baton.hosting.process import run_service
+from baton.hosting.server import Host
+from baton.hosting.worker import Intake, host_worker
+from baton.rpc.v1 import prefill_pb2, prefill_pb2_grpc
+from baton.runtime.build import build_worker
+from baton.types import Role
+from services.prefill.servicer import PrefillServicer
+
+
+async def serve(config: WorkerConfig) -> None:
+    built = build_worker(config.model_copy(update={"role": Role.PREFILL}))
+
+    def add_services(host: Host, intake: Intake) -> list[str]:
+        servicer = PrefillServicer(intake, built.member.fingerprint, built.metrics, heartbeat_s=config.cluster.lease_s / 4)
+        prefill_pb2_grpc.add_PrefillServicer_to_server(servicer, host.grpc)
+        return [prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name]
+
+    await host_worker(config, built.engine, built.member, built.metrics, add_services)
+
+
+if __name__ == "__main__":
+    run_service("prefill", WorkerConfig, serve)

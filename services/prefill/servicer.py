@@ -1,0 +1,39 @@
+"""Prefill.Prefill: computes a prompt, fills the KV pool, and gives the first token."""
+
+from collections.abc import AsyncIterator
+
+from baton.errors import InvalidRequest
+from baton.hosting.heartbeat import with_heartbeat
+from baton.hosting.worker import Context, Intake, guarded
+from baton.metrics import WorkerMetrics
+from baton.rpc import convert
+from baton.rpc.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
+from baton.types import GenerateOutput
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
+    def __init__(self, intake: Intake, fingerprint: str, metrics: WorkerMetrics, *, heartbeat_s: float) -> None:
+        self._intake, self._fingerprint, self._metrics, self._heartbeat_s = intake, fingerprint, metrics, heartbeat_s
+
+    async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Context) -> AsyncIterator[common_pb2.SequenceOutput]:
+        async with guarded(context):
+            if request.fingerprint != self._fingerprint:
+                raise InvalidRequest(
+                    f"the decode worker's KV fingerprint {request.fingerprint} is not this prefill worker's {self._fingerprint}: they "
+                    "serve different weights, block sizes or dtypes; give both the same model folder and engine settings"
+                )
+            sequence_request = convert.request_from_proto(request.sequence)
+            sequence = self._intake.submit(sequence_request, await_saves=True)
+            self._metrics.prompt_tokens.inc(len(sequence_request.prompt_token_ids))
+            try:
+                async for output in with_heartbeat(aiter(sequence), self._heartbeat_s):
+                    self._count(output)
+                    yield convert.output_to_proto(output)
+            finally:
+                self._intake.done(sequence_request.request_id)
+
+    def _count(self, output: GenerateOutput) -> None:
+        self._metrics.generation_tokens.inc(len(output.tokens))
+        if output.tokens and output.cache is not None:
+            self._metrics.prefix_cache_queries.inc(output.cache.num_prompt_tokens)
+            self._metrics.prefix_cache_hits.inc(output.cache.num_cached_tokens)
