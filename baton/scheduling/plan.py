@@ -14,11 +14,7 @@ class ScheduledRequest:
     request: Request
     start: int
     num_new_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether this step computes the last known token, whose logits give the next one."""
-        return self.start + self.num_new_tokens == self.request.num_tokens
+    samples: bool  # this step computes the last known token, whose logits give the next one
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Scheduler:
             request.status = RequestStatus.RUNNING
             scheduled[request] = min(request.num_tokens - request.num_computed_tokens, budget)
             budget -= scheduled[request]
-        return StepPlan(tuple(ScheduledRequest(request, request.num_computed_tokens, count) for request, count in scheduled.items()))
+        return StepPlan(tuple(_plan(request, count) for request, count in scheduled.items()))
 
     def update(self, plan: StepPlan, result: StepResult) -> None:
         """Takes in what a step gave: computed tokens, new tokens, finished requests (their finish_reason is set, their blocks free)."""
@@ -85,3 +85,8 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(request)
         return request
+
+
+def _plan(request: Request, count: int) -> ScheduledRequest:
+    start = request.num_computed_tokens
+    return ScheduledRequest(request, start, count, samples=start + count == request.num_tokens)
