@@ -1,0 +1,113 @@
+# pyright: basic
+"""The router's process: HTTP and gRPC on one event loop."""
+
+import asyncio
+import contextlib
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from baton.config import RouterConfig, member_id
+from baton.errors import ConfigError
+from baton.hosting.members import make_membership
+from baton.hosting.process import run_service
+from baton.hosting.server import Host
+from baton.metrics import RouterMetrics
+from baton.rpc.channel import Channels
+from baton.rpc.v1 import router_pb2, router_pb2_grpc
+from baton.tokenizer import Tokenizer, read_settings
+from baton.types import Member, Role
+from services.router.app import Gateway, make_app
+from services.router.dispatch import Dispatcher
+from services.router.generation import Generator
+from services.router.policy import POLICIES
+from services.router.servicer import RouterServicer
+from services.router.workers import Workers
+
+
+class _Server(uvicorn.Server):
+    """Signals are the host's business."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def build(config: RouterConfig, workers: Workers, channels: Channels) -> Gateway:
+    if not config.model:
+        raise ConfigError("model is not set: give the Hugging Face folder that the workers serve, model=/path/to/model")
+    folder = Path(config.model)
+    tokenizer = Tokenizer(folder)
+    model, defaults = read_settings(folder / "config.json"), read_settings(folder / "generation_config.json")
+    eos = defaults.get("eos_token_id", model.get("eos_token_id"))
+    eos_ids = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    name = config.served_model_name or folder.resolve().name
+    metrics = RouterMetrics(name)
+    dispatcher = Dispatcher(
+        workers,
+        channels,
+        config.policy,
+        POLICIES[config.policy],
+        lease_s=config.cluster.lease_s,
+        max_migrations=config.max_migrations,
+        on_migration=metrics.migrations.inc,
+    )
+    return Gateway(
+        model=name,
+        tokenizer=tokenizer,
+        defaults=defaults,
+        context_len=int(model.get("max_position_embeddings", 2**31)),
+        dispatcher=dispatcher,
+        generator=Generator(tokenizer, dispatcher, metrics, eos_ids),
+        metrics=metrics,
+        max_body=config.max_body,
+        lease_s=config.cluster.lease_s,
+    )
+
+
+async def serve(config: RouterConfig) -> None:
+    channels = Channels(config.cluster.lease_s)
+    membership = make_membership(config.cluster)
+    workers = Workers(membership, channels, lease_s=config.cluster.lease_s)
+    gateway = build(config, workers, channels)
+    host = Host(
+        config.server, config.cluster, Member(id=member_id(config.server, Role.ROUTER), role=Role.ROUTER, address=""), gateway.metrics
+    )
+    router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(gateway), host.grpc)
+    listener = _listen(config.server.host, config.http_port)
+    server = _Server(
+        uvicorn.Config(make_app(gateway), log_config=None, access_log=False, timeout_graceful_shutdown=max(int(config.drain_grace_s), 1))
+    )
+    workers.start()
+    http = asyncio.create_task(server.serve([listener]), name="http")
+
+    async def drain() -> None:
+        server.should_exit = True
+        await http
+
+    def start_draining() -> None:
+        gateway.draining = True
+
+    try:
+        await host.run([router_pb2.DESCRIPTOR.services_by_name["Router"].full_name], drain, on_draining=start_draining)
+    finally:
+        server.should_exit = True
+        await asyncio.gather(http, return_exceptions=True)
+        await workers.close()
+        await membership.close()
+        await channels.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port} (http_port): {error.strerror}") from error
+    return listener
+
+
+if __name__ == "__main__":
+    run_service("router", RouterConfig, serve)

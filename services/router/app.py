@@ -1,0 +1,297 @@
+# pyright: basic
+"""The HTTP face: OpenAI's API with vLLM's extensions, and the pages of operators. Parses, streams and maps errors; decides nothing."""
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from baton.errors import BatonError, InvalidRequest, ModelNotFound, NoWorkers, RequestCancelled
+from baton.metrics import RouterMetrics
+from baton.tokenizer import Tokenizer
+from baton.types import MemberState
+from services.router.answers import Answers, error_body
+from services.router.dispatch import Dispatcher
+from services.router.generation import Ask, Choice, Generator
+from services.router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from services.router.policy import POLICIES, Facts
+from services.router.text import Piece
+from services.router.workers import HashesBySize
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Stream = AsyncGenerator[tuple[Choice, Piece]]
+ROUTE_HEADER = "x-baton-route"
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What the handlers share."""
+
+    model: str
+    tokenizer: Tokenizer
+    defaults: dict[str, Any]  # generation_config.json
+    context_len: int  # the model's own
+    dispatcher: Dispatcher
+    generator: Generator
+    metrics: RouterMetrics
+    max_body: int
+    lease_s: float
+    draining: bool = False
+
+    @property
+    def max_model_len(self) -> int:
+        """What the workers take; the model's own limit while none is known."""
+        lens = [w.member.max_model_len for w in self.dispatcher.workers.all() if w.member.max_model_len]
+        return min([*lens, self.context_len])
+
+    def not_ready(self) -> str | None:
+        """Why no request can be served now."""
+        if self.draining:
+            return "the router is draining"
+        view = self.dispatcher.workers.view(HashesBySize((), ""))
+        try:
+            POLICIES["least_load"](Facts(num_prompt_tokens=0, turn=0), view)
+        except NoWorkers as error:
+            return error.message
+        return None
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            raise ModelNotFound(f"the model {name!r} is not served here; {self.model!r} is, or leave `model` out", param="model")
+
+
+def make_app(gateway: Gateway) -> FastAPI:
+    app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(BatonError)
+    async def on_error(request: Request, error: BatonError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(
+            error_body(str(error.detail), "not_found" if error.status_code == 404 else "http_error", error.status_code), error.status_code
+        )
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> JSONResponse:
+        logger.error("a request failed", exc_info=error)
+        return JSONResponse(error_body("the router failed on this request; see its log", "internal_error", 500), 500)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = parse(ChatBody, await read_json(request, gateway.max_body))
+        gateway.check_model(body.model)
+        prompt = body.prompt(gateway.tokenizer)
+        gateway.generator.check(prompt, gateway.max_model_len)
+        request_id = _request_id(request, "chatcmpl")
+        asks = body.asks(request_id, prompt, gateway.defaults, gateway.max_model_len)
+        return await _answer(request, gateway, "chat.completion", request_id, asks, body)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        body = parse(CompletionBody, await read_json(request, gateway.max_body))
+        gateway.check_model(body.model)
+        prompts = body.prompts(gateway.tokenizer)
+        for prompt in prompts:
+            gateway.generator.check(prompt, gateway.max_model_len)
+        request_id = _request_id(request, "cmpl")
+        asks = body.asks(request_id, prompts, gateway.defaults, gateway.max_model_len)
+        return await _answer(request, gateway, "text_completion", request_id, asks, body, echo=body.echo, silent=body.max_tokens == 0)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        card = {"id": gateway.model, "object": "model", "created": 0, "owned_by": "baton", "max_model_len": gateway.max_model_len}
+        return {"object": "list", "data": [card]}
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = parse(TokenizeBody, await read_json(request, gateway.max_body))
+        gateway.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequest("send either prompt or messages", param="prompt")
+        if body.prompt is not None:
+            ids = gateway.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        else:
+            messages = [message.for_template() for message in body.messages or ()]
+            text = gateway.tokenizer.render_chat(messages, add_generation_prompt=body.add_generation_prompt)
+            ids = gateway.tokenizer.encode(text, add_special_tokens=False)
+        strings = [gateway.tokenizer.piece(token_id) for token_id in ids] if body.return_token_strs else None
+        return {"tokens": ids, "count": len(ids), "max_model_len": gateway.max_model_len, "token_strs": strings}
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> dict[str, Any]:
+        body = parse(DetokenizeBody, await read_json(request, gateway.max_body))
+        gateway.check_model(body.model)
+        if body.tokens:
+            gateway.generator.check(body.tokens, None)
+        return {"prompt": gateway.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        problem = gateway.not_ready()
+        return JSONResponse({"status": "ready" if problem is None else "not ready", "problem": problem}, 200 if problem is None else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/cluster")
+    async def cluster() -> dict[str, Any]:
+        return describe(gateway)
+
+    return app
+
+
+def describe(gateway: Gateway) -> dict[str, Any]:
+    """The cluster as this router sees it."""
+    workers = [
+        {
+            "id": w.member.id,
+            "role": str(w.member.role),
+            "pid": w.member.pid,
+            "address": w.member.address,
+            "state": "lost" if w.state is None else str(MemberState.DRAINING if w.member.state is MemberState.DRAINING else w.state),
+            "running": w.load.num_running,
+            "waiting": w.load.num_waiting,
+            "blocks_free": w.load.blocks_free,
+            "blocks_total": w.load.blocks_total,
+            "blocks_cached": w.load.blocks_cached,
+            "model": w.member.model,
+            "fingerprint": w.member.fingerprint,
+            "metrics": w.member.metrics_address,
+        }
+        for w in sorted(gateway.dispatcher.workers.all(), key=lambda w: (w.member.role, w.member.id))
+    ]
+    others = [
+        {"id": m.id, "role": str(m.role), "pid": m.pid, "address": m.address, "state": str(m.state), "metrics": m.metrics_address}
+        for m in gateway.dispatcher.workers.others.values()
+    ]
+    problem = gateway.not_ready()
+    return {
+        "model": gateway.model,
+        "policy": gateway.dispatcher.policy_name,
+        "ready": problem is None,
+        "problem": problem,
+        "workers": workers,
+        "others": sorted(others, key=lambda m: m["id"]),
+        "blocks_indexed": len(gateway.dispatcher.workers.index),
+    }
+
+
+async def read_json(request: Request, limit: int) -> object:
+    """The body, read no further than `limit` bytes."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > limit:
+            raise HTTPException(413, f"the body is larger than {limit} bytes (max_body)")
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+
+
+def error_response(error: BatonError) -> JSONResponse:
+    headers = {"retry-after": "1"} if error.http_status in (429, 503) else None
+    return JSONResponse(error_body(error.message, error.code, error.http_status, error.param), error.http_status, headers)
+
+
+async def _answer(
+    request: Request,
+    gateway: Gateway,
+    kind: str,
+    request_id: str,
+    asks: Sequence[Ask],
+    body: ChatBody | CompletionBody,
+    *,
+    echo: bool = False,
+    silent: bool = False,
+) -> Response:
+    answers = Answers(kind, request_id, gateway.model, gateway.tokenizer, asks, token_ids=body.return_token_ids)
+    stream = gateway.generator.run(asks)
+    if not body.stream:
+        choices = await _until_gone(request, lambda: _collect(stream))
+        return JSONResponse(answers.whole(choices, echo=echo, silent=silent), headers=_headers(request_id, choices))
+    try:  # errors before the first token are HTTP statuses
+        first = await _until_gone(request, lambda: anext(stream))
+    except BaseException:
+        await stream.aclose()
+        raise
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    events = _events(stream, first, answers, include_usage=include_usage, echo=echo)
+    return StreamingResponse(events, media_type="text/event-stream", headers=_headers(request_id, [first[0]]))
+
+
+async def _collect(stream: Stream) -> list[Choice]:
+    choices: dict[int, Choice] = {}
+    async with aclosing(stream):
+        async for choice, _ in stream:
+            choices[choice.index] = choice
+    return list(choices.values())
+
+
+async def _events(stream: Stream, first: tuple[Choice, Piece], answers: Answers, *, include_usage: bool, echo: bool) -> AsyncGenerator[str]:
+    choices: dict[int, Choice] = {}
+    async with aclosing(stream):
+        try:
+            item: tuple[Choice, Piece] | None = first
+            while item is not None:
+                choices[item[0].index] = item[0]
+                chunk = answers.chunk(*item, echo=echo)
+                if chunk is not None:
+                    yield _event(chunk)
+                item = await anext(stream, None)
+            if include_usage:
+                yield _event(answers.usage_chunk(list(choices.values())))
+        except BatonError as error:
+            yield _event(error_body(error.message, error.code, error.http_status, error.param))
+    yield "data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _until_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T:
+    """The work's result; RequestCancelled, and the work cancelled, when the client goes away first."""
+
+    async def run() -> T:
+        return await work()
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.create_task(run()), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise RequestCancelled("the client went away")
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+def _headers(request_id: str, choices: Sequence[Choice]) -> dict[str, str]:
+    return {"x-request-id": request_id, ROUTE_HEADER: str(min(choices, key=lambda c: c.index).route)}
+
+
+def _request_id(request: Request, prefix: str) -> str:
+    """The client's own, or a new one."""
+    return request.headers.get("x-request-id", "")[:128] or f"{prefix}-{secrets.token_hex(8)}"

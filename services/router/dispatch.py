@@ -1,0 +1,155 @@
+# pyright: basic
+"""Dispatcher: one sequence's life between the router and the workers.
+
+    place ─▶ Decode.Generate ─▶ outputs … ─▶ finished
+      ▲            │ refused, lost, silent for a lease
+      └────────────┘ with the tokens so far
+
+The sequence goes on elsewhere as if nothing had happened, because draws depend on (seed, position) alone. Text is not known here.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+import grpc
+import grpc.aio
+
+from baton.errors import NoWorkers, Overloaded, Unavailable, WorkerLost
+from baton.rpc import convert
+from baton.rpc.channel import Channels
+from baton.rpc.v1 import decode_pb2, decode_pb2_grpc
+from baton.types import GenerateOutput, GenerateRequest
+from services.router.policy import Facts, Placement, Policy
+from services.router.workers import HashesBySize, Workers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class Route:
+    """Where a sequence went and why; grows while it runs."""
+
+    policy: str
+    decode: str = ""
+    prefill: str = ""  # empty: the decode worker computed the prompt itself
+    reason: str = ""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    moves: list[str] = dataclasses.field(default_factory=list[str])  # why it left each earlier worker
+
+    def __str__(self) -> str:
+        parts = [
+            f"policy={self.policy}",
+            f"decode={self.decode}",
+            f"prefill={self.prefill or 'local'}",
+            f"cached={self.num_cached_tokens}/{self.num_prompt_tokens}",
+        ]
+        if self.moves:
+            parts.append(f"moves={len(self.moves)}")
+        text = "; ".join([*parts, f'reason="{self.reason}"'])
+        return text.encode("ascii", "replace").decode().replace("\n", " ")
+
+
+class Dispatcher:
+    def __init__(
+        self,
+        workers: Workers,
+        channels: Channels,
+        policy_name: str,
+        policy: Policy,
+        *,
+        lease_s: float,
+        max_migrations: int,
+        on_migration: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.workers, self._channels, self.policy_name, self._policy = workers, channels, policy_name, policy
+        self._lease_s, self._max_migrations, self._on_migration = lease_s, max_migrations, on_migration
+        self._turns = itertools.count()
+
+    def route(self) -> Route:
+        return Route(self.policy_name)
+
+    async def generate(self, request: GenerateRequest, route: Route) -> AsyncGenerator[GenerateOutput]:
+        """Outputs until the one with a finish reason, from as many workers as it takes. Leaving early cancels the call.
+
+        Raises NoWorkers, Overloaded, WorkerLost (too often), or what a worker says of a wrong request.
+        """
+        hashes = HashesBySize(request.prompt_token_ids, request.salt)
+        facts = Facts(num_prompt_tokens=len(request.prompt_token_ids), turn=next(self._turns))
+        route.num_prompt_tokens = facts.num_prompt_tokens
+        output = list(request.output_token_ids)
+        refused: list[str] = []
+        for attempt in itertools.count():
+            placement = await self._place(facts, hashes, refused)
+            route.decode, route.prefill, route.reason = placement.decode, "", placement.reason
+            name = request.request_id if attempt == 0 else f"{request.request_id}~{attempt}"
+            part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
+            try:
+                async for item in self._call(part, placement, route):
+                    output += [token.token_id for token in item.tokens]
+                    yield item
+                    if item.finish_reason is not None:
+                        return
+                raise WorkerLost(f"{placement.decode} ended the stream too early")
+            except Unavailable as error:
+                if isinstance(error, WorkerLost):
+                    self.workers.lost(placement.decode)
+                else:
+                    refused.append(placement.decode)
+                if attempt >= self._max_migrations or (isinstance(error, Overloaded) and not self._others(facts, hashes, refused)):
+                    raise
+                logger.warning("%s moves from %s after %d tokens: %s", request.request_id, placement.decode, len(output), error.message)
+                route.moves.append(f"{placement.decode}: {error.message}")
+                self._on_migration()
+
+    async def _place(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> Placement:
+        """Waits up to a lease for a worker that can take it."""
+        deadline = asyncio.get_running_loop().time() + self._lease_s
+        while True:
+            try:
+                placement = self._policy(facts, self.workers.view(hashes, exclude=refused))
+                break
+            except NoWorkers:
+                left = deadline - asyncio.get_running_loop().time()
+                if left <= 0:
+                    raise
+                refused.clear()
+                await self.workers.wait_change(min(left, 0.5))
+        for worker_id in (placement.decode, *placement.prefills[:1]):
+            self.workers.routed(worker_id, facts.num_prompt_tokens if worker_id != placement.decode or not placement.prefills else 0)
+        return placement
+
+    def _others(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> bool:
+        try:
+            self._policy(facts, self.workers.view(hashes, exclude=refused))
+        except NoWorkers:
+            return False
+        return True
+
+    async def _call(self, request: GenerateRequest, placement: Placement, route: Route) -> AsyncIterator[GenerateOutput]:
+        candidates = [decode_pb2.PrefillCandidate(id=name, address=self.workers.address(name)) for name in placement.prefills]
+        message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request), prefill_candidates=candidates)
+        call = decode_pb2_grpc.DecodeStub(self._channels.get(self.workers.address(placement.decode))).Generate(message)
+        try:
+            while True:
+                async with asyncio.timeout(self._lease_s):
+                    response = await call.read()
+                if not isinstance(response, decode_pb2.GenerateResponse):
+                    return
+                if response.HasField("prefill"):
+                    route.prefill = response.prefill.prefill_id
+                    route.reason = f"{placement.reason}; {response.prefill.reason}"
+                output = convert.output_from_proto(response.output)
+                if output.cache is not None:
+                    route.num_cached_tokens = output.cache.num_cached_tokens
+                if output.tokens or output.finish_reason is not None:
+                    yield output
+        except grpc.aio.AioRpcError as error:
+            raise convert.error_from_rpc(error, placement.decode) from error
+        except TimeoutError as error:
+            raise WorkerLost(f"{placement.decode} was silent for {self._lease_s:g} s") from error
+        finally:
+            call.cancel()

@@ -1,0 +1,174 @@
+"""Generation: what a client's request becomes. One `Ask` gives one or more sequences (`n`), each a stream of text pieces."""
+
+import asyncio
+import dataclasses
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from baton.errors import BatonError, InternalError, InvalidRequest, PromptTooLong
+from baton.metrics import RouterMetrics
+from baton.tokenizer import Tokenizer
+from baton.types import CacheReport, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
+from services.router.dispatch import Dispatcher, Route
+from services.router.text import Piece, TextStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One prompt of a client. `sampling.seed` is ignored: `seed` counts, and None draws one."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    salt: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class Choice:
+    """One sequence as it stands."""
+
+    index: int
+    route: Route
+    text: str = ""
+    pieces: list[Piece] = dataclasses.field(default_factory=list[Piece])
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    cache: CacheReport | None = None
+
+
+class Generator:
+    def __init__(self, tokenizer: Tokenizer, dispatcher: Dispatcher, metrics: RouterMetrics, eos: frozenset[int]) -> None:
+        self._tokenizer, self._dispatcher, self._metrics, self._eos = tokenizer, dispatcher, metrics, eos
+
+    def check(self, token_ids: Sequence[int], max_model_len: int | None) -> None:
+        """Refuses a prompt that no worker could take, before it costs anything."""
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+        for token_id in token_ids:
+            if not 0 <= token_id < self._tokenizer.vocab_size:
+                last = self._tokenizer.vocab_size - 1
+                raise InvalidRequest(f"token id {token_id} is outside the model's vocabulary (0 to {last})", param="prompt")
+        if max_model_len is not None and len(token_ids) >= max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {len(token_ids)} tokens; this model takes at most {max_model_len} tokens, prompt and output together: "
+                "shorten the prompt",
+                param="prompt",
+            )
+
+    async def run(self, asks: Sequence[Ask]) -> AsyncGenerator[tuple[Choice, Piece]]:
+        """Pieces of all sequences as they come; sequence i of prompt p has index p * n + i. Leaving early cancels them all.
+
+        The first sequence of a prompt starts at once, its siblings with its first token: they find the prompt cached.
+        """
+        pieces: asyncio.Queue[tuple[Choice, Piece] | BatonError | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._run_ask(ask, place * ask.n, pieces)) for place, ask in enumerate(asks)]
+        left = len(tasks)
+        try:
+            while left:
+                item = await pieces.get()
+                if item is None:
+                    left -= 1
+                elif isinstance(item, BatonError):
+                    raise item
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run_ask(self, ask: Ask, first_index: int, pieces: "asyncio.Queue[tuple[Choice, Piece] | BatonError | None]") -> None:
+        seed = secrets.randbelow(2**63) if ask.seed is None else ask.seed % 2**63
+        started = asyncio.Event()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for i in range(ask.n):
+                    if i == 1:
+                        await started.wait()
+                    group.create_task(self._run_one(ask, first_index + i, _sibling_seed(seed, i), pieces, started))
+        except* Exception as errors:
+            error = errors.exceptions[0]
+            if not isinstance(error, BatonError):
+                logger.error("a request failed", exc_info=error)
+                error = InternalError(f"{type(error).__name__}: {error}")
+            pieces.put_nowait(error)
+        pieces.put_nowait(None)
+
+    async def _run_one(
+        self,
+        ask: Ask,
+        index: int,
+        seed: int,
+        pieces: "asyncio.Queue[tuple[Choice, Piece] | BatonError | None]",
+        started: asyncio.Event,
+    ) -> None:
+        choice = Choice(index, self._dispatcher.route())
+        request = GenerateRequest(
+            request_id=f"{ask.request_id}-{index}-{secrets.token_hex(4)}",  # clients may use an id twice; workers must not
+            prompt_token_ids=ask.prompt_token_ids,
+            sampling=dataclasses.replace(ask.sampling, seed=seed),
+            salt=ask.salt,
+        )
+        text = TextStream(
+            self._tokenizer,
+            stop=ask.stop,
+            include_stop=ask.include_stop,
+            skip_special_tokens=ask.skip_special_tokens,
+            min_tokens=ask.sampling.min_tokens,
+            eos=self._eos,
+        )
+        begun = last = time.monotonic()
+        try:
+            async with aclosing(self._dispatcher.generate(request, choice.route)) as outputs:
+                async for output in outputs:
+                    piece = text.push(output)
+                    choice.pieces.append(piece)
+                    choice.text += piece.text
+                    choice.num_tokens += len(piece.tokens)
+                    choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
+                    choice.prompt_logprobs = choice.prompt_logprobs or output.prompt_logprobs
+                    choice.cache = output.cache or choice.cache
+                    last = self._observe(choice, begun, last)
+                    started.set()
+                    pieces.put_nowait((choice, piece))
+                    if piece.finish_reason is not None:
+                        break
+        except BatonError as error:
+            self._metrics.failure(error.code)
+            raise
+        self._finish(choice, ask, begun)
+
+    def _observe(self, choice: Choice, begun: float, last: float) -> float:
+        now = time.monotonic()
+        if len(choice.pieces) == 1:
+            self._metrics.time_to_first_token.observe(now - begun)
+        else:
+            self._metrics.inter_token_latency.observe(now - last)
+        return now
+
+    def _finish(self, choice: Choice, ask: Ask, begun: float) -> None:
+        self._metrics.e2e_request_latency.observe(time.monotonic() - begun)
+        self._metrics.prompt_tokens.inc(len(ask.prompt_token_ids))
+        self._metrics.generation_tokens.inc(choice.num_tokens)
+        self._metrics.cached_tokens.inc(choice.cache.num_cached_tokens if choice.cache else 0)
+        self._metrics.success(str(choice.finish_reason))
+
+
+def _sibling_seed(seed: int, index: int) -> int:
+    """Sequence 0 has the request's own seed."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,188 @@
+"""What clients send: OpenAI's request bodies with vLLM's extensions, checked, and turned into `Ask`s. Unknown fields are tolerated."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from baton.errors import InvalidRequest
+from baton.tokenizer import Tokenizer
+from baton.types import SamplingParams
+from services.router.generation import Ask
+
+MAX_LOGPROBS = 20
+MAX_N = 64
+B = TypeVar("B", bound=BaseModel)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=False)
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: "StreamOptions | None" = None
+    n: int | None = Field(default=None, ge=1, le=MAX_N)
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    max_tokens: int | None = Field(default=None, ge=0)
+    min_tokens: int | None = Field(default=None, ge=0)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    logit_bias: dict[int, float] | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    return_token_ids: bool = False
+    cache_salt: str = ""
+
+    def sampling(self, defaults: Mapping[str, Any], max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+        """`defaults` are the model's generation_config.json."""
+
+        def pick(name: str, fallback: float) -> Any:
+            value = getattr(self, name)
+            return value if value is not None else defaults.get(name) if defaults.get(name) is not None else fallback
+
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=pick("temperature", 1.0),
+            top_k=max(pick("top_k", 0), 0),
+            top_p=pick("top_p", 1.0),
+            min_p=pick("min_p", 0.0),
+            repetition_penalty=pick("repetition_penalty", 1.0),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            min_tokens=min(self.min_tokens or 0, max_tokens),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(string for string in stop if string)
+
+    def ask(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> Ask:
+        return Ask(
+            request_id=request_id,
+            prompt_token_ids=tuple(token_ids),
+            sampling=sampling,
+            seed=self.seed,
+            n=self.n or 1,
+            stop=self.stops,
+            include_stop=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            salt=self.cache_salt,
+        )
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class CompletionBody(_Body):
+    prompt: str | list[int] | list[str] | list[list[int]]
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = True
+    max_tokens: int | None = Field(default=16, ge=0)
+
+    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Each prompt as tokens."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
+        several = cast("list[str | list[int]]", prompt)
+        if not several:
+            raise InvalidRequest("prompt is empty; send text, token ids, or a list of either", param="prompt")
+        return [tokenizer.encode(p, add_special_tokens=self.add_special_tokens) if isinstance(p, str) else p for p in several]
+
+    def asks(self, request_id: str, prompts: list[list[int]], defaults: Mapping[str, Any], max_model_len: int) -> list[Ask]:
+        asked = max_model_len if self.max_tokens is None else self.max_tokens
+        if asked == 0 and not self.echo:
+            raise InvalidRequest("max_tokens must be at least 1, unless echo is set", param="max_tokens")
+        prompt_logprobs = self.logprobs if self.echo else self.prompt_logprobs
+        sampling = self.sampling(defaults, max(asked, 1), self.logprobs, prompt_logprobs)
+        return [self.ask(f"{request_id}-{place}", ids, _fit(sampling, ids, max_model_len)) for place, ids in enumerate(prompts)]
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        message = self.model_dump()
+        if isinstance(self.content, list):
+            parts = [part for part in self.content if part.get("type") != "text"]
+            if parts:
+                raise InvalidRequest(f"this model takes text only, not content parts of type {parts[0].get('type')!r}", param="messages")
+            message["content"] = "".join(str(part.get("text", "")) for part in self.content)
+        return {key: value for key, value in message.items() if value is not None or key == "content"}
+
+
+class ChatBody(_Body):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+    def prompt(self, tokenizer: Tokenizer) -> list[int]:
+        messages = [message.for_template() for message in self.messages]
+        text = tokenizer.render_chat(messages, add_generation_prompt=self.add_generation_prompt, extra=self.chat_template_kwargs)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def asks(self, request_id: str, prompt: list[int], defaults: Mapping[str, Any], max_model_len: int) -> list[Ask]:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs=true", param="top_logprobs")
+        asked = self.max_completion_tokens or self.max_tokens or max_model_len
+        sampling = self.sampling(defaults, asked, (self.top_logprobs or 0) if self.logprobs else None, self.prompt_logprobs)
+        return [self.ask(request_id, prompt, _fit(sampling, prompt, max_model_len))]
+
+
+class TokenizeBody(BaseModel):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(BaseModel):
+    model: str | None = None
+    tokens: list[int]
+
+
+def parse(cls: type[B], body: object) -> B:
+    """Raises InvalidRequest that names the first wrong field."""
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")
+    try:
+        return cls.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0]) if first["loc"] else None
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"{where}: {first['msg']}", param=field) from error
+
+
+def _fit(sampling: SamplingParams, prompt: list[int], max_model_len: int) -> SamplingParams:
+    """No more tokens than the context has room for."""
+    room = max(max_model_len - len(prompt), 1)
+    if sampling.max_tokens <= room:
+        return sampling
+    return dataclasses.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))

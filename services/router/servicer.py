@@ -1,0 +1,77 @@
+# pyright: basic
+"""The gRPC face for clients: the same generation as HTTP, without OpenAI's shapes."""
+
+import dataclasses
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from baton.errors import InvalidRequest
+from baton.hosting.worker import Context, guarded
+from baton.rpc import convert
+from baton.rpc.v1 import router_pb2 as pb
+from baton.rpc.v1 import router_pb2_grpc
+from baton.types import SamplingParams
+from services.router.app import Gateway
+from services.router.generation import Ask
+
+
+class RouterServicer(router_pb2_grpc.RouterServicer):
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def Generate(self, request: pb.RouterGenerateRequest, context: Context) -> AsyncIterator[pb.RouterGenerateResponse]:
+        async with guarded(context):
+            gateway = self._gateway
+            gateway.check_model(request.model or None)
+            prompt = self._prompt(request)
+            gateway.generator.check(prompt, gateway.max_model_len)
+            ask = Ask(
+                request_id=f"{request.request_id or 'grpc'}-{secrets.token_hex(6)}",
+                prompt_token_ids=tuple(prompt),
+                sampling=self._sampling(request, len(prompt)),
+                seed=request.seed if request.HasField("seed") else None,
+                stop=tuple(request.stop),
+                salt=request.salt,
+            )
+            async with aclosing(gateway.generator.run([ask])) as stream:
+                async for choice, piece in stream:
+                    answer = pb.RouterGenerateResponse(
+                        request_id=request.request_id,
+                        text=piece.text,
+                        tokens=[convert.token_to_proto(token) for token in piece.tokens],
+                    )
+                    if piece.finish_reason is not None:
+                        answer.finish_reason = convert.finish_to_proto(piece.finish_reason)
+                        answer.stop_reason = str(piece.stop_reason or "")
+                        answer.usage.prompt_tokens = len(prompt)
+                        answer.usage.completion_tokens = choice.num_tokens
+                        answer.usage.cached_tokens = choice.cache.num_cached_tokens if choice.cache else 0
+                        answer.route = str(choice.route)
+                    yield answer
+
+    def _prompt(self, request: pb.RouterGenerateRequest) -> list[int]:
+        tokenizer, kind = self._gateway.tokenizer, request.WhichOneof("input")
+        if kind == "text":
+            return tokenizer.encode(request.text)
+        if kind == "token_ids":
+            return list(request.token_ids.ids)
+        if kind == "chat":
+            messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
+            return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
+        raise InvalidRequest("input is missing: send text, token_ids or chat", param="input")
+
+    def _sampling(self, request: pb.RouterGenerateRequest, num_prompt_tokens: int) -> SamplingParams:
+        """proto3 has no defaults: in `sampling`, 0 for top_p and repetition_penalty means off, and temperature 0 is greedy."""
+        room = max(self._gateway.max_model_len - num_prompt_tokens, 1)
+        if not request.HasField("sampling"):
+            defaults = self._gateway.defaults
+            names = ("temperature", "top_p", "top_k", "repetition_penalty")
+            return SamplingParams(max_tokens=room, **{name: defaults[name] for name in names if defaults.get(name) is not None})
+        sampling = convert.sampling_from_proto(request.sampling)
+        return dataclasses.replace(
+            sampling,
+            max_tokens=min(sampling.max_tokens or room, room),
+            top_p=sampling.top_p or 1.0,
+            repetition_penalty=sampling.repetition_penalty or 1.0,
+        )

@@ -1,0 +1,185 @@
+# pyright: basic
+"""Workers: the router's live view. Who is there comes from the membership; load and cached blocks from each worker's state stream.
+
+A worker is usable while it is a ready member and its state stream speaks: a broken stream takes it out at once, silence after a lease. The
+stream is opened again until the member is gone, and begins with a snapshot; a gap in its numbers opens it again too.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+
+from baton.cluster.membership import Membership
+from baton.hashing import block_hashes
+from baton.rpc import convert
+from baton.rpc.channel import Channels
+from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+from baton.types import Load, Member, MemberState, Role
+from services.router.index import PrefixIndex
+from services.router.policy import WorkerView
+
+logger = logging.getLogger(__name__)
+_RETRY_S = 0.2
+SERVING = frozenset({Role.PREFILL, Role.DECODE, Role.UNIFIED})
+
+
+@dataclasses.dataclass(slots=True)
+class Worker:
+    member: Member
+    state: MemberState | None = None  # None: its stream does not speak
+    load: Load = dataclasses.field(default_factory=Load)
+    routed_requests: int = 0  # sent there, not seen in its load yet
+    routed_tokens: int = 0
+    watcher: asyncio.Task[None] | None = None
+
+    @property
+    def usable(self) -> bool:
+        return self.state is MemberState.READY and self.member.state is MemberState.READY
+
+
+class Workers:
+    def __init__(self, membership: Membership, channels: Channels, *, lease_s: float) -> None:
+        self._membership, self._channels, self._lease_s = membership, channels, lease_s
+        self.index = PrefixIndex()
+        self._workers: dict[str, Worker] = {}
+        self.others: dict[str, Member] = {}  # members that serve no requests: kvstore, routers
+        self._changed = asyncio.Condition()
+        self._watcher: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._watcher = asyncio.create_task(self._watch_members(), name="members")
+
+    async def close(self) -> None:
+        tasks = [task for task in (self._watcher, *(worker.watcher for worker in self._workers.values())) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def all(self) -> list[Worker]:
+        return list(self._workers.values())
+
+    def address(self, worker_id: str) -> str:
+        return self._workers[worker_id].member.address
+
+    def view(self, hashes_by_size: "HashesBySize", exclude: Sequence[str] = ()) -> list[WorkerView]:
+        """Usable workers, with how much of a prompt each one holds."""
+        usable = [w for name, w in self._workers.items() if w.usable and name not in exclude]
+        matched: dict[str, int] = {}
+        for size in {w.member.block_size for w in usable}:
+            names = [w.member.id for w in usable if w.member.block_size == size]
+            matched |= {name: blocks * size for name, blocks in self.index.match(hashes_by_size(size), names).items()}
+        return [
+            WorkerView(
+                id=w.member.id,
+                role=w.member.role,
+                fingerprint=w.member.fingerprint,
+                block_size=w.member.block_size,
+                num_requests=w.load.num_running + w.load.num_waiting + w.routed_requests,
+                pending_tokens=w.load.num_waiting_tokens + w.routed_tokens,
+                matched_tokens=matched[w.member.id],
+            )
+            for w in usable
+        ]
+
+    def routed(self, worker_id: str, num_tokens: int) -> None:
+        """A request is on its way there; counted until the worker's next report, so that a burst spreads."""
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            worker.routed_requests += 1
+            worker.routed_tokens += num_tokens
+
+    def lost(self, worker_id: str) -> None:
+        """A call found it gone; it is not used until its stream speaks again."""
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            worker.state = None
+
+    async def wait_change(self, timeout_s: float) -> None:
+        """Until something about the workers changes, or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait()
+
+    async def _watch_members(self) -> None:
+        async for view in self._membership.watch():
+            self.others = {name: member for name, member in view.items() if member.role not in SERVING}
+            serving = {name: member for name, member in view.items() if member.role in SERVING}
+            for name in [name for name in self._workers if name not in serving]:
+                await self._forget(name)
+            for name, member in serving.items():
+                known = self._workers.get(name)
+                if known is not None and (known.member.address, known.member.pid) != (member.address, member.pid):
+                    await self._forget(name)
+                    known = None
+                if known is None:
+                    worker = self._workers[name] = Worker(member)
+                    worker.watcher = asyncio.create_task(self._watch_worker(worker), name=f"watch-{name}")
+                    logger.info("%s %s joined at %s", member.role, name, member.address)
+                else:
+                    known.member = member
+            await self._notify()
+
+    async def _forget(self, name: str) -> None:
+        worker = self._workers.pop(name)
+        if worker.watcher is not None:
+            worker.watcher.cancel()
+        self.index.remove(name)
+        await self._channels.drop(worker.member.address)
+        logger.info("%s left", name)
+
+    async def _watch_worker(self, worker: Worker) -> None:
+        while True:
+            call = worker_pb2_grpc.WorkerStub(self._channels.get(worker.member.address)).WatchState(worker_pb2.WatchStateRequest())
+            try:
+                await self._follow(worker, call)
+            except (grpc.aio.AioRpcError, TimeoutError) as error:
+                if worker.state is not None:
+                    logger.warning(
+                        "%s is lost: %s", worker.member.id, error.details() if isinstance(error, grpc.aio.AioRpcError) else "silent"
+                    )
+            finally:
+                call.cancel()
+            worker.state = None
+            await self._notify()
+            await asyncio.sleep(_RETRY_S)
+
+    async def _follow(self, worker: Worker, call: "grpc.aio.UnaryStreamCall[worker_pb2.WatchStateRequest, worker_pb2.StateUpdate]") -> None:
+        """Until the stream ends or has a gap. Raises on its errors and its silence."""
+        expected: int | None = None
+        while True:
+            async with asyncio.timeout(self._lease_s):
+                message = await call.read()
+            if not isinstance(message, worker_pb2.StateUpdate):
+                return
+            update = convert.state_from_proto(message)
+            if not update.snapshot and update.sequence != expected:
+                return
+            expected = update.sequence + 1
+            self.index.apply(worker.member.id, update.events, snapshot=update.snapshot)
+            changed = worker.state is not update.state
+            worker.state, worker.load = update.state, update.load
+            worker.routed_requests = worker.routed_tokens = 0
+            if changed:
+                await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+class HashesBySize:
+    """A prompt's block hashes, computed once for each block size that some worker has."""
+
+    def __init__(self, token_ids: Sequence[int], salt: str) -> None:
+        self._token_ids, self._salt = token_ids, salt
+        self._hashes: dict[int, list[bytes]] = {}
+
+    def __call__(self, block_size: int) -> list[bytes]:
+        if block_size not in self._hashes:
+            self._hashes[block_size] = block_hashes(self._token_ids, block_size, self._salt)
+        return self._hashes[block_size]
