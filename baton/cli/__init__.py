@@ -1,5 +1,5 @@
-"""The command line, `baton`."""
+"""The command line, `baton`. Commands import what they need when they run, so that it starts quickly and works without torch."""
 
+from baton.cli.app import main
 
-def main() -> None:
-    raise SystemExit("baton: no commands yet")
+__all__ = ["main"]

@@ -27,8 +27,9 @@ def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s %(levelname)s {name}[{os.getpid()}] %(name)s: %(message)s", stream=sys.stderr
     )
-    if os.environ.get("BATON_DIE_WITH_PARENT") == "1":
-        die_with_parent()
+    parent = os.environ.get("BATON_DIE_WITH_PARENT")  # the supervisor's process id
+    if parent:
+        die_with_parent(int(parent))
     try:
         asyncio.run(_serve(serve, load_config(config_class, arguments.config, arguments.overrides)))
     except BatonError as error:
@@ -41,9 +42,9 @@ async def _serve(serve: Callable[[C], Awaitable[None]], config: C) -> None:
     await serve(config)
 
 
-def die_with_parent() -> None:
-    """The kernel kills this process when the one that started it dies, so that no orphan stays. Linux; elsewhere nothing happens."""
+def die_with_parent(parent: int) -> None:
+    """The kernel kills this process when `parent`, which started it, dies; so no orphan stays. Linux; elsewhere nothing happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
-            raise SystemExit(1)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)

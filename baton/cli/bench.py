@@ -1,0 +1,185 @@
+"""`baton bench`: load for any OpenAI-compatible server, and what it did to it.
+
+Prompts are token ids, so that lengths are exact; TTFT ends with the first chunk that has a choice, ITL is the time between two chunks of a
+stream that carry tokens. A failed request counts as a failure and in no latency.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from baton.cli.stream import stream_events
+from baton.errors import BatonError, ConfigError
+
+_FIRST_ID = 10  # below lie special tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    num_requests: int
+    concurrency: int
+    rate: float | None  # requests per second, Poisson; None: closed loop
+    input_len: tuple[int, int]
+    output_len: tuple[int, int]
+    shared_prefix: int
+    repeat_prompts: int
+    seed: int
+
+
+@dataclass(slots=True)
+class Sample:
+    ttft_s: float = 0.0
+    e2e_s: float = 0.0
+    itl_s: list[float] = field(default_factory=list[float])
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    error: str | None = None
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """`128` or `64-256`."""
+    low, dash, high = text.partition("-")
+    try:
+        bounds = (int(low), int(high if dash else low))
+    except ValueError as error:
+        raise ConfigError(f"{text!r} must be a number of tokens, or a range such as 64-256") from error
+    if not 0 < bounds[0] <= bounds[1]:
+        raise ConfigError(f"{text!r} must be a range of positive numbers, the lower one first")
+    return bounds
+
+
+def run_bench(url: str, load: Load) -> dict[str, Any]:
+    """Drives the server and prints a table; the result is ready for JSON. Raises BatonError where no server answers."""
+    samples, seconds = asyncio.run(_drive(url, load))
+    result = summarise(samples, seconds, load)
+    _print(result)
+    return result
+
+
+async def _drive(url: str, load: Load) -> tuple[list[Sample], float]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600, connect=5), limits=limits) as client:
+        vocab = await _vocab_size(client)
+        rng = random.Random(load.seed)
+        prompts = make_prompts(load, vocab, rng)
+        samples = [Sample() for _ in prompts]
+        started = time.monotonic()
+        if load.rate is None:
+            work = iter(list(zip(prompts, samples, strict=True)))
+
+            async def worker() -> None:
+                for prompt, sample in work:
+                    await _one(client, prompt, sample)
+
+            await asyncio.gather(*(worker() for _ in range(load.concurrency)))
+        else:
+            tasks: list[asyncio.Task[None]] = []
+            for prompt, sample in zip(prompts, samples, strict=True):
+                tasks.append(asyncio.create_task(_one(client, prompt, sample)))
+                await asyncio.sleep(rng.expovariate(load.rate))
+            await asyncio.gather(*tasks)
+        return samples, time.monotonic() - started
+
+
+def make_prompts(load: Load, vocab: int, rng: random.Random) -> list[tuple[list[int], int]]:
+    """(token ids, output tokens) for each request, in sending order: all prompts once, then again."""
+    shared = [rng.randrange(_FIRST_ID, vocab) for _ in range(load.shared_prefix)]
+    distinct = -(-load.num_requests // load.repeat_prompts)
+    prompts: list[tuple[list[int], int]] = []
+    for _ in range(distinct):
+        length = max(rng.randint(*load.input_len), load.shared_prefix + 1)
+        own = [rng.randrange(_FIRST_ID, vocab) for _ in range(length - load.shared_prefix)]
+        prompts.append((shared + own, rng.randint(*load.output_len)))
+    return (prompts * load.repeat_prompts)[: load.num_requests]
+
+
+async def _vocab_size(client: httpx.AsyncClient) -> int:
+    """Ids below this are safe to send: the largest id that the tokenizer gives for plain text."""
+    try:
+        text = "".join(chr(code) for code in range(33, 0x250)) + " the of and to in is that for with on as are this be"
+        answer = (await client.post("/tokenize", json={"prompt": text})).raise_for_status().json()
+    except httpx.HTTPError as error:
+        raise ConfigError(f"no server answers at {client.base_url} ({error}); start one with `baton up`, or give --url") from error
+    return max(max(answer["tokens"]), 256)
+
+
+async def _one(client: httpx.AsyncClient, prompt: tuple[list[int], int], sample: Sample) -> None:
+    token_ids, max_tokens = prompt
+    body = {
+        "prompt": token_ids,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream_options": {"include_usage": True},
+    }
+    started = last = time.monotonic()
+    try:
+        async for chunk in stream_events(client, "/v1/completions", body, {}):
+            now = time.monotonic()
+            if chunk["choices"]:
+                if sample.ttft_s:
+                    sample.itl_s.append(now - last)
+                else:
+                    sample.ttft_s = now - started
+                last = now
+            elif usage := chunk.get("usage"):
+                sample.prompt_tokens, sample.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                sample.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        sample.e2e_s = last - started
+        if sample.output_tokens != max_tokens:
+            sample.error = f"{sample.output_tokens} tokens instead of {max_tokens}"
+    except BatonError as error:
+        sample.error = error.message
+
+
+def summarise(samples: Sequence[Sample], seconds: float, load: Load) -> dict[str, Any]:
+    good = [sample for sample in samples if sample.error is None]
+    output, prompt = sum(s.output_tokens for s in good), sum(s.prompt_tokens for s in good)
+    return {
+        "load": asdict(load),
+        "requests": len(samples),
+        "failures": len(samples) - len(good),
+        "errors": sorted({s.error for s in samples if s.error is not None})[:5],
+        "seconds": seconds,
+        "requests_per_s": len(good) / seconds,
+        "output_tokens_per_s": output / seconds,
+        "total_tokens_per_s": (output + prompt) / seconds,
+        "cache_hit_rate": sum(s.cached_tokens for s in good) / prompt if prompt else 0.0,
+        "ttft_ms": _spread([s.ttft_s for s in good]),
+        "itl_ms": _spread([gap for s in good for gap in s.itl_s]),
+        "e2e_ms": _spread([s.e2e_s for s in good]),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    """Mean and percentiles in milliseconds."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    spread = {f"p{p}": 1e3 * ordered[min(len(ordered) * p // 100, len(ordered) - 1)] for p in (50, 90, 95, 99)}
+    return {"mean": 1e3 * sum(ordered) / len(ordered), **spread}
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(title=f"{result['requests']} requests in {result['seconds']:.1f} s, {result['failures']} failed")
+    for column in ("ms", "mean", "p50", "p90", "p95", "p99"):
+        table.add_column(column, justify="right")
+    for name in ("ttft_ms", "itl_ms", "e2e_ms"):
+        table.add_row(name.removesuffix("_ms").upper(), *(f"{value:.1f}" for value in result[name].values()))
+    console.print(table)
+    console.print(
+        f"{result['requests_per_s']:.2f} requests/s, {result['output_tokens_per_s']:.1f} output tok/s, "
+        f"{result['total_tokens_per_s']:.1f} total tok/s, cache hit rate {result['cache_hit_rate']:.1%}"
+    )
+    for error in result["errors"]:
+        console.print(f"failed: {error}", style="red", markup=False)

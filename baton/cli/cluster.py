@@ -1,0 +1,325 @@
+"""A whole cluster as processes of this machine: what `baton up` starts, watches and stops.
+
+    etcd ─▶ kvstore master ─▶ kvstore nodes, prefill, decode, unified ─▶ router ─▶ ready
+    a child that dies is started again under its name; stopping goes the other way round, each child asked first and killed at last
+
+Children run in sessions of their own, so that a terminal's Ctrl-C reaches the supervisor alone, and die with it, however it dies.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from baton.errors import BatonError, ConfigError
+
+logger = logging.getLogger(__name__)
+START_TIMEOUT_S = 180.0
+STOP_GRACE_S = 15.0
+_STEADY_S = 10.0  # a child that lived so long may be started again at once
+_MAX_QUICK_DEATHS = 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is wanted."""
+
+    model: Path
+    prefill: int = 1
+    decode: int = 1
+    unified: int = 0
+    kvstore: int = 1
+    policy: str = "prefix_aware"
+    http_port: int = 8000
+    grpc_port: int = 9000
+    etcd: str = "auto"
+    settings: tuple[str, ...] = ()  # role.key=value
+    log_dir: Path | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Child:
+    name: str
+    role: str
+    command: list[str]
+    log: Path
+    process: asyncio.subprocess.Process | None = None
+    quick_deaths: int = 0
+    keeper: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process is not None else 0
+
+
+class Cluster:
+    def __init__(self, plan: Plan) -> None:
+        """Raises ConfigError for what can be seen to be wrong before anything is started."""
+        _check(plan)
+        self._plan = plan
+        self._folder = Path(tempfile.mkdtemp(prefix="baton-"))
+        self._logs = plan.log_dir or self._folder
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._groups: list[list[Child]] = []  # in starting order
+        self._stopping = False
+        self._failed: asyncio.Future[str] | None = None
+        self.http = f"http://127.0.0.1:{plan.http_port or _free_port()}"
+        self.grpc = f"127.0.0.1:{plan.grpc_port or _free_port()}"
+        self.etcd = ""
+
+    async def start(self) -> None:
+        """Returns when the first request can be served. Raises ConfigError with the last lines of the log of a child that can't start."""
+        self._failed = asyncio.get_running_loop().create_future()
+        for group in self._plan_groups():
+            self._groups.append(group)
+            for child in group:
+                await self._spawn(child)
+                child.keeper = asyncio.create_task(self._keep(child), name=f"keep-{child.name}")
+            if group[0].role in ("etcd", "kvstore-master"):
+                await self._until(self._listening(group[0]), group[0].name)
+        await self._until(self._ready(), "the router")
+
+    async def run(self) -> None:
+        """Until a child fails for good. Raises ConfigError then."""
+        assert self._failed is not None
+        raise ConfigError(await asyncio.shield(self._failed))
+
+    async def stop(self) -> None:
+        """All children, in reverse order; then the run folder. Nothing is left."""
+        self._stopping = True
+        for group in reversed(self._groups):
+            await asyncio.gather(*(self._end(child) for child in group))
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def describe(self) -> dict[str, Any]:
+        processes = [{"id": c.name, "role": c.role, "pid": c.pid, "log": str(c.log)} for group in self._groups for c in group]
+        return {"http": self.http, "grpc": self.grpc, "etcd": self.etcd, "pid": os.getpid(), "processes": processes}
+
+    # -- what to start
+
+    def _plan_groups(self) -> list[list[Child]]:
+        plan = self._plan
+        groups: list[list[Child]] = []
+        program = shutil.which("etcd")
+        if plan.etcd == "auto" and program is not None:
+            client, peer = _free_port(), _free_port()
+            self.etcd = f"http://127.0.0.1:{client}"
+            command = [program, "--name=baton", f"--data-dir={self._folder / 'etcd'}", "--log-level=warn"]
+            command += [f"--listen-client-urls={self.etcd}", f"--advertise-client-urls={self.etcd}"]
+            command += [f"--listen-peer-urls=http://127.0.0.1:{peer}", f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}"]
+            command += [f"--initial-cluster=baton=http://127.0.0.1:{peer}", "--unsafe-no-fsync"]
+            groups.append([Child("etcd", "etcd", command, self._logs / "etcd.log")])
+        elif plan.etcd not in ("auto", "none"):
+            self.etcd = plan.etcd
+        counts = {"prefill": plan.prefill, "decode": plan.decode, "unified": plan.unified}
+        names = [(role, f"{role}-{i}") for role, count in counts.items() for i in range(count)]
+        ports = {name: _free_port() for _, name in names}
+        cluster = {"etcd": self.etcd} if self.etcd else {"workers": [f"127.0.0.1:{port}" for port in ports.values()]}
+        pool: dict[str, Any] = {}
+        if plan.kvstore:
+            master_port, metrics_port = _free_port(), _free_port()
+            pool = {"master": f"127.0.0.1:{master_port}"}
+            shared = {"cluster": cluster, "master_metrics_port": metrics_port}
+            master = self._service("kvstore", "kvstore-master", "kvstore-master", {**shared, "mode": "master", "master_port": master_port})
+            groups.append([master])
+        threads = max(1, (os.cpu_count() or 1) // max(len(names), 1))
+        workers = [
+            self._service(
+                "prefill" if role == "prefill" else "decode",
+                role,
+                name,
+                {
+                    "role": role,
+                    "model": str(plan.model),
+                    "server": {"grpc_port": ports[name]},
+                    "cluster": cluster,
+                    "pool": pool,
+                    "engine": {"num_threads": threads},
+                },
+            )
+            for role, name in names
+        ]
+        if plan.kvstore:
+            config = {**shared, "mode": "node", "pool": pool}
+            workers += [self._service("kvstore", "kvstore", f"kvstore-{i}", config) for i in range(plan.kvstore)]
+        groups.append(workers)
+        router = {
+            "model": str(plan.model),
+            "policy": plan.policy,
+            "http_port": int(self.http.rpartition(":")[2]),
+            "server": {"grpc_port": int(self.grpc.rpartition(":")[2])},
+            "cluster": cluster,
+        }
+        groups.append([self._service("router", "router", "router", router)])
+        return groups
+
+    def _service(self, service: str, role: str, name: str, config: Mapping[str, Any]) -> Child:
+        tree = {**config, "server": {"id": name, **config.get("server", {})}}
+        path = self._folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        command = [sys.executable, "-m", f"services.{service}", "--config", str(path)]
+        for setting in self._plan.settings:
+            key, _, value = setting.partition("=")
+            target, _, rest = key.partition(".")
+            if target in (role, service, name, "all"):
+                command.append(f"{rest}={value}")
+        return Child(name, role, command, self._logs / f"{name}.log")
+
+    # -- children
+
+    async def _spawn(self, child: Child) -> None:
+        environment = {**os.environ, "BATON_DIE_WITH_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        with child.log.open("ab") as log:
+            child.process = await asyncio.create_subprocess_exec(
+                *child.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+                preexec_fn=_die_with(os.getpid()) if child.role == "etcd" else None,
+            )  # fmt: skip
+
+    async def _keep(self, child: Child) -> None:
+        """Starts the child again each time it dies, unless it does nothing but die."""
+        while True:
+            assert child.process is not None
+            started = time.monotonic()
+            code = await child.process.wait()
+            if self._stopping:
+                return
+            child.quick_deaths = 0 if time.monotonic() - started > _STEADY_S else child.quick_deaths + 1
+            if code == 2 or child.quick_deaths > _MAX_QUICK_DEATHS:
+                assert self._failed is not None
+                if not self._failed.done():
+                    self._failed.set_result(f"{child.name} cannot run (exit code {code}):\n{_tail(child.log)}")
+                return
+            logger.warning("%s died (exit code %s); starting it again", child.name, code)
+            await asyncio.sleep(0.1 * 2**child.quick_deaths)
+            await self._spawn(child)
+
+    async def _end(self, child: Child) -> None:
+        process = child.process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+            except TimeoutError:
+                logger.warning("%s does not end; killing it", child.name)
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        if child.keeper is not None:
+            child.keeper.cancel()
+            await asyncio.gather(child.keeper, return_exceptions=True)
+
+    # -- waiting
+
+    async def _until(self, condition: Coroutine[Any, Any, None], what: str) -> None:
+        assert self._failed is not None
+        task = asyncio.ensure_future(condition)
+        done, _ = await asyncio.wait({task, self._failed}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if self._failed.done():
+            raise ConfigError(self._failed.result())
+        raise ConfigError(f"{what} is not ready after {START_TIMEOUT_S:.0f} s; see the logs in {self._logs}")
+
+    async def _listening(self, child: Child) -> None:
+        url = self.etcd if child.role == "etcd" else None
+        port = int(url.rpartition(":")[2]) if url else yaml.safe_load((self._folder / f"{child.name}.yaml").read_text())["master_port"]
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                return
+            except OSError:
+                await asyncio.sleep(0.05)
+
+    async def _ready(self) -> None:
+        expected = self._plan.prefill + self._plan.decode + self._plan.unified
+        async with httpx.AsyncClient(base_url=self.http, timeout=2.0) as client:
+            while True:
+                with contextlib.suppress(httpx.HTTPError, json.JSONDecodeError):
+                    seen = (await client.get("/cluster")).json()
+                    if seen["ready"] and sum(w["state"] == "ready" for w in seen["workers"]) == expected:
+                        return
+                await asyncio.sleep(0.1)
+
+
+def _check(plan: Plan) -> None:
+    if not (plan.model / "config.json").is_file():
+        raise ConfigError(f"{plan.model} is not a Hugging Face model folder: it has no config.json")
+    if not plan.unified and not (plan.prefill and plan.decode):
+        raise ConfigError("a cluster needs a prefill and a decode worker, or a unified one: --prefill 1 --decode 1, or --unified 1")
+    if plan.etcd == "auto" and shutil.which("etcd") is None:
+        logger.warning("etcd is not installed (Debian: apt-get install etcd-server); going on with a static list of workers")
+    for port in (plan.http_port, plan.grpc_port):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise ConfigError(
+                    f"port {port} is taken ({error.strerror}); choose another with --http-port or --grpc-port, 0 for any"
+                ) from error
+    for setting in plan.settings:
+        if "=" not in setting or "." not in setting.partition("=")[0]:
+            raise ConfigError(f"--set {setting!r} must look like role.key=value, for example decode.engine.block_size=32")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _die_with(parent: int) -> Any:
+    from baton.hosting.process import die_with_parent
+
+    return lambda: die_with_parent(parent)
+
+
+async def run_until_signal(plan: Plan, on_ready: "Callable[[Cluster], None]") -> None:
+    """Starts the cluster, calls `on_ready(cluster)`, and stops everything on SIGINT, SIGTERM or failure."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    cluster = Cluster(plan)
+
+    async def life() -> None:
+        await cluster.start()
+        on_ready(cluster)
+        await cluster.run()
+
+    task, stop = asyncio.create_task(life()), asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        for each in (task, stop):
+            each.cancel()
+        results = await asyncio.gather(task, stop, return_exceptions=True)
+        await cluster.stop()
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError | BatonError):
+                logger.error("supervisor failed", exc_info=result)
