@@ -111,14 +111,17 @@ def status(url: Url = DEFAULT_URL, as_json: Annotated[bool, typer.Option("--json
     table = Table(title=f"{seen['model']} at {url}, policy {seen['policy']}")
     columns = ("id", "role", "pid", "address", "state", "running", "waiting", "blocks_free", "blocks_total", "blocks_cached")
     for column in columns:
-        table.add_column(column.replace("blocks_", "blocks\n"), justify="left" if column in ("id", "role", "address", "state") else "right")
+        left = column in ("id", "role", "address", "state")
+        table.add_column(column.replace("blocks_", "blocks\n"), justify="left" if left else "right", no_wrap=True)
     for worker in seen["workers"]:
         table.add_row(*(str(worker[column]) for column in columns))
     for other in seen["others"]:
         table.add_row(*(str(other.get(column, "")) for column in columns))
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 120)  # a narrow terminal wraps lines, which beats cutting off names
+    console.print(table)
     if not seen["ready"]:
-        Console().print(f"not ready: {seen['problem']}")
+        console.print(f"not ready: {seen['problem']}")
 
 
 @app.command()

@@ -347,8 +347,9 @@ class Engine:
                 num_saved_blocks=entry.feed.num_saved_blocks,
                 cache=entry.request.cache,
             )
-            if entry.feed.await_saves and entry.feed.num_saving:
+            if entry.feed.await_saves and not entry.feed.saves_ended:
                 entry.finish = end
+                self.loader.await_saves(entry.feed)
             else:
                 self._finish(entry, output, end)
                 return
@@ -381,7 +382,7 @@ class Engine:
         if entry is None or not feed.await_saves:
             return
         progress = GenerateOutput(num_computed_tokens=feed.request.num_computed_tokens, num_saved_blocks=feed.num_saved_blocks)
-        if entry.finish is not None and not feed.num_saving:
+        if entry.finish is not None and feed.saves_ended:
             self._finish(entry, progress, entry.finish)
         else:
             self._outbox.append((entry.sequence, progress))

@@ -58,7 +58,12 @@ class Feed:
     saved: set[int] = field(default_factory=set[int])  # block indices known to be in the pool
     num_saved_blocks: int = 0  # leading run of `saved`
     num_saving: int = 0
-    saves_deadline: float | None = None
+    saves_deadline: float | None = None  # set when nothing but saves is awaited
+    saves_given_up: bool = False
+
+    @property
+    def saves_ended(self) -> bool:
+        return self.num_saving == 0 or self.saves_given_up
 
 
 class Loader:
@@ -199,7 +204,6 @@ class Loader:
         self._taken[call] = pinned
         self._num_saving += len(pinned)
         feed.num_saving += 1
-        feed.saves_deadline = time.monotonic() + self._budget_s
         self._transfer.save(
             keys,
             [self._buffer(block_id) for block_id in pinned],
@@ -216,10 +220,19 @@ class Loader:
         if not feed.closed:
             self._on_saved(feed)
 
+    def await_saves(self, feed: Feed) -> None:
+        """All is computed: what is not saved within the budget is given up, and `on_saved` called."""
+        feed.saves_deadline = time.monotonic() + self._budget_s
+        self._feeds.add(feed)
+
     # -- time
 
     def tick(self, now: float) -> None:
         """Gives up calls that are past their deadline."""
+        for feed in [feed for feed in self._feeds if feed.saves_deadline is not None and feed.saves_deadline <= now]:
+            feed.saves_deadline, feed.saves_given_up = None, True
+            self._feeds.discard(feed)
+            self._on_saved(feed)
         for feed in [feed for feed in self._feeds if feed.deadline is not None and feed.deadline <= now]:
             self._settle(feed)
             feed.given_up = True
@@ -231,7 +244,8 @@ class Loader:
 
     @property
     def next_deadline(self) -> float | None:
-        return min((feed.deadline for feed in self._feeds if feed.deadline is not None), default=None)
+        deadlines = (deadline for feed in self._feeds for deadline in (feed.deadline, feed.saves_deadline) if deadline is not None)
+        return min(deadlines, default=None)
 
     def held(self) -> list[list[int]]:
         """Blocks of calls in flight, for the integrity check."""

@@ -1,0 +1,152 @@
+"""A real cluster for a test: `baton up` in a process of its own, and handles to look at it and to break it."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import httpx
+import psutil
+
+from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+
+START_TIMEOUT_S = 90
+WORKER_ROLES = ("prefill", "decode", "unified")
+
+
+@dataclass
+class RunningCluster:
+    url: str
+    grpc: str
+    process: subprocess.Popen[bytes]
+    ready_file: Path
+    logs: Path
+
+    def status(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/cluster", timeout=10).json()
+
+    def workers(self) -> list[dict[str, Any]]:
+        return self.status()["workers"]
+
+    def children(self) -> dict[str, psutil.Process]:
+        """Live processes of the cluster by id, as the operating system has them now."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                line = child.cmdline()
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+            if "--config" in line:
+                found[Path(line[line.index("--config") + 1]).stem] = child
+            elif line and Path(line[0]).name in ("etcd", "mooncake_master"):
+                found[Path(line[0]).name] = child
+        return found
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self.children()[name].send_signal(number)
+
+    def wait_ready(self, timeout_s: float = 60) -> None:
+        """Until every worker is ready and idle again, and the router says ready."""
+        expected = {name for name in self.children() if name.split("-")[0] in WORKER_ROLES}
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                workers = self.workers()
+                ready = {w["id"] for w in workers if w["state"] == "ready" and not w["running"] and not w["waiting"]}
+                if ready >= expected and httpx.get(f"{self.url}/ready").status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.1)
+        raise TimeoutError(f"not ready after {timeout_s} s: {self.status()}\n{self.tail()}")
+
+    def integrity(self) -> dict[str, tuple[list[str], int, int]]:
+        """For each worker: problems, free blocks, all blocks, by its own count."""
+
+        async def ask() -> dict[str, tuple[list[str], int, int]]:
+            answers = {}
+            for worker in self.workers():
+                async with grpc.aio.insecure_channel(worker["address"]) as channel:
+                    stub = worker_pb2_grpc.WorkerStub(channel)
+                    answer = await stub.CheckIntegrity(worker_pb2.CheckIntegrityRequest(), timeout=10)
+                    answers[worker["id"]] = (list(answer.problems), answer.load.blocks_free, answer.load.blocks_total)
+            return answers
+
+        return asyncio.run(ask())
+
+    def assert_clean(self, timeout_s: float = 15) -> None:
+        """No worker has a problem, and soon all blocks are free."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            state = self.integrity()
+            if all(not problems and free == total for problems, free, total in state.values()):
+                return
+            assert time.monotonic() < deadline, f"blocks stay taken: {state}"
+            time.sleep(0.1)
+
+    def tail(self, lines: int = 12) -> str:
+        return "\n".join(
+            f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+            for log in sorted(self.logs.glob("*.log"))
+        )
+
+
+@contextmanager
+def running_cluster(
+    *, model: Path | None = None, etcd: str = "auto", options: Sequence[str] = (), **counts: int
+) -> Iterator[RunningCluster]:
+    """`counts` are prefill, decode, unified and kvstore. On leaving, all is stopped, and nothing may be left."""
+    with tempfile.TemporaryDirectory(prefix="baton-test-") as folder:
+        ready = Path(folder) / "ready.json"
+        command = [sys.executable, "-c", "from baton.cli import main; main()", "up", "--http-port", "0", "--grpc-port", "0"]
+        command += ["--ready-file", str(ready), "--log-dir", folder, "--etcd", etcd]
+        command += ["--model", str(model)] if model else []
+        command += [part for role, count in counts.items() for part in (f"--{role}", str(count))]
+        with (Path(folder) / "up.log").open("wb") as log:
+            process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        cluster = RunningCluster("", "", process, ready, Path(folder))
+        try:
+            _wait_for_start(cluster)
+            yield cluster
+        except BaseException:
+            print(cluster.tail(40))
+            raise
+        finally:
+            stop(cluster)
+
+
+def _wait_for_start(cluster: RunningCluster) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not cluster.ready_file.exists():
+        if cluster.process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the cluster did not start (exit code {cluster.process.poll()}):\n{cluster.tail(40)}")
+        time.sleep(0.05)
+    described = json.loads(cluster.ready_file.read_text())
+    cluster.url, cluster.grpc = described["http"], described["grpc"]
+
+
+def stop(cluster: RunningCluster) -> None:
+    """Asks it to stop; asserts that no process is left behind."""
+    if cluster.process.poll() is None:
+        everybody = psutil.Process(cluster.process.pid).children(recursive=True)
+        cluster.process.terminate()
+        try:
+            cluster.process.wait(40)
+        finally:
+            _, alive = psutil.wait_procs(everybody, timeout=2)
+            for orphan in alive:
+                orphan.kill()
+            if cluster.process.poll() is None:
+                cluster.process.kill()
+                cluster.process.wait()
+        assert not alive, f"processes were left behind: {alive}"
