@@ -151,5 +151,10 @@ class Dispatcher:
             raise convert.error_from_rpc(error, placement.decode) from error
         except TimeoutError as error:
             raise WorkerLost(f"{placement.decode} was silent for {self._lease_s:g} s") from error
+        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise WorkerLost(f"{placement.decode} has left the cluster") from error  # its channel was closed under the call
         finally:
             call.cancel()
