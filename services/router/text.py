@@ -49,6 +49,8 @@ class TextStream:
             keep = 0 if output.finish_reason is not None and is_last else self._num_undecided()
             cut = len(self._held) - keep
             text, self._held = text + self._held[:cut], self._held[cut:]
+        if not output.tokens and output.finish_reason is not None:
+            text, self._held = self._held + self._detokenizer.flush(), ""
         named = output.stop_token_id if output.stop_token_id not in self._eos else None
         return Piece(text, output.tokens, output.finish_reason, named)
 

@@ -340,11 +340,3 @@ def test_logprobs_of_given_tokens_with_different_counts():
     found = logprobs(logits, [0, 1, 2], [0, 2, VOCAB + 5])
     assert [len(entry.top) for entry in found] == [0, 2, VOCAB]
     assert found[1].logprob == pytest.approx(float(logits[1].log_softmax(-1)[1]))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_draws_what_the_cpu_draws():
-    rng = random.Random(5)
-    rows = [random_row(rng) for _ in range(512)]
-    logits = random_logits(512, seed=5)
-    assert ids(sample(logits.cuda(), rows)) == ids(sample(logits, rows))

@@ -1,0 +1,211 @@
+"""The product's promise: aggregated = chunked = prefix-cached = preempted = disaggregated = migrated, token for token, and greedy output
+equals transformers' `generate`. Engines are real, models tiny and random, in fp32."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from baton.config import EngineConfig
+from baton.kv.store import MemoryStore
+from baton.kv.transfer import KVTransfer, NoTransfer
+from baton.runtime.build import build_engine, load
+from baton.runtime.engine import Engine
+from baton.types import FinishReason, GenerateOutput, GenerateRequest, OutputToken, SamplingParams
+from tests.parity.models import FAMILIES, engine_settings
+
+NEW_TOKENS = 40
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
+SAMPLED = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.9, seed=1234, top_p=0.95, top_k=50)
+PENALISED = SamplingParams(
+    max_tokens=NEW_TOKENS, temperature=0.7, seed=5, repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.3, min_p=0.02
+)
+KINDS = [pytest.param(GREEDY, id="greedy"), pytest.param(SAMPLED, id="sampled"), pytest.param(PENALISED, id="penalised")]
+LENGTHS = (1, 15, 16, 17, 100, 161)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    FAMILIES[0].make(path)
+    return path
+
+
+def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(torch.randint(0, 320, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist())
+
+
+def request(length: int, sampling: SamplingParams, name: str = "", **changes: Any) -> GenerateRequest:
+    return GenerateRequest(request_id=name or f"r{length}", prompt_token_ids=prompt_of(length), sampling=sampling, **changes)
+
+
+@asynccontextmanager
+async def engine(folder: Path, store: MemoryStore | None = None, settings: EngineConfig | None = None) -> AsyncIterator[Engine]:
+    settings = settings or engine_settings()
+    built = build_engine(load(folder, settings), settings, KVTransfer(store) if store is not None else NoTransfer(), budget_s=5)
+    built.start()
+    try:
+        yield built
+        assert await built.check_integrity() == []
+        assert built.load.blocks_free == built.load.blocks_total
+    finally:
+        await built.stop()
+
+
+async def collect(built: Engine, wanted: GenerateRequest, **options: Any) -> list[GenerateOutput]:
+    return [output async for output in built.submit(wanted, **options)]
+
+
+def ids(outputs: Sequence[GenerateOutput]) -> list[int]:
+    return [token.token_id for output in outputs for token in output.tokens]
+
+
+async def generate(built: Engine, requests: Sequence[GenerateRequest]) -> list[list[int]]:
+    return [ids(outputs) for outputs in await asyncio.gather(*(collect(built, item) for item in requests))]
+
+
+async def expected(folder: Path, sampling: SamplingParams, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    """One at a time, whole prompts, no prefix cache."""
+    async with engine(folder, settings=engine_settings(prefix_caching=False, max_num_batched_tokens=2048)) as built:
+        return [(await generate(built, [request(length, sampling)]))[0] for length in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+async def test_greedy_output_is_that_of_transformers(family: Any, tmp_path: Path) -> None:
+    model = family.make(tmp_path)
+    lengths = (1, 16, 17, 130, 700)
+    async with engine(tmp_path, settings=engine_settings(max_num_batched_tokens=100)) as built:
+        ours = await generate(built, [request(length, GREEDY) for length in lengths])
+    for length, tokens in zip(lengths, ours, strict=True):
+        with torch.inference_mode():
+            prompt = torch.tensor([prompt_of(length)])
+            theirs = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
+            )
+        assert tokens == theirs[0, length:].tolist(), f"a prompt of {length} tokens"
+
+
+@pytest.mark.parametrize("sampling", KINDS)
+@pytest.mark.parametrize("budget", [1, 7, 16, 64])
+async def test_chunked_and_batched(folder: Path, sampling: SamplingParams, budget: int) -> None:
+    async with engine(folder, settings=engine_settings(max_num_batched_tokens=budget)) as built:
+        assert await generate(built, [request(length, sampling) for length in LENGTHS]) == await expected(folder, sampling)
+
+
+@pytest.mark.parametrize("sampling", KINDS)
+async def test_prefix_cached(folder: Path, sampling: SamplingParams) -> None:
+    async with engine(folder) as built:
+        first = await generate(built, [request(length, sampling) for length in LENGTHS])
+        again = [await collect(built, request(length, sampling)) for length in LENGTHS]
+    assert first == await expected(folder, sampling)
+    assert [ids(outputs) for outputs in again] == first
+    reports = [next(o.cache for o in outputs if o.cache is not None) for outputs in again]
+    assert [report.num_local_tokens for report in reports] == [(length - 1) // 16 * 16 for length in LENGTHS]
+
+
+@pytest.mark.parametrize("sampling", KINDS)
+async def test_preempted(folder: Path, sampling: SamplingParams) -> None:
+    async with engine(folder, settings=engine_settings(num_blocks=16, max_num_batched_tokens=64)) as built:
+        results = await generate(built, [request(length, sampling) for length in LENGTHS])
+        assert built.scheduler.num_preemptions > 0
+    assert results == await expected(folder, sampling)
+
+
+@pytest.mark.parametrize("sampling", KINDS)
+@pytest.mark.parametrize("push", [True, False], ids=["first token pushed", "blocks only"])
+async def test_disaggregated(folder: Path, sampling: SamplingParams, push: bool) -> None:
+    store = MemoryStore(2**30)
+    results = []
+    async with engine(folder, store, engine_settings(max_num_batched_tokens=32)) as prefill, engine(folder, store) as decode:
+        for length in LENGTHS:
+            wanted = request(length, sampling)
+            sequence = decode.submit(wanted, hold=True)
+            assert await sequence.matched() == (0, 0)
+            first = dataclasses.replace(wanted, sampling=dataclasses.replace(sampling, max_tokens=1))
+            async for output in prefill.submit(first, await_saves=True):
+                sequence.offer_blocks(output.num_saved_blocks)
+                for token in output.tokens:
+                    if push:
+                        sequence.push_token(token)
+                if output.finish_reason is not None:
+                    assert output.num_saved_blocks == length // 16
+            sequence.release()
+            outputs = [output async for output in sequence]
+            report = next(o.cache for o in outputs if o.cache is not None)
+            assert report.num_prefill_tokens == (length // 16 * 16 if push else (length - 1) // 16 * 16)
+            results.append(ids(outputs))
+    assert results == await expected(folder, sampling)
+
+
+@pytest.mark.parametrize("sampling", KINDS)
+async def test_a_block_lost_from_the_pool_is_computed(folder: Path, sampling: SamplingParams) -> None:
+    store = MemoryStore(2**30)
+    async with engine(folder, store) as first, engine(folder, store) as second:
+        await collect(first, request(161, dataclasses.replace(sampling, max_tokens=1)), await_saves=True)
+        keys = [key for key in store._values if key.endswith(request_hash(160 // 16 - 5).hex())]
+        assert len(keys) == 1
+        del store._values[keys[0]]
+        outputs = await collect(second, request(161, sampling))
+    assert ids(outputs) == (await expected(folder, sampling, [161]))[0]
+    assert next(o.cache for o in outputs if o.cache is not None).num_pool_tokens == (160 // 16 - 5) * 16
+
+
+def request_hash(index: int) -> bytes:
+    from baton.hashing import block_hashes
+
+    return block_hashes(prompt_of(161), 16)[index]
+
+
+@pytest.mark.parametrize("sampling", KINDS)
+async def test_migrated_at_every_cut(folder: Path, sampling: SamplingParams) -> None:
+    wanted = (await expected(folder, sampling, [100]))[0]
+    async with engine(folder) as built:
+        for cut in range(1, NEW_TOKENS):
+            moved = request(100, sampling, name=f"cut{cut}", output_token_ids=tuple(wanted[:cut]))
+            assert (await generate(built, [moved]))[0] == wanted[cut:], f"moved after {cut} tokens"
+
+
+async def test_logprobs_do_not_depend_on_the_way(folder: Path) -> None:
+    sampling = dataclasses.replace(GREEDY, logprobs=3, prompt_logprobs=2)
+    async with engine(folder, settings=engine_settings(max_num_batched_tokens=9)) as chunked, engine(folder) as whole:
+        results = [await collect(built, request(100, sampling)) for built in (chunked, whole, whole)]
+    tokens = [[token for output in outputs for token in output.tokens] for outputs in results]
+    prompts = [next(output.prompt_logprobs for output in outputs if output.tokens) for outputs in results]
+    for prompt in prompts:
+        assert len(prompt) == 100
+        assert prompt[0] is None
+    for other in (1, 2):
+        assert_close(tokens[0], tokens[other])
+        flat = [[OutputToken(0, item) for item in prompt[1:]] for prompt in (prompts[0], prompts[other])]
+        assert_close(*flat)
+
+
+def assert_close(first: Sequence[OutputToken], second: Sequence[OutputToken]) -> None:
+    for a, b in zip(first, second, strict=True):
+        assert a.token_id == b.token_id
+        assert a.logprobs is not None
+        assert b.logprobs is not None
+        assert a.logprobs.rank == b.logprobs.rank
+        assert [token_id for token_id, _ in a.logprobs.top] == [token_id for token_id, _ in b.logprobs.top]
+        assert a.logprobs.logprob == pytest.approx(b.logprobs.logprob, abs=1e-4)
+
+
+async def test_stopping(folder: Path) -> None:
+    wanted = (await expected(folder, GREEDY, [100]))[0]
+    stop = wanted[10]
+    at = wanted.index(stop)
+    async with engine(folder) as built:
+        stopped = await collect(built, request(100, dataclasses.replace(GREEDY, stop_token_ids=(stop,))))
+        later = await collect(built, request(100, dataclasses.replace(GREEDY, stop_token_ids=(stop,), min_tokens=at + 2)))
+        biased = await collect(built, request(100, dataclasses.replace(GREEDY, logit_bias={7: 1000.0}, max_tokens=5)))
+    assert ids(stopped) == wanted[: at + 1]
+    assert (stopped[-1].finish_reason, stopped[-1].stop_token_id) == (FinishReason.STOP, stop)
+    assert ids(later)[:at] == wanted[:at]
+    assert stop not in ids(later)[: at + 2]
+    assert ids(biased) == [7] * 5
+    assert biased[-1].finish_reason is FinishReason.LENGTH

@@ -1,0 +1,224 @@
+"""The router's pure parts: index, policies, text, bodies, routes."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.errors import InvalidRequest, NoWorkers
+from baton.hashing import block_hashes
+from baton.tokenizer import Detokenizer, Tokenizer
+from baton.types import BlocksRemoved, BlocksStored, FinishReason, GenerateOutput, OutputToken, Role
+from services.router.index import PrefixIndex
+from services.router.openai import ChatBody, CompletionBody, parse
+from services.router.policy import POLICIES, Facts, WorkerView
+from services.router.text import TextStream
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_model: Path) -> Tokenizer:
+    return Tokenizer(demo_model)
+
+
+# -- index
+
+
+def test_index_matches_the_longest_held_prefix_of_each_worker() -> None:
+    index = PrefixIndex()
+    hashes = block_hashes(range(64), 16)
+    index.apply("a", [BlocksStored(tuple(hashes[:3]))])
+    index.apply("b", [BlocksStored((hashes[0], hashes[2]))])
+    assert index.match(hashes, ["a", "b", "c"]) == {"a": 3, "b": 1, "c": 0}
+    index.apply("a", [BlocksRemoved((hashes[1],))])
+    assert index.match(hashes, ["a", "b"]) == {"a": 1, "b": 1}
+
+
+def test_index_forgets_what_a_snapshot_does_not_name_and_workers_that_left() -> None:
+    index = PrefixIndex()
+    hashes = block_hashes(range(64), 16)
+    index.apply("a", [BlocksStored(tuple(hashes))])
+    index.apply("a", [BlocksStored(tuple(hashes[:1]))], snapshot=True)
+    assert index.blocks("a") == {hashes[0]}
+    index.remove("a")
+    assert len(index) == 0
+    index.apply("b", [BlocksStored(tuple(hashes))])  # takes the bit that is free again
+    assert index.match(hashes, ["a", "b"]) == {"a": 0, "b": 4}
+
+
+def test_removing_an_unknown_block_changes_nothing() -> None:
+    index = PrefixIndex()
+    index.apply("a", [BlocksStored((b"x" * 16,))])
+    index.apply("b", [BlocksRemoved((b"x" * 16,))])
+    assert index.match([b"x" * 16], ["a", "b"]) == {"a": 1, "b": 0}
+
+
+# -- policies
+
+
+def worker(name: str, role: Role, **changes: Any) -> WorkerView:
+    fields = {"fingerprint": "f", "block_size": 16, "num_requests": 0, "pending_tokens": 0, "matched_tokens": 0}
+    return WorkerView(id=name, role=role, **{**fields, **changes})
+
+
+def place(policy: str, workers: list[WorkerView], turn: int = 0, prompt: int = 1000) -> tuple[str, tuple[str, ...]]:
+    placement = POLICIES[policy](Facts(num_prompt_tokens=prompt, turn=turn), workers)
+    assert placement.reason
+    return placement.decode, placement.prefills
+
+
+def test_round_robin_takes_turns() -> None:
+    workers = [worker("p1", Role.PREFILL), worker("p0", Role.PREFILL), *(worker(f"d{i}", Role.DECODE) for i in range(3))]
+    chosen = [place("round_robin", workers, turn) for turn in range(6)]
+    assert [decode for decode, _ in chosen] == ["d0", "d1", "d2"] * 2
+    assert [prefills[0] for _, prefills in chosen] == ["p0", "p1"] * 3
+
+
+def test_least_load_goes_to_the_idle_pair() -> None:
+    workers = [
+        worker("p0", Role.PREFILL, pending_tokens=500),
+        worker("p1", Role.PREFILL),
+        worker("d0", Role.DECODE, num_requests=9),
+        worker("d1", Role.DECODE, num_requests=1),
+    ]
+    assert place("least_load", workers) == ("d1", ("p1", "p0"))
+
+
+def test_prefix_aware_weighs_cached_tokens_against_queued_ones() -> None:
+    def workers(pending: int) -> list[WorkerView]:
+        return [
+            worker("p0", Role.PREFILL, matched_tokens=800, pending_tokens=pending),
+            worker("p1", Role.PREFILL),
+            worker("d0", Role.DECODE),
+        ]
+
+    assert place("prefix_aware", workers(700))[1] == ("p0", "p1")
+    assert place("prefix_aware", workers(900))[1] == ("p1", "p0")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_only_equal_fingerprints_are_paired(policy: str) -> None:
+    old = [worker("p0", Role.PREFILL, fingerprint="old"), worker("d0", Role.DECODE, fingerprint="old")]
+    new = [worker("p1", Role.PREFILL, fingerprint="new"), worker("d1", Role.DECODE, fingerprint="new")]
+    for turn in range(4):
+        decode, prefills = place(policy, [*old, *new], turn)
+        assert prefills == (("p0",) if decode == "d0" else ("p1",))
+    with pytest.raises(NoWorkers, match="no prefill worker has the KV fingerprint"):
+        place(policy, [old[0], new[1]])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_set_of_workers_gives_a_placement_or_a_reason(policy: str) -> None:
+    everyone = [worker("p0", Role.PREFILL), worker("d0", Role.DECODE), worker("u0", Role.UNIFIED)]
+    for size in range(4):
+        for workers in itertools.combinations(everyone, size):
+            names = {w.id for w in workers}
+            if names >= {"p0", "d0"} or "u0" in names:
+                decode, prefills = place(policy, list(workers))
+                assert (decode, prefills) in {("u0", ()), ("d0", ("p0",))}
+            else:
+                with pytest.raises(NoWorkers, match="is ready; start one"):
+                    place(policy, list(workers))
+
+
+# -- text
+
+
+TEXTS = ["hello world", "naïve café – 東京 🚀🚀 end", "a\n\n  b\tc", "مرحبا", "x" * 50]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_token_by_token(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push([token_id]) for token_id in ids] + [detokenizer.flush()]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def outputs(tokenizer: Tokenizer, text: str, *, stop_id: int | None = None) -> list[GenerateOutput]:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    last = FinishReason.LENGTH if stop_id is None else FinishReason.STOP
+    items = [GenerateOutput(tokens=(OutputToken(token_id),)) for token_id in ids]
+    end = GenerateOutput(tokens=() if stop_id is None else (OutputToken(stop_id),), finish_reason=last, stop_token_id=stop_id)
+    return [*items, end]
+
+
+def run_text(tokenizer: Tokenizer, items: list[GenerateOutput], **options: Any) -> tuple[str, Any, Any, list[str]]:
+    defaults = {"stop": (), "include_stop": False, "skip_special_tokens": True, "min_tokens": 0, "eos": frozenset({3})}
+    stream = TextStream(tokenizer, **{**defaults, **options})
+    pieces = []
+    for item in items:
+        pieces.append(stream.push(item))
+        if pieces[-1].finish_reason is not None:
+            break
+    return "".join(p.text for p in pieces), pieces[-1].finish_reason, pieces[-1].stop_reason, [p.text for p in pieces]
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_that_spans_tokens_is_never_shown_in_part(tokenizer: Tokenizer, include: bool) -> None:
+    items = outputs(tokenizer, "The router chooses workers for each request.")
+    text, reason, stop, pieces = run_text(tokenizer, items, stop=("ses work",), include_stop=include)
+    assert text == "The router choo" + ("ses work" if include else "")
+    assert (reason, stop) == (FinishReason.STOP, "ses work")
+    assert not include or "ses work" in "".join(pieces[-2:])
+
+
+def test_text_that_only_resembles_a_stop_string_comes_out(tokenizer: Tokenizer) -> None:
+    text, reason, stop, _ = run_text(tokenizer, outputs(tokenizer, "one two three"), stop=("two four", "threes"))
+    assert (text, reason, stop) == ("one two three", FinishReason.LENGTH, None)
+
+
+def test_eos_is_not_text_and_a_stop_id_is_named(tokenizer: Tokenizer) -> None:
+    assert run_text(tokenizer, outputs(tokenizer, "bye", stop_id=3))[:3] == ("bye", FinishReason.STOP, None)
+    (token_id,) = tokenizer.encode("x", add_special_tokens=False)[-1:]
+    assert run_text(tokenizer, outputs(tokenizer, "bye", stop_id=token_id))[:3] == ("bye", FinishReason.STOP, token_id)
+
+
+def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer) -> None:
+    items = outputs(tokenizer, "a b a b a b a b")
+    assert run_text(tokenizer, items, stop=("b",), min_tokens=0)[0] == "a "
+    assert len(run_text(tokenizer, items, stop=("b",), min_tokens=5)[0]) > 4
+
+
+# -- bodies
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ([], None),
+        ({}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x", "temperature": -1}, "temperature"),
+        ({"prompt": "x", "top_p": 0}, "top_p"),
+        ({"prompt": "x", "n": 0}, "n"),
+        ({"prompt": "x", "max_tokens": "many"}, "max_tokens"),
+        ({"prompt": "x", "logprobs": 99}, "logprobs"),
+        ({"prompt": "x", "stop": 3}, "stop"),
+    ],
+)
+def test_wrong_bodies_name_the_field(body: Any, field: str | None) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(CompletionBody, body)
+    assert caught.value.param == field
+
+
+def test_unknown_fields_are_tolerated_and_defaults_come_from_the_model() -> None:
+    body = parse(ChatBody, {"messages": [{"role": "user", "content": "x", "name": "me"}], "parallel_tool_calls": True, "top_k": -1})
+    (ask,) = body.asks("id", [1, 2, 3], {"temperature": 0.6, "top_p": None}, 10)
+    assert (ask.sampling.temperature, ask.sampling.top_p, ask.sampling.top_k, ask.sampling.max_tokens) == (0.6, 1.0, 0, 7)
+
+
+def test_prompts_may_be_text_ids_or_lists_of_either(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("hello")
+    for prompt, expected in [("hello", [ids]), (ids, [ids]), (["hello", "hello"], [ids, ids]), ([ids, ids], [ids, ids])]:
+        assert parse(CompletionBody, {"prompt": prompt}).prompts(tokenizer) == expected
+
+
+def test_content_parts_other_than_text_are_refused(tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(InvalidRequest, match="image_url"):
+        parse(ChatBody, {"messages": [{"role": "user", "content": parts}]}).prompt(tokenizer)
+    joined = parse(ChatBody, {"messages": [{"role": "user", "content": parts[:1]}]}).prompt(tokenizer)
+    assert joined == parse(ChatBody, {"messages": [{"role": "user", "content": "a"}]}).prompt(tokenizer)
