@@ -1,0 +1,204 @@
+"""Membership on a real etcd that is killed, stopped and started again, and the static list."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from baton.cluster.etcd import EtcdMembership
+from baton.cluster.membership import InMemoryMembership, Membership, View
+from baton.cluster.static import StaticMembership
+from baton.errors import ConfigError, MembershipError, WorkerLost
+from baton.types import Member, MemberState, Role
+
+LEASE_S = 2.0
+
+
+class Etcd:
+    def __init__(self, folder: Path) -> None:
+        program = shutil.which("etcd")
+        assert program, "etcd is not installed: run make setup"
+        with socket.socket() as a, socket.socket() as b:
+            a.bind(("127.0.0.1", 0))
+            b.bind(("127.0.0.1", 0))
+            client, peer = a.getsockname()[1], b.getsockname()[1]
+        self.url, self._folder = f"http://127.0.0.1:{client}", folder
+        self._command = [program, "--name=t", f"--data-dir={folder}", "--log-level=error", "--unsafe-no-fsync"]
+        self._command += [f"--listen-client-urls={self.url}", f"--advertise-client-urls={self.url}"]
+        self._command += [f"--listen-peer-urls=http://127.0.0.1:{peer}", f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}"]
+        self._command += [f"--initial-cluster=t=http://127.0.0.1:{peer}"]
+        self._port = client
+        self.start()
+
+    def start(self, *, empty: bool = False) -> None:
+        if empty:
+            shutil.rmtree(self._folder)
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self._port)) == 0:
+                    return
+            time.sleep(0.05)
+        raise TimeoutError("etcd does not start")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid, number)
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[Etcd]:
+    server = Etcd(tmp_path / "etcd")
+    yield server
+    server.kill()
+
+
+def member(name: str, state: MemberState = MemberState.READY) -> Member:
+    return Member(id=name, role=Role.DECODE, address=f"127.0.0.1:1{name[-1]}", state=state, pid=7, fingerprint="f")
+
+
+@asynccontextmanager
+async def opened(etcd: Etcd) -> AsyncIterator[EtcdMembership]:
+    membership = EtcdMembership(etcd.url, "test", lease_s=LEASE_S)
+    try:
+        yield membership
+    finally:
+        await membership.close()
+
+
+class Seen:
+    """The latest view, and whether anybody was ever missing."""
+
+    def __init__(self, membership: Membership) -> None:
+        self.view: View = {}
+        self.history: list[set[str]] = []
+        self._task = asyncio.create_task(self._watch(membership))
+
+    async def _watch(self, membership: Membership) -> None:
+        async for view in membership.watch():
+            self.view = view
+            self.history.append(set(view))
+
+    async def until(self, condition: Callable[[View], bool], timeout_s: float = 10) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition(self.view):
+            assert time.monotonic() < deadline, f"still {dict(self.view)}"
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+async def test_members_come_change_and_go(etcd: Etcd) -> None:
+    async with opened(etcd) as a, opened(etcd) as b, opened(etcd) as reader:
+        await a.join(member("w1"))
+        seen = Seen(reader)
+        await seen.until(lambda view: view == {"w1": member("w1")})
+        await b.join(member("w2"))
+        await seen.until(lambda view: set(view) == {"w1", "w2"})
+        await a.join(member("w1", MemberState.DRAINING))
+        await seen.until(lambda view: view["w1"].state is MemberState.DRAINING)
+        await asyncio.sleep(LEASE_S * 2)  # kept alive
+        assert set(seen.view) == {"w1", "w2"}
+        await a.leave()
+        await seen.until(lambda view: set(view) == {"w2"}, 1.0)
+        await seen.close()
+
+
+async def test_a_silent_member_is_gone_after_its_lease(etcd: Etcd) -> None:
+    async with opened(etcd) as a, opened(etcd) as reader:
+        await a.join(member("w1"))
+        seen = Seen(reader)
+        await seen.until(lambda view: "w1" in view)
+        assert a._keeper is not None
+        a._keeper.cancel()  # as if the process was stopped
+        started = time.monotonic()
+        await seen.until(lambda view: not view, LEASE_S + 3)
+        assert time.monotonic() - started > LEASE_S / 2
+        await seen.close()
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["with its data", "without its data"])
+async def test_a_restart_of_etcd_loses_nobody(etcd: Etcd, empty: bool) -> None:
+    async with opened(etcd) as a, opened(etcd) as reader:
+        await a.join(member("w1"))
+        seen = Seen(reader)
+        await seen.until(lambda view: "w1" in view)
+        etcd.kill()
+        await asyncio.sleep(LEASE_S * 2)
+        assert "w1" in seen.view
+        await asyncio.to_thread(etcd.start, empty=empty)
+        await asyncio.sleep(LEASE_S * 2 + 2)
+        assert "w1" in seen.view
+        before_joining = seen.history.index({"w1"})
+        assert all(view == {"w1"} for view in seen.history[before_joining:])
+        async with opened(etcd) as b:
+            await b.join(member("w2"))
+            await seen.until(lambda view: set(view) == {"w1", "w2"})
+        await seen.close()
+
+
+async def test_a_stopped_etcd_is_waited_for_and_who_died_meanwhile_is_dropped(etcd: Etcd) -> None:
+    async with opened(etcd) as a, opened(etcd) as b, opened(etcd) as reader:
+        await a.join(member("w1"))
+        await b.join(member("w2"))
+        seen = Seen(reader)
+        await seen.until(lambda view: len(view) == 2)
+        etcd.signal(signal.SIGSTOP)
+        assert b._keeper is not None
+        b._keeper.cancel()
+        await asyncio.sleep(LEASE_S * 3)
+        assert set(seen.view) == {"w1", "w2"}
+        etcd.signal(signal.SIGCONT)
+        await seen.until(lambda view: set(view) == {"w1"}, LEASE_S * 2 + 5)
+        await asyncio.sleep(LEASE_S)
+        assert set(seen.view) == {"w1"}
+        await seen.close()
+
+
+async def test_an_unreachable_etcd_is_an_error_at_once() -> None:
+    membership = EtcdMembership("http://127.0.0.1:1", "test", lease_s=LEASE_S)
+    with pytest.raises(MembershipError, match="cannot be reached"):
+        await membership.join(member("w1"))
+    await membership.close()
+    with pytest.raises(ConfigError, match="must look like"):
+        EtcdMembership("http://", "test", lease_s=LEASE_S)
+
+
+async def test_static_members_are_those_that_answer() -> None:
+    alive = {"a:1": member("w1"), "b:2": member("w2")}
+
+    async def probe(address: str) -> Member:
+        if address not in alive:
+            raise WorkerLost("nobody there")
+        return alive[address]
+
+    seen = Seen(StaticMembership(["a:1", "b:2", "c:3"], probe, lease_s=0.5))
+    await seen.until(lambda view: set(view) == {"w1", "w2"})
+    del alive["a:1"]
+    await seen.until(lambda view: set(view) == {"w2"})
+    await seen.close()
+
+
+async def test_the_in_memory_twin() -> None:
+    hub: dict[str, Member] = {}
+    a, b = InMemoryMembership(hub), InMemoryMembership(hub)
+    await a.join(member("w1"))
+    seen = Seen(b)
+    await seen.until(lambda view: set(view) == {"w1"})
+    await a.close()
+    await seen.until(lambda view: not view)
+    await seen.close()
