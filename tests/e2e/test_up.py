@@ -1,0 +1,177 @@
+"""`baton up` and the command line: starting, watching, stopping, and saying what is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.cluster import RunningCluster, running_cluster, stop
+
+BATON = [sys.executable, "-c", "from baton.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def unified(tiny_model: Path) -> Iterator[RunningCluster]:
+    """Without etcd, without a pool."""
+    with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none") as cluster:
+        yield cluster
+
+
+def baton(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*BATON, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def complete(cluster: RunningCluster, prompt: str = "hello", **fields: object) -> httpx.Response:
+    return httpx.post(f"{cluster.url}/v1/completions", json={"prompt": prompt, "max_tokens": 5, "temperature": 0, **fields}, timeout=60)
+
+
+def test_a_unified_worker_without_etcd_serves(unified: RunningCluster) -> None:
+    answer = complete(unified)
+    assert answer.status_code == 200
+    assert "decode=unified-0" in answer.headers["x-baton-route"]
+    assert set(unified.children()) == {"unified-0", "router"}
+
+
+def test_a_worker_that_dies_is_started_again_under_its_name(unified: RunningCluster) -> None:
+    before = unified.children()["unified-0"].pid
+    unified.signal("unified-0", signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while unified.children().get("unified-0") is None or unified.children()["unified-0"].pid == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    unified.wait_ready()
+    assert complete(unified).status_code == 200
+
+
+def test_status_chat_and_bench(unified: RunningCluster) -> None:
+    (worker,) = json.loads(baton("status", "--url", unified.url, "--json").stdout)["workers"]
+    assert set(worker) >= {"id", "role", "pid", "address", "state", "running", "waiting", "blocks_free", "blocks_total", "blocks_cached"}
+    assert "unified-0" in baton("status", "--url", unified.url).stdout
+    told = baton("chat", "hi", "--url", unified.url, "--max-tokens", "5").stdout
+    assert "first token after" in told
+    assert "policy=prefix_aware" in told
+
+
+def test_bench_counts_exactly(unified: RunningCluster, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    ran = baton(
+        *("bench", "--url", unified.url, "--num-requests", "6", "--concurrency", "2", "--input-len", "40-60", "--output-len", "7"),
+        *("--shared-prefix", "32", "--json", str(out)),
+    )
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    assert (result["requests"], result["failures"]) == (6, 0)
+    assert result["output_tokens_per_s"] == pytest.approx(6 * 7 / result["seconds"])
+    assert 0.2 < result["cache_hit_rate"] < 0.9  # all but the first find the shared 32 tokens
+    assert result["ttft_ms"]["p50"] <= result["ttft_ms"]["p99"]
+
+
+def test_a_draining_router_and_sigint_leave_nothing(tiny_model: Path) -> None:
+    with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none") as cluster:
+        everybody = psutil.Process(cluster.process.pid).children(recursive=True)
+        cluster.process.send_signal(signal.SIGINT)
+        cluster.process.wait(30)
+        gone, alive = psutil.wait_procs(everybody, timeout=1)
+        assert not alive
+        assert len(gone) == 2
+        assert not cluster.ready_file.exists()
+        assert cluster.process.returncode == 0
+
+
+def test_no_orphan_survives_a_killed_supervisor(tiny_model: Path) -> None:
+    with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=1) as cluster:
+        everybody = psutil.Process(cluster.process.pid).children(recursive=True)
+        assert len(everybody) == 7  # etcd, master supervisor, master, node, prefill, decode, router
+        cluster.process.kill()
+        cluster.process.wait()
+        _, alive = psutil.wait_procs(everybody, timeout=5)
+        assert not alive
+        stop(cluster)
+
+
+def test_drain_lets_streams_finish(tiny_model: Path) -> None:
+    with running_cluster(model=tiny_model, unified=2, kvstore=0, etcd="none") as cluster:
+        body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True, "temperature": 0}
+        with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            name = response.headers["x-baton-route"].split("decode=")[1].split(";")[0]
+            cluster.signal(name, signal.SIGTERM)
+            rest = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert rest[-1]["choices"][0]["finish_reason"] == "length"
+        assert rest[-1]["baton"]["moves"] == []
+
+
+# -- what is said when it can't be
+
+
+def test_a_taken_port(tiny_model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ran = baton("up", "--model", str(tiny_model), "--http-port", str(taken.getsockname()[1]), "--grpc-port", "0")
+    assert ran.returncode == 2
+    assert "is taken" in ran.stderr
+    assert "--http-port" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "/nowhere"], "not a Hugging Face model folder"),
+        (["--prefill", "1", "--decode", "0"], "needs a prefill and a decode worker"),
+        (["--set", "block_size"], "role.key=value"),
+        (["--unified", "1", "--kvstore", "0", "--set", "unified.engine.blok_size=8"], "did you mean block_size?"),
+        (["--unified", "1", "--kvstore", "0", "--policy", "psychic"], "policy"),
+    ],
+)
+def test_wrong_options_are_explained(tiny_model: Path, arguments: list[str], says: str) -> None:
+    model = [] if "--model" in arguments else ["--model", str(tiny_model)]
+    ran = baton("up", "--http-port", "0", "--grpc-port", "0", "--etcd", "none", *model, *arguments)
+    assert ran.returncode == 2
+    assert says in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_broken_checkpoint_stops_the_start_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    ran = baton("up", "--model", str(folder), "--unified", "1", "--kvstore", "0", "--etcd", "none", "--http-port", "0", "--grpc-port", "0")
+    assert ran.returncode == 2
+    assert "truncated" in ran.stderr
+
+
+def test_no_router_to_talk_to() -> None:
+    for command in (["status"], ["bench", "--num-requests", "1"], ["chat", "hi"]):
+        ran = baton(*command, "--url", "http://127.0.0.1:1")
+        assert ran.returncode == 2
+        assert "baton up" in ran.stderr
+
+
+def test_workers_of_two_models_are_not_paired(tiny_model: Path, tmp_path: Path) -> None:
+    from baton.models.create import create_model
+
+    other = tmp_path / "other"
+    create_model(other, "llama", max_len=1024, seed=1)
+    options = ["--set", f"prefill-1.model={other}", "--set", f"decode-1.model={other}"]
+    with running_cluster(model=tiny_model, prefill=2, decode=2, kvstore=0, options=options) as cluster:
+        prints = {worker["id"]: worker["fingerprint"] for worker in cluster.workers()}
+        assert len(set(prints.values())) == 2
+        for i in range(8):
+            route = complete(cluster, f"prompt {i} " * 20).headers["x-baton-route"]
+            decode, prefill = (route.split(f"{role}=")[1].split(";")[0] for role in ("decode", "prefill"))
+            assert prints[decode] == prints[prefill]
+        cluster.signal("prefill-1", signal.SIGTERM)
+        assert complete(cluster, "still here " * 20).status_code == 200
