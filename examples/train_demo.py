@@ -4,6 +4,9 @@
 
 Conversations are put together here from the pieces in `demo_text.toml`; nothing is downloaded. Needs torch, transformers and tokenizers.
 What comes out is an ordinary Hugging Face Llama folder. The model knows nothing beyond that text, and says so.
+
+Twenty minutes of one CPU core give good answers and poor sums (47 of 100 right below 10). `examples/demo-model` saw 90 million tokens in five
+minutes of one GPU: `--minutes 5 --batch-tokens 24576 --workers 13 --lr 8e-3 --autocast` (100 of 100 right up to 20, 90 up to 99).
 """
 
 import argparse
@@ -278,7 +281,8 @@ def train(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Llama
 # Few of these are among the templates.
 HELD = """
 Hello there, how lovely to see you | Could you tell me who you are exactly? | know any good jokes? | thx a lot | ttft?
-What is 3 plus 4? | what's 12 - 5 | If I have 7 coins and find 6, how many coins do I have? | sum 23 and 14 | 8 by 7 = ? | Which part of Baton writes the reply tokens?
+What is 3 plus 4? | what's 12 - 5 | If I have 7 coins and find 6, how many coins do I have?
+sum 23 and 14 | 8 by 7 = ? | Which part of Baton writes the reply tokens?
 Why should I care about prefix caching? | my decode worker just crashed, what now? | List all policies of the router | Is etcd necessary?
 I saw x-baton-route in the response, what is that? | Which tool moves KV blocks over the network? | What does a router do all day?
 Can I start Baton without a graphics card? | Explain step by step how a request travels through Baton | Describe Baton in a single sentence
@@ -355,6 +359,8 @@ def main() -> None:
         model.config.dtype = "float32"  # stored in half the space, computed in full
         model.config.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out, save_jinja_files=False)
+        settings = args.out / "tokenizer_config.json"  # the class by the name that transformers 4 knows too
+        settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     if args.only != "train":
         examine(args.out, args.seed)
 
