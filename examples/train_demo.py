@@ -5,8 +5,8 @@
 Conversations are put together here from the pieces in `demo_text.toml`; nothing is downloaded. Needs torch, transformers and tokenizers.
 What comes out is an ordinary Hugging Face Llama folder. The model knows nothing beyond that text, and says so.
 
-Twenty minutes of one CPU core give good answers and poor sums (47 of 100 right below 10). `examples/demo-model` saw 90 million tokens in five
-minutes of one GPU: `--minutes 5 --batch-tokens 24576 --workers 13 --lr 8e-3 --autocast` (100 of 100 right up to 20, 90 up to 99).
+Twenty minutes of one CPU core give good answers and poor sums (47 of 100 right below 10). `examples/demo-model` saw 90 million tokens in
+five minutes of one GPU: `--minutes 5 --batch-tokens 24576 --workers 13 --lr 8e-3 --autocast` (100 of 100 right up to 20, 90 up to 99).
 """
 
 import argparse
