@@ -1,0 +1,216 @@
+"""The KV pool on real processes: blocks through it, the kvstore service, and what happens when its parts die."""
+
+import ctypes
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from baton.errors import StoreError
+from baton.kv.mooncake import MooncakeStore
+from baton.kv.store import Buffer, MemoryStore
+from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
+
+BLOCK = 64 << 10
+COUNT = 8
+
+
+class Memory:
+    """Blocks of this process's memory."""
+
+    def __init__(self) -> None:
+        self.bytes = ctypes.create_string_buffer(COUNT * BLOCK)
+        self.region = Buffer(ctypes.addressof(self.bytes), COUNT * BLOCK)
+        self.blocks = [Buffer(self.region.address + i * BLOCK, BLOCK) for i in range(COUNT)]
+
+    def fill(self, seed: int) -> bytes:
+        content = b"".join(bytes([(seed + i) % 251]) * BLOCK for i in range(COUNT))
+        ctypes.memmove(self.region.address, content, len(content))
+        return content
+
+
+class Pool:
+    """A master and nodes, each `python -m services.kvstore`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ports = {name: free_port() for name in ("master", "metrics", "master-grpc", "node0-grpc", "node1-grpc")}
+        self.master = f"127.0.0.1:{self.ports['master']}"
+        self._folder = folder
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, mode: str, memory: str = "32MiB") -> None:
+        settings = [f"mode={mode}", f"server.id={name}", f"server.grpc_port={self.ports[name + '-grpc']}", "client_ttl_s=3"]
+        settings += [f"master_port={self.ports['master']}", f"master_metrics_port={self.ports['metrics']}"]
+        settings += [f"pool.master={self.master}", f"memory={memory}"]
+        with (self._folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen([sys.executable, "-m", "services.kvstore", *settings], stdout=log, stderr=log)
+
+    def stub(self, channel: grpc.Channel) -> kvstore_pb2_grpc.KVStoreStub:
+        return kvstore_pb2_grpc.KVStoreStub(channel)
+
+    def channel(self, name: str = "master") -> grpc.Channel:
+        return grpc.insecure_channel(f"127.0.0.1:{self.ports[name + '-grpc']}")
+
+    def stats(self) -> kvstore_pb2.GetStatsResponse:
+        with self.channel() as channel:
+            return self.stub(channel).GetStats(kvstore_pb2.GetStatsRequest(), timeout=5, wait_for_ready=True)
+
+    def wait(self, condition: Callable[[kvstore_pb2.GetStatsResponse], bool], timeout_s: float = 30) -> kvstore_pb2.GetStatsResponse:
+        deadline = time.monotonic() + timeout_s
+        while not condition(seen := self.stats()):
+            assert time.monotonic() < deadline, str(seen)
+            time.sleep(0.1)
+        return seen
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+        for process in self.processes.values():
+            process.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[Pool]:
+    made = Pool(tmp_path)
+    made.start("master", "master")
+    made.start("node0", "node")
+    made.wait(lambda seen: seen.available and len(seen.segments) == 1)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def client(pool: Pool) -> Iterator[tuple[MooncakeStore, Memory]]:
+    store, memory = MooncakeStore(pool.master, host="127.0.0.1"), Memory()
+    store.register(memory.region)
+    yield store, memory
+    store.close()
+
+
+def keys(prefix: str) -> list[str]:
+    return [f"{prefix}/0of1/{i:032x}" for i in range(COUNT)]
+
+
+def test_blocks_come_back_bit_by_bit_and_what_is_missing_is_a_miss(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    content = memory.fill(1)
+    assert store.put(keys("a"), memory.blocks) == [True] * COUNT
+    assert store.put(keys("a")[:1], memory.blocks[:1]) == [True]  # it is there already
+    memory.fill(100)
+    mixed = [*keys("a")[:3], "a/0of1/none", *keys("a")[4:]]
+    assert store.contains(mixed) == [True] * 3 + [False] + [True] * 4
+    assert store.get(mixed, memory.blocks) == [True] * 3 + [False] + [True] * 4
+    assert memory.bytes.raw[: 3 * BLOCK] == content[: 3 * BLOCK]
+    assert memory.bytes.raw[4 * BLOCK :] == content[4 * BLOCK :]
+    half = [Buffer(block.address, BLOCK // 2) for block in memory.blocks]
+    assert store.get(keys("a"), half) == [False] * COUNT  # another size is another layout
+
+
+def test_the_service_looks_up_counts_and_removes(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    memory.fill(1)
+    store.put(keys("aa"), memory.blocks)
+    store.put(keys("bb"), memory.blocks)
+    hashes = [bytes.fromhex(key.rpartition("/")[2]) for key in keys("aa")]
+    with pool.channel() as channel:
+        stub = pool.stub(channel)
+        found = stub.Lookup(kvstore_pb2.LookupRequest(fingerprint="aa", block_hashes=[*hashes, b"x" * 16])).found
+        assert list(found) == [True] * COUNT + [False]
+        stats = pool.wait(lambda seen: seen.num_keys == 2 * COUNT)
+        assert stats.used_bytes >= 2 * COUNT * BLOCK
+        assert stats.capacity_bytes >= 32 << 20
+        assert stub.Remove(kvstore_pb2.RemoveRequest(prefix="aa/")).num_removed == COUNT
+        assert store.contains(keys("aa") + keys("bb")) == [False] * COUNT + [True] * COUNT
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Remove(kvstore_pb2.RemoveRequest())
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+
+
+def test_a_full_pool_refuses_and_serves_on(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    memory.fill(1)
+    stored = [good for i in range(100) for good in store.put(keys(f"k{i}"), memory.blocks)]
+    assert not all(stored)
+    assert any(stored)
+    deadline = time.monotonic() + 10
+    while not all(store.put(keys("later"), memory.blocks)):  # eviction makes room
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_killed_master_is_started_again_and_everybody_comes_back(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    memory.fill(1)
+    assert all(store.put(keys("a"), memory.blocks))
+    children = subprocess.run(["pgrep", "-P", str(pool.processes["master"].pid)], capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["kill", "-9", *children], check=True)
+    started = time.monotonic()
+    while True:
+        try:
+            if all(store.put(keys("b"), memory.blocks)):
+                break
+        except StoreError:
+            pass
+        assert time.monotonic() - started < 30
+        time.sleep(0.2)
+    assert store.get(keys("b"), memory.blocks) == [True] * COUNT
+
+
+def test_a_killed_node_is_a_miss_and_its_keys_are_forgotten(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    memory.fill(1)
+    assert all(store.put(keys("a"), memory.blocks))
+    pool.processes["node0"].kill()
+    pool.processes["node0"].wait()
+    started = time.monotonic()
+    with pytest.raises(StoreError, match="nodes do not answer"):
+        store.get(keys("a"), memory.blocks)
+    assert time.monotonic() - started < 5
+    pool.wait(lambda seen: not seen.segments, 15)
+    assert store.contains(keys("a")) == [False] * COUNT
+
+
+def test_a_node_that_leaves_hands_its_blocks_over(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    content = memory.fill(3)
+    assert all(store.put(keys("a"), memory.blocks))
+    pool.start("node1", "node")
+    pool.wait(lambda seen: len(seen.segments) == 2)
+    time.sleep(2.5)  # both nodes have seen each other
+    pool.processes["node0"].terminate()
+    assert pool.processes["node0"].wait(30) == 0
+    memory.fill(50)
+    assert store.get(keys("a"), memory.blocks) == [True] * COUNT
+    assert memory.bytes.raw == content
+
+
+def test_nobody_waits_for_a_master_that_is_not_there() -> None:
+    store = MooncakeStore(f"127.0.0.1:{free_port()}", host="127.0.0.1")
+    started = time.monotonic()
+    with pytest.raises(StoreError, match="no mooncake_master"):
+        store.contains(["x"])
+    assert time.monotonic() - started < 2
+
+
+def test_the_in_memory_twin_keeps_the_newest() -> None:
+    store, memory = MemoryStore(3 * BLOCK), Memory()
+    content = memory.fill(9)
+    assert store.put(keys("a")[:4], memory.blocks[:4]) == [True, True, True, True]
+    assert store.contains(keys("a")[:4]) == [False, True, True, True]
+    memory.fill(70)
+    assert store.get(keys("a")[:4], memory.blocks[:4]) == [False, True, True, True]
+    assert memory.bytes.raw[BLOCK : 4 * BLOCK] == content[BLOCK : 4 * BLOCK]
