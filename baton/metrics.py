@@ -11,9 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
 
-from baton.types import Load
+from baton.types import Load, PoolState
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TWINS = frozenset(
@@ -21,7 +20,6 @@ _TWINS = frozenset(
         "num_requests_running",
         "num_requests_waiting",
         "kv_cache_usage_perc",
-        "num_preemptions",
         "prefix_cache_queries",
         "prefix_cache_hits",
         "prompt_tokens",
@@ -34,40 +32,39 @@ _TWINS = frozenset(
 )
 
 
-class _Twins(Collector):
-    """The same samples under vLLM's names."""
+class _Exported(Collector):
+    """A registry's samples, and those that vLLM has too under its names as well."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
         for family in self._registry.collect():
+            yield family
             if family.name.removeprefix("baton:") in _TWINS:
                 twin = Metric(family.name.replace("baton:", "vllm:"), family.documentation, family.type)
-                twin.samples = [
-                    Sample(s.name.replace("baton:", "vllm:"), s.labels, s.value, s.timestamp, s.exemplar) for s in family.samples
-                ]
+                twin.samples = [sample._replace(name=sample.name.replace("baton:", "vllm:")) for sample in family.samples]
                 yield twin
 
 
 class Metrics:
-    """What every process has: a registry, and constant labels `model_name` and `worker`."""
+    """What every process has: constant labels `model_name` and `worker`, and `registry`, which is what gets exported."""
 
     def __init__(self, model: str, worker: str) -> None:
+        self._own = CollectorRegistry()
         self.registry = CollectorRegistry()
-        self._exported = CollectorRegistry()
-        self._exported.register(_Twins(self.registry))
+        self.registry.register(_Exported(self._own))
         self._labels = {"model_name": model, "worker": worker}
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """A value that is read when somebody asks."""
-        Gauge(f"baton:{name}", help, [*self._labels], registry=self.registry).labels(**self._labels).set_function(read)
+        Gauge(f"baton:{name}", help, [*self._labels], registry=self._own).labels(**self._labels).set_function(read)
 
-    def counter(self, name: str, help: str, *labels: str) -> "Counter":
-        return Counter(f"baton:{name}", help, [*self._labels, *labels], registry=self.registry)
+    def counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(f"baton:{name}", help, [*self._labels, *labels], registry=self._own)
 
     def histogram(self, name: str, help: str) -> Histogram:
-        family = Histogram(f"baton:{name}", help, [*self._labels], buckets=_LATENCY, registry=self.registry)
+        family = Histogram(f"baton:{name}", help, [*self._labels], buckets=_LATENCY, registry=self._own)
         return family.labels(**self._labels)
 
     def labelled(self, family: Counter, **labels: str) -> Counter:
@@ -75,7 +72,7 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Prometheus's text format."""
-        return generate_latest(self.registry) + generate_latest(self._exported)
+        return generate_latest(self.registry)
 
 
 class WorkerMetrics(Metrics):
@@ -121,17 +118,23 @@ class RouterMetrics(Metrics):
         self.labelled(self._failures, code=code).inc()
 
 
+class KVStoreMetrics(Metrics):
+    """Of the pool as a whole, as its master counts it; `state` is set whenever it was asked."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("", name)
+        self.state = PoolState()
+        self.gauge("kvstore_capacity_bytes", "Memory lent to the pool", lambda: self.state.capacity_bytes)
+        self.gauge("kvstore_used_bytes", "Memory of the pool in use", lambda: self.state.used_bytes)
+        self.gauge("kvstore_keys", "Blocks in the pool", lambda: self.state.num_keys)
+        self.gauge("kvstore_evicted_keys", "Blocks evicted so far", lambda: self.state.num_evicted)
+        self.gauge("kvstore_nodes", "Nodes that lend memory", lambda: len(self.state.segments))
+
+
 def serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[WSGIServer, int]:
     """Serves /metrics on a thread of its own; the server (to shut down) and the port it got (`port` 0 takes a free one). Raises OSError."""
 
-    class Exported(Collector):
-        def collect(self) -> Iterator[Metric]:
-            yield from metrics.registry.collect()
-            yield from _Twins(metrics.registry).collect()
-
-    registry = CollectorRegistry()
-    registry.register(Exported())
-    server, _ = start_http_server(port, host, registry)
+    server, _ = start_http_server(port, host, metrics.registry)
     return server, int(server.server_address[1])
 
 

@@ -137,6 +137,17 @@ class Load:
     blocks_cached: int = 0  # blocks that hold a hash (held or evictable)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolState:
+    """The KV pool as its master counts it."""
+
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    num_keys: int = 0
+    num_evicted: int = 0  # since the master's start
+    segments: tuple[tuple[str, int, int], ...] = ()  # of each node: name, used bytes, capacity bytes
+
+
 class Tier(StrEnum):
     DEVICE = "device"
     HOST = "host"

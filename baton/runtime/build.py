@@ -66,6 +66,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         max_model_len=loaded.max_model_len,
     )
     metrics = WorkerMetrics(name, member.id, lambda: engine.load, transfer.stats.values)
+    engine.on_crash = lambda: os._exit(70)  # peers see broken streams at once, and a supervisor starts the worker again
     engine.on_step = lambda plan, seconds: metrics.step_seconds.observe(seconds)
     return BuiltWorker(engine, member, metrics)
 

@@ -21,6 +21,7 @@ from typing import Protocol
 from baton.errors import BatonError, Draining, InternalError, Overloaded
 from baton.kv.store import Buffer
 from baton.runtime.loading import Feed, Loader, Transfer
+from baton.runtime.sequence import Delivery, EngineSequence
 from baton.runtime.state import StatePublisher
 from baton.runtime.validation import Limits, validate
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
@@ -36,59 +37,6 @@ STALLED_WAIT_S = 0.01  # work is queued, but memory is held by calls in flight
 
 class Runner(Protocol):
     def execute(self, plan: StepPlan) -> StepResult: ...
-
-
-class EngineSequence:
-    """See hosting.engine.Sequence. The event loop's half of a request."""
-
-    def __init__(self, engine: "Engine", request_id: str) -> None:
-        self.request_id = request_id
-        self._engine = engine
-        self._outputs: asyncio.Queue[GenerateOutput | BatonError] = asyncio.Queue()
-        self._matched: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
-        self._ended = False
-
-    async def matched(self) -> tuple[int, int]:
-        return await asyncio.shield(self._matched)
-
-    def offer_blocks(self, num_blocks: int) -> None:
-        self._engine.post_to(self.request_id, lambda entry: self._engine.loader.offer(entry.feed, num_blocks))
-
-    def push_token(self, token: OutputToken) -> None:
-        self._engine.post_to(self.request_id, lambda entry: self._engine.push(entry, token))
-
-    def release(self) -> None:
-        self._engine.post_to(self.request_id, lambda entry: self._engine.loader.release(entry.feed))
-
-    async def __aiter__(self) -> AsyncIterator[GenerateOutput]:
-        while True:
-            output = await self._outputs.get()
-            if isinstance(output, BatonError):
-                raise output
-            yield output
-            if output.finish_reason is not None:
-                return
-
-    def close(self) -> None:
-        if not self._ended:
-            self._end()
-            self._engine.post_to(self.request_id, self._engine.abort)
-
-    def deliver(self, output: "GenerateOutput | BatonError | tuple[int, int]") -> None:
-        """On the event loop."""
-        if isinstance(output, tuple):
-            if not self._matched.done():
-                self._matched.set_result(output)
-            return
-        self._outputs.put_nowait(output)
-        if isinstance(output, BatonError) or output.finish_reason is not None:
-            self._end()
-
-    def _end(self) -> None:
-        self._ended = True
-        self._engine.forget(self.request_id)
-        if not self._matched.done():
-            self._matched.set_result((0, 0))
 
 
 @dataclass(slots=True, eq=False)
@@ -116,6 +64,7 @@ class Engine:
         budget_s: float,
     ) -> None:
         """`key` names a block hash in the pool, `buffer` gives a block's memory, `budget_s` bounds each pool call."""
+        self.on_crash: Callable[[], None] = lambda: None
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
         self.loader = Loader(
@@ -132,7 +81,7 @@ class Engine:
         self._transfer, self._eos_token_ids = transfer, eos_token_ids
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._entries: dict[str, Entry] = {}
-        self._outbox: list[tuple[EngineSequence, GenerateOutput | BatonError | tuple[int, int]]] = []
+        self._outbox: list[tuple[EngineSequence, Delivery]] = []
         self._live: dict[str, EngineSequence] = {}  # the event loop's
         self._publisher = StatePublisher(self._measure, scheduler.cache.pool)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -243,15 +192,22 @@ class Engine:
         self._inbox.put(action)
 
     def _run(self) -> None:
-        while self._work_inbox():
-            now = time.monotonic()
-            self.loader.tick(now)
-            plan = self.scheduler.schedule()
-            if plan.scheduled:
-                self._step(plan)
+        """A bug outside of a step leaves nothing to trust: every request is failed, and `on_crash` called."""
+        try:
+            while self._work_inbox():
+                self.loader.tick(time.monotonic())
+                plan = self.scheduler.schedule()
+                if plan.scheduled:
+                    self._step(plan)
+                self._flush()
+                self._publisher.publish(time.monotonic())
+                self._stalled = not plan.scheduled
+        except Exception:
+            logger.critical("the engine has crashed", exc_info=True)
+            self._stopping = True
+            self._outbox += [(entry.sequence, InternalError("the engine has crashed")) for entry in self._entries.values()]
             self._flush()
-            self._publisher.publish(time.monotonic())
-            self._stalled = not plan.scheduled
+            self.on_crash()
 
     def _work_inbox(self) -> bool:
         """Runs what is in the inbox; waits for something if there is nothing to compute. False at the end."""
@@ -428,6 +384,6 @@ class Engine:
         return problems
 
 
-def _deliver(batch: list[tuple[EngineSequence, GenerateOutput | BatonError | tuple[int, int]]]) -> None:
+def _deliver(batch: list[tuple[EngineSequence, Delivery]]) -> None:
     for sequence, output in batch:
         sequence.deliver(output)

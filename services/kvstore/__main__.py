@@ -11,28 +11,15 @@ from baton.errors import ConfigError, StoreError
 from baton.hosting.process import run_service
 from baton.hosting.server import Host
 from baton.kv.mooncake import MooncakeStore
-from baton.metrics import Metrics
+from baton.metrics import KVStoreMetrics
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from baton.types import Member, Role
-from services.kvstore.master import MasterAdmin, MasterSupervisor, PoolState
+from services.kvstore.master import MasterAdmin, MasterSupervisor
 from services.kvstore.servicer import KVStoreServicer
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _POLL_S = 2.0
-
-
-class KVStoreMetrics(Metrics):
-    """Of the pool as a whole; the numbers are the master's."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__("", name)
-        self.state = PoolState(0, 0, 0, 0, ())
-        self.gauge("kvstore_capacity_bytes", "Memory lent to the pool", lambda: self.state.capacity_bytes)
-        self.gauge("kvstore_used_bytes", "Memory of the pool in use", lambda: self.state.used_bytes)
-        self.gauge("kvstore_keys", "Blocks in the pool", lambda: self.state.num_keys)
-        self.gauge("kvstore_evicted_keys", "Blocks evicted so far", lambda: self.state.num_evicted)
-        self.gauge("kvstore_nodes", "Nodes that lend memory", lambda: len(self.state.segments))
 
 
 async def serve(config: KVStoreConfig) -> None:

@@ -8,28 +8,17 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from baton.errors import ConfigError, StoreError
 from baton.hosting.process import die_with_parent
+from baton.types import PoolState
 
 logger = logging.getLogger(__name__)
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})? ([-+.eE\d]+)$", re.MULTILINE)
-
-
-@dataclass(frozen=True, slots=True)
-class PoolState:
-    """Bytes, keys and nodes as the master counts them."""
-
-    capacity_bytes: int
-    used_bytes: int
-    num_keys: int
-    num_evicted: int
-    segments: tuple[tuple[str, int, int], ...]  # name, used bytes, capacity bytes
 
 
 class MasterAdmin:

@@ -39,7 +39,6 @@ class Placement:
 
 Cost = Callable[[Facts, WorkerView], float]
 Policy = Callable[[Facts, Sequence[WorkerView]], Placement]
-_PREFIX_WEIGHT = 1.0  # tokens to compute per token not cached
 _DECODE_STEP_TOKENS = 16.0  # what a running request costs a decode worker, in tokens of prompt
 
 
@@ -93,7 +92,7 @@ def prefix_aware(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     """The fewest tokens to wait for: those that must be computed for this prompt, and those queued before it."""
 
     def cost(f: Facts, w: WorkerView) -> float:
-        return _PREFIX_WEIGHT * (f.num_prompt_tokens - w.matched_tokens) + _load(w)
+        return f.num_prompt_tokens - w.matched_tokens + _load(w)
 
     def why(w: WorkerView) -> str:
         return f"{w.matched_tokens} of {facts.num_prompt_tokens} tokens cached there, {w.pending_tokens} pending"

@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from tests.cluster import RunningCluster, running_cluster, stop
+from tests.e2e.test_kvstore import free_port
+from tests.e2e.test_membership import Etcd
 
 BATON = [sys.executable, "-c", "from baton.cli import main; main()"]
 
@@ -112,7 +114,50 @@ def test_drain_lets_streams_finish(tiny_model: Path) -> None:
         assert rest[-1]["baton"]["moves"] == []
 
 
+def test_an_etcd_that_runs_already(tiny_model: Path, tmp_path: Path) -> None:
+    server = Etcd(tmp_path / "etcd")
+    try:
+        with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=0, etcd=server.url) as cluster:
+            assert complete(cluster, "hello " * 20).status_code == 200
+            assert "etcd" not in cluster.children()
+    finally:
+        server.kill()
+
+
+def test_a_router_alone_is_not_ready_and_says_what_is_missing(tiny_model: Path, tmp_path: Path) -> None:
+    port = free_port()
+    config = tmp_path / "router.yaml"
+    config.write_text(f"model: {tiny_model}\nhttp_port: {port}\ncluster: {{lease_s: 1}}\n")
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*BATON, "serve", "router", "--config", str(config), "policy=round_robin"], stdout=log, stderr=log)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=0), timeout=10) as client:
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    assert client.get("/health").status_code == 200
+                    break
+                except httpx.ConnectError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            ready = client.get("/ready")
+            assert (ready.status_code, "no prefill and decode" in ready.json()["problem"]) == (503, True)
+            refused = client.post("/v1/completions", json={"prompt": "x"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_workers")
+            assert refused.headers["retry-after"] == "1"
+            assert client.get("/cluster").json()["policy"] == "round_robin"
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
 # -- what is said when it can't be
+
+
+def test_there_is_no_such_service() -> None:
+    ran = baton("serve", "planner")
+    assert ran.returncode == 2
+    assert "router, prefill, decode and kvstore" in ran.stderr
 
 
 def test_a_taken_port(tiny_model: Path) -> None:

@@ -1,0 +1,67 @@
+"""EngineSequence: the event loop's half of a request, see hosting.engine.Sequence. The engine's thread has the other half."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from baton.errors import BatonError
+from baton.types import GenerateOutput, OutputToken
+
+if TYPE_CHECKING:
+    from baton.runtime.engine import Engine
+
+Delivery = GenerateOutput | BatonError | tuple[int, int]
+"""What the engine's thread sends: an output, the error that ended the request, or what was matched (own cache, pool), in tokens."""
+
+
+class EngineSequence:
+    """See hosting.engine.Sequence. The event loop's half of a request."""
+
+    def __init__(self, engine: "Engine", request_id: str) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._outputs: asyncio.Queue[GenerateOutput | BatonError] = asyncio.Queue()
+        self._matched: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+        self._ended = False
+
+    async def matched(self) -> tuple[int, int]:
+        return await asyncio.shield(self._matched)
+
+    def offer_blocks(self, num_blocks: int) -> None:
+        self._engine.post_to(self.request_id, lambda entry: self._engine.loader.offer(entry.feed, num_blocks))
+
+    def push_token(self, token: OutputToken) -> None:
+        self._engine.post_to(self.request_id, lambda entry: self._engine.push(entry, token))
+
+    def release(self) -> None:
+        self._engine.post_to(self.request_id, lambda entry: self._engine.loader.release(entry.feed))
+
+    async def __aiter__(self) -> AsyncIterator[GenerateOutput]:
+        while True:
+            output = await self._outputs.get()
+            if isinstance(output, BatonError):
+                raise output
+            yield output
+            if output.finish_reason is not None:
+                return
+
+    def close(self) -> None:
+        if not self._ended:
+            self._end()
+            self._engine.post_to(self.request_id, self._engine.abort)
+
+    def deliver(self, output: Delivery) -> None:
+        """On the event loop."""
+        if isinstance(output, tuple):
+            if not self._matched.done():
+                self._matched.set_result(output)
+            return
+        self._outputs.put_nowait(output)
+        if isinstance(output, BatonError) or output.finish_reason is not None:
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._engine.forget(self.request_id)
+        if not self._matched.done():
+            self._matched.set_result((0, 0))
