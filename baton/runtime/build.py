@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from baton.runtime.runner import ModelRunner
 from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache
 from baton.scheduling.scheduler import Scheduler
-from baton.types import Member
+from baton.types import Member, Role
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class BuiltWorker:
     engine: Engine
     member: Member
     metrics: WorkerMetrics
+    pool_available: Callable[[], bool]  # whether KV can come from the pool now, as far as is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,10 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
     """Raises ModelError for a folder that can't be served, ConfigError for settings that don't fit it."""
     if not config.model:
         raise ConfigError("model is not set: give a Hugging Face model folder, model=/path/to/model")
+    if config.role is Role.DECODE and not config.engine.prefix_caching:
+        raise ConfigError(
+            "a decode worker takes a prompt's KV through its prefix cache: leave engine.prefix_caching on, or use role=unified"
+        )
     model = Path(config.model)
     loaded = load(model, config.engine)
     transfer = connect_pool(config.pool, loaded.pool.region)
@@ -68,7 +74,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
     metrics = WorkerMetrics(name, member.id, lambda: engine.load, transfer.stats.values)
     engine.on_crash = lambda: os._exit(70)  # peers see broken streams at once, and a supervisor starts the worker again
     engine.on_step = lambda plan, seconds: metrics.step_seconds.observe(seconds)
-    return BuiltWorker(engine, member, metrics)
+    return BuiltWorker(engine, member, metrics, lambda: transfer.available)
 
 
 def load(model: Path, settings: EngineConfig) -> LoadedModel:

@@ -27,6 +27,7 @@ async def serve(config: WorkerConfig) -> None:
             lease_s=config.cluster.lease_s,
             max_local_prefill_tokens=config.max_local_prefill_tokens,
             unified=config.role is Role.UNIFIED,
+            pool_available=built.pool_available,
         )
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, host.grpc)
         return [decode_pb2.DESCRIPTOR.services_by_name["Decode"].full_name]

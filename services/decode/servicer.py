@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 
@@ -66,23 +66,24 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         lease_s: float,
         max_local_prefill_tokens: int,
         unified: bool,
+        pool_available: Callable[[], bool],
     ) -> None:
         self._intake, self._fingerprint, self._channels, self._metrics = intake, fingerprint, channels, metrics
         self._lease_s, self._max_local, self._unified = lease_s, max_local_prefill_tokens, unified
+        self._pool_available = pool_available
 
     async def Generate(self, request: decode_pb2.GenerateRequest, context: Context) -> AsyncIterator[decode_pb2.GenerateResponse]:
         async with guarded(context):
             sequence_request = convert.request_from_proto(request.sequence)
-            candidates = list(request.prefill_candidates)
-            if self._unified or sequence_request.sampling.prompt_logprobs is not None:
-                candidates = []
+            why_here = self._why_here(request)
+            candidates = [] if why_here else list(request.prefill_candidates)
             sequence = self._intake.submit(sequence_request, hold=bool(candidates))
             feeding, feeder = Feeding(), None
             try:
                 if candidates:
                     feeder = await self._choose(sequence, sequence_request, candidates, feeding)
                 else:
-                    feeding.decide("", "unified worker" if self._unified else "no prefill worker")
+                    feeding.decide("", why_here)
                 yield decode_pb2.GenerateResponse(prefill=feeding.news())
                 async for output in with_heartbeat(aiter(sequence), self._lease_s / 4):
                     report = feeding.report(output, len(sequence_request.prompt_token_ids))
@@ -93,6 +94,18 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 if feeder is not None:
                     feeder.cancel()
                 self._intake.done(sequence_request.request_id)
+
+    def _why_here(self, request: decode_pb2.GenerateRequest) -> str:
+        """Why the prompt is computed here, whatever its length; empty where a prefill worker may be asked."""
+        if self._unified:
+            return "unified worker"
+        if not request.prefill_candidates:
+            return "no prefill worker, computed here"
+        if request.sequence.sampling.HasField("prompt_logprobs"):
+            return "prompt logprobs, computed here"
+        if not self._pool_available():  # its KV could not come here
+            return "no KV pool, computed here"
+        return ""
 
     async def _choose(
         self, sequence: Sequence, request: GenerateRequest, candidates: list[decode_pb2.PrefillCandidate], feeding: Feeding

@@ -118,7 +118,9 @@ def test_an_etcd_that_runs_already(tiny_model: Path, tmp_path: Path) -> None:
     server = Etcd(tmp_path / "etcd")
     try:
         with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=0, etcd=server.url) as cluster:
-            assert complete(cluster, "hello " * 20).status_code == 200
+            answer = complete(cluster, "hello " * 20)
+            assert "prefill=local" in answer.headers["x-baton-route"]
+            assert "no KV pool, computed here" in answer.headers["x-baton-route"]
             assert "etcd" not in cluster.children()
     finally:
         server.kill()
@@ -211,7 +213,7 @@ def test_workers_of_two_models_are_not_paired(tiny_model: Path, tmp_path: Path) 
     other = tmp_path / "other"
     create_model(other, "llama", max_len=1024, seed=1)
     options = ["--set", f"prefill-1.model={other}", "--set", f"decode-1.model={other}"]
-    with running_cluster(model=tiny_model, prefill=2, decode=2, kvstore=0, options=options) as cluster:
+    with running_cluster(model=tiny_model, prefill=2, decode=2, kvstore=1, options=options) as cluster:
         prints = {worker["id"]: worker["fingerprint"] for worker in cluster.workers()}
         assert len(set(prints.values())) == 2
         for i in range(8):
