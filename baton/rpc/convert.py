@@ -1,5 +1,6 @@
 """Protocol buffers ↔ baton.types, errors ↔ gRPC statuses. Protos stop here: no other module looks into one, but to fill or read a call."""
 
+import dataclasses
 from typing import Any, cast
 
 import grpc
@@ -46,44 +47,19 @@ _TIERS_BACK = {number: tier for tier, number in _TIERS.items()}
 # -- requests
 
 
+def _plain(value: object, cls: Any) -> dict[str, Any]:
+    """The fields of dataclass `cls`, from one of it or from its proto, where they have the same names."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(cls)}
+
+
 def sampling_to_proto(params: SamplingParams) -> common.SamplingParams:
-    return common.SamplingParams(
-        max_tokens=params.max_tokens,
-        seed=params.seed,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=dict(params.logit_bias),
-        min_tokens=params.min_tokens,
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-        logprobs=params.logprobs,
-        prompt_logprobs=params.prompt_logprobs,
-    )
+    return common.SamplingParams(**{**_plain(params, SamplingParams), "logit_bias": dict(params.logit_bias)})
 
 
 def sampling_from_proto(message: common.SamplingParams) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=message.max_tokens,
-        seed=message.seed,
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p,
-        min_p=message.min_p,
-        repetition_penalty=message.repetition_penalty,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        logit_bias=dict(message.logit_bias),
-        min_tokens=message.min_tokens,
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
-    )
+    optional = {name: getattr(message, name) if message.HasField(name) else None for name in ("logprobs", "prompt_logprobs")}
+    lists = {"logit_bias": dict(message.logit_bias), "stop_token_ids": tuple(message.stop_token_ids)}
+    return SamplingParams(**{**_plain(message, SamplingParams), **lists, **optional})
 
 
 def request_to_proto(request: GenerateRequest) -> common.SequenceRequest:
@@ -131,7 +107,6 @@ def finish_to_proto(reason: FinishReason | None) -> common.FinishReason:
 
 
 def output_to_proto(output: GenerateOutput) -> common.SequenceOutput:
-    cache = output.cache
     return common.SequenceOutput(
         tokens=[token_to_proto(token) for token in output.tokens],
         finish_reason=finish_to_proto(output.finish_reason),
@@ -141,19 +116,11 @@ def output_to_proto(output: GenerateOutput) -> common.SequenceOutput:
         ],
         num_computed_tokens=output.num_computed_tokens,
         num_saved_blocks=output.num_saved_blocks,
-        cache=None
-        if cache is None
-        else common.CacheReport(
-            num_prompt_tokens=cache.num_prompt_tokens,
-            num_local_tokens=cache.num_local_tokens,
-            num_pool_tokens=cache.num_pool_tokens,
-            num_prefill_tokens=cache.num_prefill_tokens,
-        ),
+        cache=None if output.cache is None else common.CacheReport(**_plain(output.cache, CacheReport)),
     )
 
 
 def output_from_proto(message: common.SequenceOutput) -> GenerateOutput:
-    cache = message.cache
     return GenerateOutput(
         tokens=tuple(token_from_proto(token) for token in message.tokens),
         finish_reason=_FINISH_BACK.get(message.finish_reason),
@@ -163,14 +130,7 @@ def output_from_proto(message: common.SequenceOutput) -> GenerateOutput:
         ),
         num_computed_tokens=message.num_computed_tokens,
         num_saved_blocks=message.num_saved_blocks,
-        cache=CacheReport(
-            num_prompt_tokens=cache.num_prompt_tokens,
-            num_local_tokens=cache.num_local_tokens,
-            num_pool_tokens=cache.num_pool_tokens,
-            num_prefill_tokens=cache.num_prefill_tokens,
-        )
-        if message.HasField("cache")
-        else None,
+        cache=CacheReport(**_plain(message.cache, CacheReport)) if message.HasField("cache") else None,
     )
 
 
@@ -178,57 +138,19 @@ def output_from_proto(message: common.SequenceOutput) -> GenerateOutput:
 
 
 def member_to_proto(member: Member) -> worker.Member:
-    return worker.Member(
-        id=member.id,
-        role=_ROLES[member.role],
-        address=member.address,
-        state=_STATES[member.state],
-        pid=member.pid,
-        model=member.model,
-        fingerprint=member.fingerprint,
-        block_size=member.block_size,
-        num_blocks=member.num_blocks,
-        max_model_len=member.max_model_len,
-        metrics_address=member.metrics_address,
-    )
+    return worker.Member(**{**_plain(member, Member), "role": _ROLES[member.role], "state": _STATES[member.state]})
 
 
 def member_from_proto(message: worker.Member) -> Member:
-    return Member(
-        id=message.id,
-        role=_ROLES_BACK[message.role],
-        address=message.address,
-        state=_STATES_BACK[message.state],
-        pid=message.pid,
-        model=message.model,
-        fingerprint=message.fingerprint,
-        block_size=message.block_size,
-        num_blocks=message.num_blocks,
-        max_model_len=message.max_model_len,
-        metrics_address=message.metrics_address,
-    )
+    return Member(**{**_plain(message, Member), "role": _ROLES_BACK[message.role], "state": _STATES_BACK[message.state]})
 
 
 def load_to_proto(load: Load) -> worker.Load:
-    return worker.Load(
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        num_waiting_tokens=load.num_waiting_tokens,
-        blocks_total=load.blocks_total,
-        blocks_free=load.blocks_free,
-        blocks_cached=load.blocks_cached,
-    )
+    return worker.Load(**_plain(load, Load))
 
 
 def load_from_proto(message: worker.Load) -> Load:
-    return Load(
-        num_running=message.num_running,
-        num_waiting=message.num_waiting,
-        num_waiting_tokens=message.num_waiting_tokens,
-        blocks_total=message.blocks_total,
-        blocks_free=message.blocks_free,
-        blocks_cached=message.blocks_cached,
-    )
+    return Load(**_plain(message, Load))
 
 
 def _event_to_proto(event: KVEvent) -> worker.KVEvent:
