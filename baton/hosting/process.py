@@ -24,6 +24,7 @@ def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable
     parser.add_argument("--config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file, such as engine.block_size=32")
     arguments = parser.parse_args()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s %(levelname)s {name}[{os.getpid()}] %(name)s: %(message)s", stream=sys.stderr
     )

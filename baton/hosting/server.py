@@ -38,7 +38,7 @@ class Host:
         self._config, self._metrics = server, metrics
         self.member = dataclasses.replace(member, pid=os.getpid())
         self.membership: Membership = make_membership(cluster)
-        self.grpc = grpc.aio.server(options=server_options())
+        self.grpc = grpc.aio.server(options=server_options(cluster.lease_s))
         self._health: Any = cast(Any, health).aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         self._stop = asyncio.Event()

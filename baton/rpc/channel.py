@@ -11,14 +11,22 @@ Options = Sequence[tuple[str, int]]
 _UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
-def client_options(lease_s: float) -> Options:
+def _keepalive(lease_s: float) -> Options:
+    """A ping after half a lease of silence, and half a lease for its answer."""
     half = max(int(lease_s * 500), 100)
     return (
-        *_UNLIMITED,
         ("grpc.keepalive_time_ms", half),
         ("grpc.keepalive_timeout_ms", half),
+        ("grpc.http2.ping_timeout_ms", half),  # what counts in today's gRPC, where it is a minute by default
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
+    )
+
+
+def client_options(lease_s: float) -> Options:
+    return (
+        *_UNLIMITED,
+        *_keepalive(lease_s),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),
@@ -26,11 +34,12 @@ def client_options(lease_s: float) -> Options:
     )
 
 
-def server_options() -> Options:
+def server_options(lease_s: float) -> Options:
+    """A server notices a client that is gone as well: its calls are cancelled, and what they held is free."""
     return (
         *_UNLIMITED,
+        *_keepalive(lease_s),
         ("grpc.http2.max_ping_strikes", 0),
-        ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 50),
         ("grpc.so_reuseport", 0),
     )

@@ -6,11 +6,14 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import grpc.aio
 import httpx
 import pytest
 
+from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from tests.cluster import RunningCluster, running_cluster
 from tests.faults.traffic import Outcome, Prompt, make_prompts, run_streams, stream
 
@@ -131,6 +134,36 @@ def test_100_requests_are_cancelled_at_random_moments(cluster: RunningCluster, r
     assert [outcome.error for outcome in outcomes] == [None] * len(outcomes)
     expected = asyncio.run(run_streams(cluster.url, kept))
     assert [outcome.token_ids for outcome in outcomes] == [outcome.token_ids for outcome in expected]
+
+
+def test_a_stopped_router_holds_nothing_on_the_workers(cluster: RunningCluster) -> None:
+    cluster.wait_ready()
+    addresses = [worker["address"] for worker in cluster.workers()]
+    prompts = [replace(prompt, max_tokens=3000) for prompt in make_prompts(4, seed=40, vocab_size=2000)]
+
+    async def run() -> None:
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        streams = asyncio.create_task(run_streams(cluster.url, prompts, begun))
+        await begun
+        cluster.signal("router", signal.SIGSTOP)
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while any(load.blocks_free < load.blocks_total for load in [await load_of(address) for address in addresses]):
+                assert time.monotonic() < deadline, "workers go on for a router that is gone"
+                await asyncio.sleep(0.2)
+        finally:
+            cluster.signal("router", signal.SIGCONT)
+            streams.cancel()
+            await asyncio.gather(streams, return_exceptions=True)
+
+    asyncio.run(run())
+    cluster.wait_ready()
+    cluster.assert_clean()
+
+
+async def load_of(address: str) -> worker_pb2.Load:
+    async with grpc.aio.insecure_channel(address) as channel:
+        return (await worker_pb2_grpc.WorkerStub(channel).CheckIntegrity(worker_pb2.CheckIntegrityRequest(), timeout=5)).load
 
 
 def wait_for_process(cluster: RunningCluster, name: str, timeout_s: float = 30) -> None:
