@@ -121,9 +121,9 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> jinja2.Template
     if not source:
         return None
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda spec: datetime.datetime.now().strftime(spec)
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    untyped: Any = environment
+    untyped.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
+    untyped.filters["tojson"] = _tojson
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
@@ -132,3 +132,12 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> jinja2.Template
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _strftime_now(spec: str) -> str:
+    return datetime.datetime.now().strftime(spec)
+
+
+def _tojson(value: object, indent: int | None = None) -> str:
+    """As Hugging Face's: without HTML escapes."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

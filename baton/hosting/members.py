@@ -1,5 +1,6 @@
-# pyright: basic
 """Which membership a configuration asks for, and how a static one asks an address who it is."""
+
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -22,7 +23,7 @@ def make_membership(cluster: ClusterConfig) -> Membership:
 
     async def probe(address: str) -> Member:
         try:
-            stub = worker_pb2_grpc.WorkerStub(channels.get(address))
+            stub: Any = worker_pb2_grpc.WorkerStub(channels.get(address))
             return convert.member_from_proto(await stub.GetMember(worker_pb2.GetMemberRequest(), timeout=cluster.lease_s / 2))
         except grpc.aio.AioRpcError as error:
             raise convert.error_from_rpc(error, address) from error

@@ -1,4 +1,3 @@
-# pyright: basic
 """Hosting: one gRPC server with health and reflection, a metrics endpoint, a place in the cluster, and an orderly end.
 
     build ─▶ listen ─▶ join (others may call now) ─▶ … ─▶ SIGTERM: say draining ─▶ finish what is there ─▶ leave ─▶ stop
@@ -38,7 +37,7 @@ class Host:
         self._config, self._metrics = server, metrics
         self.member = dataclasses.replace(member, pid=os.getpid())
         self.membership: Membership = make_membership(cluster)
-        self.grpc = grpc.aio.server(options=server_options(cluster.lease_s))
+        self.grpc: Any = cast(Any, grpc.aio).server(options=server_options(cluster.lease_s))
         self._health: Any = cast(Any, health).aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         self._stop = asyncio.Event()

@@ -53,13 +53,16 @@ def _plain(value: object, cls: Any) -> dict[str, Any]:
 
 
 def sampling_to_proto(params: SamplingParams) -> common.SamplingParams:
-    return common.SamplingParams(**{**_plain(params, SamplingParams), "logit_bias": dict(params.logit_bias)})
+    fields = _plain(params, SamplingParams)
+    fields["logit_bias"] = dict(params.logit_bias)
+    return common.SamplingParams(**fields)
 
 
 def sampling_from_proto(message: common.SamplingParams) -> SamplingParams:
-    optional = {name: getattr(message, name) if message.HasField(name) else None for name in ("logprobs", "prompt_logprobs")}
-    lists = {"logit_bias": dict(message.logit_bias), "stop_token_ids": tuple(message.stop_token_ids)}
-    return SamplingParams(**{**_plain(message, SamplingParams), **lists, **optional})
+    fields = _plain(message, SamplingParams)
+    fields["logit_bias"], fields["stop_token_ids"] = dict(message.logit_bias), tuple(message.stop_token_ids)
+    fields |= {name: None for name in ("logprobs", "prompt_logprobs") if not cast(Any, message).HasField(name)}
+    return SamplingParams(**fields)
 
 
 def request_to_proto(request: GenerateRequest) -> common.SequenceRequest:
@@ -142,7 +145,9 @@ def member_to_proto(member: Member) -> worker.Member:
 
 
 def member_from_proto(message: worker.Member) -> Member:
-    return Member(**{**_plain(message, Member), "role": _ROLES_BACK[message.role], "state": _STATES_BACK[message.state]})
+    fields = _plain(message, Member)
+    fields["role"], fields["state"] = _ROLES_BACK[message.role], _STATES_BACK[message.state]
+    return Member(**fields)
 
 
 def load_to_proto(load: Load) -> worker.Load:

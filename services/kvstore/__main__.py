@@ -1,10 +1,10 @@
-# pyright: basic
 """The kvstore's process: `master` supervises mooncake_master, `node` lends memory to the pool."""
 
 import asyncio
 import contextlib
 import dataclasses
 import logging
+from typing import Any, cast
 
 from baton.config import KVStoreConfig, member_id
 from baton.errors import ConfigError, StoreError
@@ -36,8 +36,7 @@ async def serve(config: KVStoreConfig) -> None:
     name = member_id(config.server, Role.KVSTORE)
     metrics = KVStoreMetrics(name)
     host = Host(config.server, config.cluster, Member(id=name, role=Role.KVSTORE, address=""), metrics)
-    add = kvstore_pb2_grpc.add_KVStoreServicer_to_server
-    add(KVStoreServicer(store, admin), host.grpc)
+    cast(Any, kvstore_pb2_grpc).add_KVStoreServicer_to_server(KVStoreServicer(store, admin), host.grpc)
     supervisor = (
         MasterSupervisor(config.server.host, config.master_port, config.master_metrics_port, config.client_ttl_s) if is_master else None
     )

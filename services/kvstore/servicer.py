@@ -1,4 +1,3 @@
-# pyright: basic
 """KVStore: lookup, statistics and removal, for operators and other services."""
 
 import asyncio

@@ -1,10 +1,11 @@
-# pyright: basic
 """The router's process: HTTP and gRPC on one event loop."""
 
 import asyncio
+import collections.abc
 import contextlib
 import socket
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
 
@@ -29,8 +30,9 @@ from services.router.workers import Workers
 class _Server(uvicorn.Server):
     """Signals are the host's business."""
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def capture_signals(self) -> collections.abc.Generator[None]:
+        yield
 
 
 def build(config: RouterConfig, workers: Workers, channels: Channels) -> Gateway:
@@ -73,7 +75,7 @@ async def serve(config: RouterConfig) -> None:
     host = Host(
         config.server, config.cluster, Member(id=member_id(config.server, Role.ROUTER), role=Role.ROUTER, address=""), gateway.metrics
     )
-    router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(gateway), host.grpc)
+    cast(Any, router_pb2_grpc).add_RouterServicer_to_server(RouterServicer(gateway), host.grpc)
     listener = _listen(config.server.host, config.http_port)
     server = _Server(
         uvicorn.Config(make_app(gateway), log_config=None, access_log=False, timeout_graceful_shutdown=max(int(config.drain_grace_s), 1))

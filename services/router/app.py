@@ -1,4 +1,3 @@
-# pyright: basic
 """The HTTP face: OpenAI's API with vLLM's extensions, and the pages of operators. Parses, streams and maps errors; decides nothing."""
 
 import asyncio

@@ -1,4 +1,3 @@
-# pyright: basic
 """Dispatcher: one sequence's life between the router and the workers.
 
     place ─▶ Decode.Generate ─▶ outputs … ─▶ finished
@@ -13,6 +12,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -132,7 +132,8 @@ class Dispatcher:
     async def _call(self, request: GenerateRequest, placement: Placement, route: Route) -> AsyncIterator[GenerateOutput]:
         candidates = [decode_pb2.PrefillCandidate(id=name, address=self.workers.address(name)) for name in placement.prefills]
         message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request), prefill_candidates=candidates)
-        call = decode_pb2_grpc.DecodeStub(self._channels.get(self.workers.address(placement.decode))).Generate(message)
+        stub: Any = decode_pb2_grpc.DecodeStub(self._channels.get(self.workers.address(placement.decode)))
+        call = stub.Generate(message)
         try:
             while True:
                 async with asyncio.timeout(self._lease_s):

@@ -1,4 +1,3 @@
-# pyright: basic
 """The gRPC face for clients: the same generation as HTTP, without OpenAI's shapes."""
 
 import dataclasses

@@ -1,4 +1,3 @@
-# pyright: basic
 """Workers: the router's live view. Who is there comes from the membership; load and cached blocks from each worker's state stream.
 
 A worker is usable while it is a ready member and its state stream speaks: a broken stream takes it out at once, silence after a lease. The
@@ -10,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -134,7 +134,8 @@ class Workers:
 
     async def _watch_worker(self, worker: Worker) -> None:
         while True:
-            call = worker_pb2_grpc.WorkerStub(self._channels.get(worker.member.address)).WatchState(worker_pb2.WatchStateRequest())
+            stub: Any = worker_pb2_grpc.WorkerStub(self._channels.get(worker.member.address))
+            call = stub.WatchState(worker_pb2.WatchStateRequest())
             try:
                 await self._follow(worker, call)
             except (grpc.aio.AioRpcError, TimeoutError) as error:
