@@ -3,13 +3,15 @@
 
     /baton/{cluster}/members/{id} → JSON of Member, under a lease of `lease_s` that is kept alive three times as often
 
-Watching is: list, then watch from the next revision; when the watch breaks, the same again. While etcd is away the last view stays in
-force; and since its leases may have run out meanwhile, members missing after an outage have one lease to come back before they are dropped.
+Watching is: list, then watch from the next revision; when the watch breaks, the same again. A watch that is silent for a lease is compared
+with a new list, since one that died quietly looks the same. While etcd is away the last view stays in force; and since its leases may have
+run out meanwhile, members missing after an outage have one lease to come back before they are dropped.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -33,11 +35,10 @@ _FAILURES = (aetcd.exceptions.ClientError, grpc.RpcError, TimeoutError, OSError)
 
 class EtcdMembership:
     def __init__(self, url: str, cluster: str, *, lease_s: float) -> None:
-        """`url` is http://host:port. Raises ConfigError if it is not. Connects when first used."""
-        parsed = urlparse(url if "//" in url else f"http://{url}")
-        if not parsed.hostname:
-            raise ConfigError(f"cluster.etcd={url!r} must look like http://127.0.0.1:2379")
-        self._endpoint = (parsed.hostname, parsed.port or 2379)
+        """`url` is http://host:port[,host:port…]; a connection that fails is followed by one to the next of them. Raises ConfigError if it
+        is not so. Connects when first used."""
+        self._url = url
+        self._endpoints = itertools.cycle(_parse(url))
         self._prefix = f"/baton/{cluster}/members/"
         self._lease_s = lease_s
         self._member: Member | None = None
@@ -51,7 +52,8 @@ class EtcdMembership:
             try:
                 lease = await self._announce()
             except _FAILURES as error:
-                raise MembershipError(f"etcd at {self._endpoint[0]}:{self._endpoint[1]} cannot be reached: {error!r}") from error
+                await self._reset()
+                raise MembershipError(f"etcd at {self._url} cannot be reached: {error!r}") from error
             self._keeper = asyncio.create_task(self._keep(lease), name="etcd-lease")
         else:
             self._changed.set()
@@ -69,19 +71,23 @@ class EtcdMembership:
 
     async def watch(self) -> AsyncIterator[View]:
         view: dict[str, Member] = {}
-        first = True
+        first, broken = True, False
         while True:
             try:
                 client = self._new_client()
                 try:
                     async for followed in self._follow(client, view, grace=not first):
-                        first, view = False, followed
+                        if broken:
+                            logger.info("etcd answers again")
+                        first, broken, view = False, False, followed
                         yield dict(view)
                 finally:
                     with contextlib.suppress(*_FAILURES, asyncio.TimeoutError):
                         await asyncio.wait_for(client.close(), 1.0)
             except _FAILURES as error:
-                logger.debug("etcd: %r", error)
+                if not broken:
+                    logger.warning("etcd cannot be watched (%r); the last view of the cluster stays in force", error)
+                broken = True
             if first:  # nothing is known yet; say so, so that nobody waits for the first view
                 first = False
                 yield {}
@@ -138,12 +144,11 @@ class EtcdMembership:
 
     async def _follow(self, client: aetcd.Client, last: dict[str, Member], *, grace: bool) -> AsyncIterator[dict[str, Member]]:
         """Views until the watch breaks. With `grace`, members of the last view have one lease to come back."""
-        result = await self._bounded(client.get_prefix(self._prefix.encode()))
-        listed = {member.id: member for item in result if (member := _decode(item.value)) is not None}
+        listed, revision = await self._list(client)
         absent = {name: member for name, member in last.items() if name not in listed} if grace else {}
         deadline = time.monotonic() + self._lease_s + 1.0
         yield {**absent, **listed}
-        watch = await self._bounded(client.watch_prefix(self._prefix.encode(), start_revision=result.header.revision + 1))
+        watch = await self._bounded(client.watch_prefix(self._prefix.encode(), start_revision=revision + 1))
         events = aiter(watch)
         pending: asyncio.Future[Any] | None = None
         try:
@@ -155,8 +160,8 @@ class EtcdMembership:
                     if absent and time.monotonic() >= deadline:
                         absent = {}
                         yield dict(listed)
-                    else:  # silence: is etcd still there?
-                        await self._bounded(client.status())
+                    elif (await self._list(client))[0] != listed:  # the watch has missed something
+                        return
                     continue
                 try:
                     event = pending.result()
@@ -177,10 +182,15 @@ class EtcdMembership:
                 with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, *_FAILURES):
                     await pending
 
+    async def _list(self, client: aetcd.Client) -> tuple[dict[str, Member], int]:
+        """The members there are, and as of which revision."""
+        result = await self._bounded(client.get_prefix(self._prefix.encode()))
+        return {member.id: member for item in result if (member := _decode(item.value)) is not None}, result.header.revision
+
     # -- the client
 
     def _new_client(self) -> aetcd.Client:
-        host, port = self._endpoint
+        host, port = next(self._endpoints)
         return aetcd.Client(host=host, port=port, timeout=int(self._lease_s) or 1)
 
     async def _bounded(self, call: Coroutine[Any, Any, T]) -> T:
@@ -189,6 +199,22 @@ class EtcdMembership:
 
     def _key(self, member: Member) -> bytes:
         return (self._prefix + member.id).encode()
+
+
+def _parse(url: str) -> list[tuple[str, int]]:
+    """Hosts and ports. Raises ConfigError."""
+    wrong = ConfigError(f"cluster.etcd={url!r} must look like http://127.0.0.1:2379, or http://host:port,host:port for several")
+    endpoints: list[tuple[str, int]] = []
+    for part in url.split(","):
+        try:
+            parsed = urlparse(part if "//" in part else f"http://{part}")
+            host, port = parsed.hostname, parsed.port or 2379
+        except ValueError as error:
+            raise wrong from error
+        if not host or parsed.scheme != "http":
+            raise wrong
+        endpoints.append((f"[{host}]" if ":" in host else host, port))
+    return endpoints
 
 
 def _encode(member: Member) -> bytes:

@@ -32,7 +32,8 @@ class Feeding:
         self._told = False
 
     def decide(self, prefill_id: str, reason: str) -> None:
-        self.prefill_id, self.reason, self._told = prefill_id, reason, False
+        self._told = self._told and (prefill_id, reason) == (self.prefill_id, self.reason)
+        self.prefill_id, self.reason = prefill_id, reason
 
     def news(self) -> decode_pb2.PrefillDecision | None:
         """The decision, if it was not told yet."""
@@ -152,11 +153,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     async def _prefill(self, candidate: decode_pb2.PrefillCandidate, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
         """The outputs of one prefill call, which is cancelled if it is left early. Raises a BatonError where it fails or falls silent."""
-        wanted = len(request.output_token_ids) + 1
-        sampling = dataclasses.replace(request.sampling, max_tokens=wanted, min_tokens=min(request.sampling.min_tokens, wanted))
-        message = prefill_pb2.PrefillRequest(
-            sequence=convert.request_to_proto(dataclasses.replace(request, sampling=sampling)), fingerprint=self._fingerprint
-        )
+        message = prefill_pb2.PrefillRequest(sequence=convert.request_to_proto(request), fingerprint=self._fingerprint)
         call = prefill_pb2_grpc.PrefillStub(self._channels.get(candidate.address)).Prefill(message)
         try:
             while True:

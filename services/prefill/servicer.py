@@ -1,5 +1,6 @@
 """Prefill.Prefill: computes a prompt, fills the KV pool, and gives the first token."""
 
+import dataclasses
 from collections.abc import AsyncIterator
 
 from baton.errors import InvalidRequest
@@ -8,7 +9,7 @@ from baton.hosting.worker import Context, Intake, guarded
 from baton.metrics import WorkerMetrics
 from baton.rpc import convert
 from baton.rpc.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
-from baton.types import GenerateOutput
+from baton.types import GenerateOutput, GenerateRequest
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
@@ -22,7 +23,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                     f"the decode worker's KV fingerprint {request.fingerprint} is not this prefill worker's {self._fingerprint}: they "
                     "serve different weights, block sizes or dtypes; give both the same model folder and engine settings"
                 )
-            sequence_request = convert.request_from_proto(request.sequence)
+            sequence_request = _for_one_token(convert.request_from_proto(request.sequence))
             sequence = self._intake.submit(sequence_request, await_saves=True)
             self._metrics.prompt_tokens.inc(len(sequence_request.prompt_token_ids))
             try:
@@ -37,3 +38,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if output.tokens and output.cache is not None:
             self._metrics.prefix_cache_queries.inc(output.cache.num_prompt_tokens)
             self._metrics.prefix_cache_hits.inc(output.cache.num_cached_tokens)
+
+
+def _for_one_token(request: GenerateRequest) -> GenerateRequest:
+    wanted = len(request.output_token_ids) + 1
+    sampling = dataclasses.replace(request.sampling, max_tokens=wanted, min_tokens=min(request.sampling.min_tokens, wanted))
+    return dataclasses.replace(request, sampling=sampling)
