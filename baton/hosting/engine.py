@@ -11,7 +11,7 @@ class Sequence(Protocol):
 
     Life: submitted → matched (own prefix cache and KV pool looked up) → [held: a prefill worker feeds it] → released → computed → finished.
     Iterating gives outputs until the one with a finish reason; a failure of the engine raises. `close` at any moment ends it and
-    frees its blocks within one step; it is idempotent.
+    frees its blocks within one step; who still iterates gets finish reason ABORT. It is idempotent.
     """
 
     async def matched(self) -> tuple[int, int]:

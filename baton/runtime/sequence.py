@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from baton.errors import BatonError
-from baton.types import GenerateOutput, OutputToken
+from baton.types import FinishReason, GenerateOutput, OutputToken
 
 if TYPE_CHECKING:
     from baton.runtime.engine import Engine
@@ -48,6 +48,7 @@ class EngineSequence:
     def close(self) -> None:
         if not self._ended:
             self._end()
+            self._outputs.put_nowait(GenerateOutput(finish_reason=FinishReason.ABORT))
             self._engine.post_to(self.request_id, self._engine.abort)
 
     def deliver(self, output: Delivery) -> None:
