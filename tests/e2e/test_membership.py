@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,13 +170,40 @@ async def test_a_stopped_etcd_is_waited_for_and_who_died_meanwhile_is_dropped(et
         await seen.close()
 
 
+async def test_a_watch_that_died_quietly_is_noticed(etcd: Etcd) -> None:
+    async with opened(etcd) as a, opened(etcd) as b, opened(etcd) as reader:
+        clients: list[Any] = []
+        new_client = reader._new_client
+        reader._new_client = lambda: clients.append(new_client()) or clients[-1]  # type: ignore[method-assign]
+        await a.join(member("w1"))
+        seen = Seen(reader)
+        await seen.until(lambda view: "w1" in view)
+        await asyncio.sleep(0.2)
+        clients[0]._watcher._callbacks.clear()  # events go nowhere from now on
+        await b.join(member("w2"))
+        await seen.until(lambda view: set(view) == {"w1", "w2"}, LEASE_S * 2 + 2)
+        await seen.close()
+
+
+async def test_the_next_endpoint_is_tried(etcd: Etcd) -> None:
+    membership = EtcdMembership(f"http://127.0.0.1:1,{etcd.url}", "test", lease_s=LEASE_S)
+    with pytest.raises(MembershipError, match="cannot be reached"):
+        await membership.join(member("w1"))
+    await membership.join(member("w1"))
+    seen = Seen(membership)
+    await seen.until(lambda view: "w1" in view)
+    await seen.close()
+    await membership.close()
+
+
 async def test_an_unreachable_etcd_is_an_error_at_once() -> None:
     membership = EtcdMembership("http://127.0.0.1:1", "test", lease_s=LEASE_S)
     with pytest.raises(MembershipError, match="cannot be reached"):
         await membership.join(member("w1"))
     await membership.close()
-    with pytest.raises(ConfigError, match="must look like"):
-        EtcdMembership("http://", "test", lease_s=LEASE_S)
+    for wrong in ("http://", "http://a:b", "https://a:1", "http://a:1,,"):
+        with pytest.raises(ConfigError, match="must look like"):
+            EtcdMembership(wrong, "test", lease_s=LEASE_S)
 
 
 async def test_static_members_are_those_that_answer() -> None:
