@@ -38,18 +38,18 @@ class KVCache:
     def admit(self, request: Request, num_new_tokens: int) -> bool:
         """Gives a waiting request its cached prefix and blocks for at least one and at most `num_new_tokens` tokens more.
 
-        False, with nothing taken, where memory does not allow it.
+        False where memory does not allow it; then only the cached prefix stays pinned.
         """
         matched = self.match(request)
         start = len(matched) * self.block_size
         wanted = self.blocks_for(min(start + num_new_tokens, request.num_tokens)) - len(matched)
         self.pool.reuse(matched)
-        if not self._make_room(wanted, keep=request.request_id):
-            self.pool.release(matched)
+        self.unpin(request.request_id)  # what it pinned and cannot match (another's copy won) must not keep it out
+        if not self._make_room(wanted):
+            self.pin(request.request_id, matched)
             return False
         request.block_ids = matched + self.pool.take(wanted)
         request.num_computed_tokens = start
-        self.unpin(request.request_id)
         return True
 
     def extend(self, request: Request, num_tokens: int) -> bool:
@@ -85,8 +85,8 @@ class KVCache:
     def pinned(self) -> list[list[int]]:
         return list(self._pins.values())
 
-    def _make_room(self, count: int, keep: str = "") -> bool:
-        for request_id in [name for name in reversed(self._pins) if name != keep]:
+    def _make_room(self, count: int) -> bool:
+        for request_id in list(reversed(self._pins)):
             if self.pool.num_free >= count:
                 break
             self.unpin(request_id)

@@ -150,3 +150,16 @@ def test_requests_end_by_eos_stop_ids_and_length(token: int, min_tokens: int, re
         if request.finish_reason is None:
             request.append(1)
     assert request.finish_reason is (reason or FinishReason.LENGTH)
+
+
+def test_pins_that_cannot_be_matched_do_not_keep_their_own_request_out() -> None:
+    """Two requests loaded the same prefix at once: the second one's copies carry no hash, and must not block its admission."""
+    scheduler = make_scheduler(num_blocks=10)
+    cache, request = scheduler.cache, make_request("b", 33, max_tokens=1)
+    first, copies = cache.pool.take(4), cache.pool.take(4)
+    cache.pool.register(first, request.block_hashes[:4])
+    cache.pool.release(first)
+    cache.pool.register(copies, request.block_hashes[:4])
+    cache.pin("b", copies)
+    scheduler.add(request)
+    assert counts(step(scheduler)) == {"b": 17}
