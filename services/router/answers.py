@@ -29,7 +29,7 @@ class Answers:
 
     def chunk(self, choice: Choice, piece: Piece, *, echo: bool = False) -> Json | None:
         """A chunk of the stream; None where a piece has nothing to tell yet. A sequence's first chunk carries its first token."""
-        first = len(choice.pieces) == 1
+        first = piece is choice.pieces[0]  # more may have come before this one is told
         if not (
             piece.text or first or piece.finish_reason is not None or self._token_ids or (piece.tokens and self._wants_logprobs(choice))
         ):

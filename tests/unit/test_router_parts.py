@@ -9,11 +9,14 @@ import pytest
 from baton.errors import InvalidRequest, NoWorkers
 from baton.hashing import block_hashes
 from baton.tokenizer import Detokenizer, Tokenizer
-from baton.types import BlocksRemoved, BlocksStored, FinishReason, GenerateOutput, OutputToken, Role
+from baton.types import BlocksRemoved, BlocksStored, FinishReason, GenerateOutput, OutputToken, Role, SamplingParams
+from services.router.answers import Answers
+from services.router.dispatch import Route
+from services.router.generation import Ask, Choice
 from services.router.index import PrefixIndex
 from services.router.openai import ChatBody, CompletionBody, parse
 from services.router.policy import POLICIES, Facts, WorkerView
-from services.router.text import TextStream
+from services.router.text import Piece, TextStream
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +225,16 @@ def test_content_parts_other_than_text_are_refused(tokenizer: Tokenizer) -> None
         parse(ChatBody, {"messages": [{"role": "user", "content": parts}]}).prompt(tokenizer)
     joined = parse(ChatBody, {"messages": [{"role": "user", "content": parts[:1]}]}).prompt(tokenizer)
     assert joined == parse(ChatBody, {"messages": [{"role": "user", "content": "a"}]}).prompt(tokenizer)
+
+
+def test_a_sequences_first_chunk_says_who_speaks_also_when_more_has_come_by_then(tokenizer: Tokenizer) -> None:
+    ask = Ask(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=9))
+    answers = Answers("chat.completion", "r", "m", tokenizer, [ask], token_ids=True)
+    choice = Choice(0, Route("round_robin"))
+    choice.pieces += [Piece("a", (OutputToken(5),)), Piece("b", (OutputToken(6),))]
+    first, second = (answers.chunk(choice, piece) for piece in choice.pieces)
+    assert first is not None
+    assert second is not None
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
+    assert first["choices"][0]["prompt_token_ids"] == [1, 2]
+    assert second["choices"][0]["delta"] == {"content": "b"}
