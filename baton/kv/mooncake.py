@@ -4,9 +4,13 @@ Connects at the first call, so a worker starts and serves before the pool exists
 the master. Every value is written from and read into registered memory, without a copy.
 """
 
+import contextlib
+import ctypes
 import logging
 import os
+import re
 import socket
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -16,19 +20,26 @@ from baton.kv.store import Buffer
 
 logger = logging.getLogger(__name__)
 
-# Read by Mooncake's C++ when it is loaded.
+# Blocks of one call over TCP. They all get a connection at once, so a node that is stopped costs a call one time-out; further ones would
+# queue behind them and wait in turn (64 blocks over 4 connections took 31 s), at last longer than Mooncake waits for them.
+WAVE = 16
+
+# Read by Mooncake's C++ when a client is made.
 _ENVIRONMENT = {
     "MC_TCP_STATUS_TIMEOUT_SEC": "2",  # a stopped peer: give up after 2 s (30 by default) and close the socket, so nothing lands late
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "2",
+    "MC_TCP_LANES_PER_PEER": str(WAVE),
+    "MC_RPC_TIMEOUT_MS": "2000",  # a stopped master: 30 s by default
+    "MC_STORE_CLIENT_SETUP_RETRIES": "1",  # it would try 20 ports for 22 s, whatever is wrong; the next call tries again here
     "MC_STORE_MEMCPY": "1",
-    "GLOG_minloglevel": "3",  # its warnings repeat each failed call; the adapter reports failures itself
     "MC_LOG_LEVEL": "ERROR",
 }
+_GLOG_LEVEL = "_ZN3fLI17FLAGS_minloglevelE"
+_GLOG_FATAL = 3
 
-NO_SPACE = -200  # the pool is full; eviction runs behind
-MISSING = -704
-TRANSFER_FAILED = -800  # a node that holds the value does not answer
-RPC_FAILED = -900  # the master does not answer
+TRANSFER_FAILED = -800  # the node that holds the value, or shall, does not answer
+MASTER_AWAY = frozenset({-900, -901})  # the master does not answer, or not in time
+_NOT_TRIED = -1
 
 
 class MooncakeStore:
@@ -37,6 +48,7 @@ class MooncakeStore:
     ) -> None:
         """`master` is host:port of mooncake_master; `host` is where other clients reach this process; `segment` bytes are lent to the
         pool. Raises ConfigError if Mooncake is not installed."""
+        self._chatty = "MC_LOG_LEVEL" in os.environ
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if protocol == "rdma":
@@ -52,7 +64,9 @@ class MooncakeStore:
             ) from error
         self._make: Any = MooncakeDistributedStore
         self._setup = (host, "P2PHANDSHAKE", segment, local_buffer, protocol, devices, master)
+        self._master, self._protocol = master, protocol
         self._store: Any = None
+        self._closed = False
         self._regions: list[Buffer] = []
         self._lock = threading.Lock()
 
@@ -61,15 +75,23 @@ class MooncakeStore:
         with self._lock:
             if self._store is not None:
                 return
+            if self._closed:
+                raise StoreError("the pool was closed")
             self._probe()
             store = self._make()
-            code = store.setup(*self._setup)
-            if code != 0:
+            try:
+                code = store.setup(*self._setup)
+                if code != 0:
+                    hint = "; is there an RDMA device (pool.devices)?" if self._protocol == "rdma" else ""
+                    raise StoreError(f"mooncake_master at {self._master} cannot be joined over {self._protocol} (code {code}){hint}")
+                for region in self._regions:
+                    self._register(store, region)
+            except StoreError:
                 store.close()
-                raise StoreError(f"mooncake_master at {self._setup[-1]} cannot be joined (code {code})")
-            for region in self._regions:
-                self._register(store, region)
+                raise
             self._store = store
+            if not self._chatty:
+                self._silence()
 
     def register(self, region: Buffer) -> None:
         with self._lock:
@@ -81,16 +103,17 @@ class MooncakeStore:
         return [code == 1 for code in self._call("batch_is_exist", list(keys))]
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
-        codes = self._call("batch_get_into", list(keys), *_split(buffers))
+        codes = self._transfer("batch_get_into", keys, buffers)
         return [code == buffer.nbytes for code, buffer in zip(codes, buffers, strict=True)]
 
     def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
-        return [code == 0 for code in self._call("batch_put_from", list(keys), *_split(buffers))]
+        return [code == 0 for code in self._transfer("batch_put_from", keys, buffers)]
 
     def remove(self, prefix: str) -> int:
         """Removes every key that starts with `prefix`, leased ones too; returns how many."""
         self.connect()
-        count: int = self._store.remove_by_regex("^" + prefix.replace("/", "\\/") + ".*", True) if prefix else self._store.remove_all(True)
+        pattern = f"^{re.escape(prefix)}.*"
+        count: int = self._store.remove_by_regex(pattern, True) if prefix else self._store.remove_all(True)
         if count < 0:
             raise StoreError(f"the pool refused to remove keys (code {count})")
         return count
@@ -102,34 +125,48 @@ class MooncakeStore:
         return str(self._store.get_hostname())
 
     def close(self) -> None:
+        """Leaves the pool for good. Takes seconds where the master does not answer. Idempotent."""
         with self._lock:
+            self._closed = True
             if self._store is not None:
                 self._store.close()
                 self._store = None
 
+    def _transfer(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
+        """A batch call's codes. After a wave in which a node did not answer nothing more is tried: it would wait for that node again."""
+        step = WAVE if self._protocol == "tcp" else max(len(keys), 1)
+        codes: list[int] = []
+        for start in range(0, len(keys), step):
+            wave = slice(start, start + step)
+            codes += self._call(method, list(keys[wave]), [b.address for b in buffers[wave]], [b.nbytes for b in buffers[wave]])
+            if TRANSFER_FAILED in codes:
+                break
+        if codes and all(code == TRANSFER_FAILED for code in codes):
+            raise StoreError("the pool's nodes do not answer")
+        return codes + [_NOT_TRIED] * (len(keys) - len(codes))
+
     def _call(self, method: str, *arguments: object) -> list[int]:
         self.connect()
         codes: list[int] = getattr(self._store, method)(*arguments)
-        if RPC_FAILED in codes:
+        if not MASTER_AWAY.isdisjoint(codes):
             raise StoreError("mooncake_master does not answer")
-        if codes and all(code == TRANSFER_FAILED for code in codes):
-            raise StoreError("the pool's nodes do not answer")
         return codes
 
     def _probe(self) -> None:
         """Mooncake's own set-up tries for 90 s when there is no master; nobody waits for that here."""
-        master = self._setup[-1]
-        host, _, port = master.rpartition(":")
+        host, _, port = self._master.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=1.0).close()
         except (OSError, ValueError) as error:
-            raise StoreError(f"no mooncake_master at {master} ({error})") from error
+            raise StoreError(f"no mooncake_master at {self._master} ({error})") from error
 
     def _register(self, store: Any, region: Buffer) -> None:
         code = store.register_buffer(region.address, region.nbytes)
         if code != 0:
             raise StoreError(f"{region.nbytes} bytes cannot be registered for transfers (code {code}); with RDMA, check ulimit -l")
 
-
-def _split(buffers: Sequence[Buffer]) -> tuple[list[int], list[int]]:
-    return [buffer.address for buffer in buffers], [buffer.nbytes for buffer in buffers]
+    def _silence(self) -> None:
+        """Mooncake writes two lines for each block that fails, and MC_LOG_LEVEL ends at ERROR, so glog's flag itself is set. Failures
+        are reported by who calls this adapter; set MC_LOG_LEVEL to see Mooncake's own lines."""
+        with contextlib.suppress(ValueError):  # a build without that symbol stays loud
+            ctypes.c_int32.in_dll(ctypes.CDLL(sys.modules[self._make.__module__].__file__), _GLOG_LEVEL).value = _GLOG_FATAL

@@ -1,7 +1,8 @@
 """KVTransfer: a KVStore's blocking calls on two threads of their own, so that nobody else waits for them.
 
 One thread looks up and loads, the other saves. A store that fails is left alone for a while (a breaker): meanwhile every call is a miss at
-once, then one call probes. Torch-free. Knows nothing of requests; what a miss means is the caller's business.
+once, then one call probes. While a call hangs, further ones are misses at once, too. Torch-free. Knows nothing of requests; what a miss
+means is the caller's business.
 """
 
 import logging
@@ -10,13 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 from baton.errors import StoreError
 from baton.kv.store import Buffer, KVStore
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 5.0
+STALLED_S = 1.0  # a call in hand for longer hangs
 MAX_QUEUED = 1024  # calls per thread; more are misses at once
 
 
@@ -50,6 +54,11 @@ class _Breaker:
     def open(self) -> bool:
         return time.monotonic() < self._until
 
+    @property
+    def probing(self) -> bool:
+        """The back-off is over, and no call has gone through since."""
+        return self._backoff > 0 and not self.open
+
     def failed(self, error: Exception) -> None:
         if not self._backoff:
             logger.warning("KV pool: %s; going on without it", error)
@@ -62,23 +71,59 @@ class _Breaker:
         self._backoff = self._until = 0.0
 
 
+class _Lane:
+    """One thread that makes calls one after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_QUEUED)
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """How long the call in hand takes already; 0 without one."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def submit(self, call: Callable[[], None]) -> bool:
+        try:
+            self._queue.put_nowait(call)
+        except queue.Full:
+            return False
+        return True
+
+    def end(self) -> None:
+        """After the calls already there."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while (call := self._queue.get()) is not None:
+            self._busy_since = time.monotonic()
+            try:
+                call()
+            except Exception:
+                logger.exception("what a KV transfer should tell could not be told")
+            finally:
+                self._busy_since = None
+
+
 class KVTransfer:
-    """`done` of each call is called exactly once, on an I/O thread; at once where the call is not made."""
+    """`done` of each call is called exactly once: on an I/O thread, or at once, by the caller's, where the call is not made."""
 
     def __init__(self, store: KVStore) -> None:
         self._store = store
         self._breaker = _Breaker()
         self.stats = TransferStats()
-        self._queues = {name: queue.Queue[Callable[[], None] | None](MAX_QUEUED) for name in ("kv-load", "kv-save")}
-        self._threads = [threading.Thread(target=self._serve, args=(q,), name=name, daemon=True) for name, q in self._queues.items()]
+        self._loads, self._saves = _Lane("kv-load"), _Lane("kv-save")
+        self._lock = threading.Lock()
         self._closed = False
-        for thread in self._threads:
-            thread.start()
 
     @property
     def available(self) -> bool:
-        """Whether the store answered last time."""
-        return not self._breaker.open
+        """Whether the store answered last time, and does not hang now."""
+        return not self._breaker.open and max(self._loads.busy_s, self._saves.busy_s) < STALLED_S
 
     def register(self, region: Buffer) -> None:
         self._store.register(region)
@@ -86,82 +131,79 @@ class KVTransfer:
     def lookup(self, keys: Sequence[str], done: Callable[[int], None]) -> None:
         """`done(n)`: the first n keys can be read now."""
 
-        def call() -> None:
-            found = self._call(lambda: self._store.contains(keys), [False] * len(keys))
-            done(found.index(False) if False in found else len(found))
+        def call() -> int:
+            found = self._store.contains(keys)
+            return found.index(False) if False in found else len(found)
 
-        self._submit("kv-load", call, lambda: done(0))
+        self._submit(self._loads, call, 0, done)
 
     def load(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
         """`done(found)`, a flag for each key; from then on nothing is written to the buffers."""
 
-        def call() -> None:
+        def call() -> list[bool]:
             started = time.monotonic()
-            found = self._call(lambda: self._store.get(keys, buffers), [False] * len(keys))
+            found = self._store.get(keys, buffers)
+            self.stats.seconds_loading += time.monotonic() - started
             self.stats.blocks_loaded += sum(found)
             self.stats.blocks_missed += len(found) - sum(found)
-            self.stats.bytes_loaded += sum(buffer.nbytes for buffer, hit in zip(buffers, found, strict=True) if hit)
-            self.stats.seconds_loading += time.monotonic() - started
-            done(found)
+            self.stats.bytes_loaded += _bytes(buffers, found)
+            return found
 
-        self._submit("kv-load", call, lambda: done([False] * len(keys)))
+        self._submit(self._loads, call, [False] * len(keys), done)
 
     def save(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
         """`done(stored)`, a flag for each key; the buffers must keep their content until then."""
 
-        def call() -> None:
+        def call() -> list[bool]:
             started = time.monotonic()
-            stored = self._call(lambda: self._store.put(keys, buffers), [False] * len(keys))
+            stored = self._store.put(keys, buffers)
+            self.stats.seconds_saving += time.monotonic() - started
             self.stats.blocks_saved += sum(stored)
             self.stats.blocks_refused += len(stored) - sum(stored)
-            self.stats.bytes_saved += sum(buffer.nbytes for buffer, kept in zip(buffers, stored, strict=True) if kept)
-            self.stats.seconds_saving += time.monotonic() - started
-            done(stored)
+            self.stats.bytes_saved += _bytes(buffers, stored)
+            return stored
 
-        self._submit("kv-save", call, lambda: done([False] * len(keys)))
+        self._submit(self._saves, call, [False] * len(keys), done)
 
     def close(self) -> None:
         """Ends the threads after the calls in hand; calls still queued are misses. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        for q in self._queues.values():
-            q.put(None)
-        for thread in self._threads:
-            thread.join()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for lane in (self._loads, self._saves):
+            lane.end()
         self._store.close()
 
-    def _submit(self, name: str, call: Callable[[], None], skip: Callable[[], None]) -> None:
-        if not self._closed and not self._breaker.open:
-            try:
-                self._queues[name].put_nowait(call)
+    def _submit(self, lane: _Lane, call: Callable[[], T], miss: T, done: Callable[[T], None]) -> None:
+        with self._lock:  # nothing enters a lane behind its end
+            patience = 0.0 if self._breaker.probing else STALLED_S
+            left_alone = self._closed or self._breaker.open or lane.busy_s > patience
+            if not left_alone and lane.submit(lambda: done(self._make(call, miss))):
                 return
-            except queue.Full:
-                pass
-        self.stats.skipped += 1
-        skip()
-
-    def _call(self, call: Callable[[], list[bool]], misses: list[bool]) -> list[bool]:
-        if self._breaker.open or self._closed:
             self.stats.skipped += 1
-            return misses
+        done(miss)
+
+    def _make(self, call: Callable[[], T], miss: T) -> T:
+        if self._closed or self._breaker.open:
+            with self._lock:
+                self.stats.skipped += 1
+            return miss
         try:
             result = call()
         except Exception as error:
             if not isinstance(error, StoreError):
                 logger.exception("the KV store failed in a way that its adapter does not know")
-            self.stats.failures += 1
+            with self._lock:
+                self.stats.failures += 1
             self._breaker.failed(error)
-            return misses
+            return miss
         self._breaker.worked()
         return result
 
-    def _serve(self, q: "queue.Queue[Callable[[], None] | None]") -> None:
-        while (call := q.get()) is not None:
-            try:
-                call()
-            except Exception:
-                logger.exception("a KV transfer failed")
+
+def _bytes(buffers: Sequence[Buffer], moved: Sequence[bool]) -> int:
+    return sum(buffer.nbytes for buffer, good in zip(buffers, moved, strict=True) if good)
 
 
 class NoTransfer:

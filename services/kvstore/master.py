@@ -1,70 +1,19 @@
-"""MasterSupervisor: runs mooncake_master as a child, starts it again when it dies, and asks it how the pool is."""
+"""MasterSupervisor: runs mooncake_master as a child that dies with this process, and starts it again when it dies."""
 
 import asyncio
 import contextlib
 import functools
 import logging
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
 
-import httpx
-
-from baton.errors import ConfigError, StoreError
+from baton.errors import ConfigError
 from baton.hosting.process import die_with_parent
-from baton.types import PoolState
 
 logger = logging.getLogger(__name__)
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
-_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})? ([-+.eE\d]+)$", re.MULTILINE)
-
-
-class MasterAdmin:
-    """The master's HTTP side. Raises StoreError when it does not answer."""
-
-    def __init__(self, address: str) -> None:
-        self._client = httpx.AsyncClient(base_url=f"http://{address}", timeout=2.0)
-
-    async def state(self) -> PoolState:
-        values = {name: float(value) for name, value in _SAMPLE.findall(await self._get("/metrics"))}
-        segments: list[tuple[str, int, int]] = []
-        for name in (await self._get("/get_all_segments")).split():
-            detail = await self._get(f"/query_segment?segment={name}")
-            numbers = [int(number) for number in re.findall(r":\s*(\d+)", detail)]
-            segments.append((name, numbers[0], numbers[1]) if len(numbers) >= 2 else (name, 0, 0))
-        return PoolState(
-            capacity_bytes=int(values.get("master_total_capacity_bytes", 0)),
-            used_bytes=int(values.get("master_allocated_bytes", 0)),
-            num_keys=int(values.get("master_key_count", 0)),
-            num_evicted=int(values.get("master_evicted_key_count", 0)),
-            segments=tuple(segments),
-        )
-
-    async def drain_segment(self, name: str, grace_s: float) -> bool:
-        """Has a segment's objects moved to the other nodes; False if that did not end in time."""
-        deadline = asyncio.get_running_loop().time() + grace_s
-        try:
-            answer = await self._client.post("/api/v1/drain_jobs", json={"segments": [name]})
-            while answer.status_code < 300 and asyncio.get_running_loop().time() < deadline:
-                status = await self._client.get("/api/v1/segments/status", params={"segment": name})
-                if "DRAINED" in status.text:
-                    return True
-                await asyncio.sleep(0.1)
-        except httpx.HTTPError as error:
-            logger.warning("the segment cannot be drained: %r", error)
-        return False
-
-    async def close(self) -> None:
-        await self._client.aclose()
-
-    async def _get(self, path: str) -> str:
-        try:
-            answer = await self._client.get(path)
-        except httpx.HTTPError as error:
-            raise StoreError(f"mooncake_master does not answer ({type(error).__name__})") from error
-        return answer.text if answer.status_code == 200 else ""
 
 
 class MasterSupervisor:

@@ -8,7 +8,7 @@ from baton.kv.layout import block_key
 from baton.kv.mooncake import MooncakeStore
 from baton.rpc.v1 import kvstore_pb2 as pb
 from baton.rpc.v1 import kvstore_pb2_grpc
-from services.kvstore.master import MasterAdmin
+from services.kvstore.admin import MasterAdmin
 
 
 class KVStoreServicer(kvstore_pb2_grpc.KVStoreServicer):

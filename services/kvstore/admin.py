@@ -1,0 +1,91 @@
+"""MasterAdmin: what mooncake_master tells and does over HTTP. Knows its paths and forms, which nobody else does."""
+
+import asyncio
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from baton.errors import StoreError
+from baton.types import PoolState
+
+logger = logging.getLogger(__name__)
+_POLL_S = 0.1
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})? ([-+.eE\d]+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Memory that a node lends. `address` is where it lies in that node's process."""
+
+    name: str
+    status: str  # OK, DRAINING, DRAINED, …
+    address: int
+    capacity_bytes: int
+    used_bytes: int
+
+
+class MasterAdmin:
+    """Every call raises StoreError when the master does not answer, or not as expected."""
+
+    def __init__(self, address: str) -> None:
+        self._client = httpx.AsyncClient(base_url=f"http://{address}", timeout=2.0)
+
+    async def segments(self) -> list[Segment]:
+        answer = await self._request("GET", "/get_segments_detail")
+        try:
+            return [_segment(entry) for entry in answer.json()["segments"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"mooncake_master describes its segments in a form that is not known here ({error!r})") from error
+
+    async def state(self) -> PoolState:
+        values = {name: float(value) for name, value in _SAMPLE.findall((await self._request("GET", "/metrics")).text)}
+        segments = await self.segments()
+        return PoolState(
+            capacity_bytes=int(values.get("master_total_capacity_bytes", 0)),
+            used_bytes=int(values.get("master_allocated_bytes", 0)),
+            num_keys=int(values.get("master_key_count", 0)),
+            num_evicted=int(values.get("master_evicted_key_count", 0)),
+            segments=tuple((each.name, each.used_bytes, each.capacity_bytes) for each in segments),
+        )
+
+    async def drain_segment(self, name: str, grace_s: float) -> bool:
+        """Has a segment's objects moved to the other nodes; False if nobody can take them, or not in time."""
+        deadline = asyncio.get_running_loop().time() + grace_s
+        started = False
+        while asyncio.get_running_loop().time() < deadline:
+            states = {each.name: each.status for each in await self.segments()}
+            mine = states.pop(name, "gone")
+            if mine == "DRAINED":
+                return True
+            if mine == "gone" or "OK" not in states.values():
+                return False
+            if not started:
+                await self._request("POST", "/api/v1/drain_jobs", {"segments": [name]})
+                started = True
+            await asyncio.sleep(_POLL_S)
+        return False
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            answer = await self._client.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise StoreError(f"mooncake_master does not answer ({type(error).__name__})") from error
+        if answer.status_code >= 300:
+            raise StoreError(f"mooncake_master answers {path} with {answer.status_code}: {answer.text[:200]}")
+        return answer
+
+
+def _segment(entry: dict[str, Any]) -> Segment:
+    return Segment(
+        name=entry["segment_name"],
+        status=entry["status"],
+        address=int(entry["base_address"], 16),
+        capacity_bytes=int(entry["allocator_capacity_bytes"]),
+        used_bytes=int(entry["allocator_used_bytes"]),
+    )

@@ -1,0 +1,70 @@
+"""LentMemory: this process's part of the pool.
+
+    join (again and again until there is a master) ─▶ touch every page ─▶ … ─▶ drain: its blocks move to the other nodes
+
+Remounting after a restart of the master is Mooncake's own business. In a process that lends nothing there is nothing to touch or drain.
+"""
+
+import asyncio
+import ctypes
+import logging
+import os
+
+from baton.errors import StoreError
+from baton.kv.mooncake import MooncakeStore
+from services.kvstore.admin import MasterAdmin
+
+logger = logging.getLogger(__name__)
+_RETRY_S = 1.0
+_PATIENCE = 5  # attempts before somebody is told
+_TOUCH_BYTES = 64 << 20  # at a time: the process's other page faults wait meanwhile
+_MADV_POPULATE_WRITE = 23
+
+
+class LentMemory:
+    def __init__(self, store: MooncakeStore, admin: MasterAdmin, nbytes: int) -> None:
+        self._store, self._admin, self._nbytes = store, admin, nbytes
+        self._joined = False
+
+    async def join(self) -> None:
+        attempts = 0
+        while not self._joined:
+            try:
+                await asyncio.to_thread(self._store.connect)
+                self._joined = True
+                logger.info("joined the pool, lending %d bytes", self._nbytes)
+                if self._nbytes:
+                    await self._touch()
+            except StoreError as error:
+                attempts += 1
+                if attempts == _PATIENCE or self._joined:
+                    logger.warning("%s%s", error, "" if self._joined else "; trying on")
+                await asyncio.sleep(_RETRY_S)
+
+    async def drain(self, grace_s: float) -> None:
+        if not self._joined or not self._nbytes:
+            return
+        try:
+            name = await asyncio.to_thread(lambda: self._store.segment_name)
+            moved = await self._admin.drain_segment(name, grace_s)
+        except StoreError as error:
+            logger.warning("the blocks of this node cannot be moved: %s", error)
+            return
+        logger.info("blocks of %s %s", name, "moved to the other nodes" if moved else "are lost to the pool")
+
+    async def _touch(self) -> None:
+        """Has the kernel back every page now: the first write to a fresh page is many times slower than the next."""
+        name = await asyncio.to_thread(lambda: self._store.segment_name)
+        for segment in await self._admin.segments():
+            if segment.name == name:
+                await asyncio.to_thread(_populate, segment.address, segment.capacity_bytes)
+
+
+def _populate(address: int, nbytes: int) -> None:
+    """Contents stay as they are (Linux 5.14; elsewhere nothing happens). Memory that is not mapped is refused by the kernel."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for offset in range(0, nbytes, _TOUCH_BYTES):
+        if madvise(address + offset, min(_TOUCH_BYTES, nbytes - offset), _MADV_POPULATE_WRITE) != 0:
+            logger.info("memory is not touched in advance: %s", os.strerror(ctypes.get_errno()))
+            return
