@@ -36,8 +36,10 @@ Script = Callable[[GenerateRequest], AsyncIterator[GenerateOutput]]
 
 class SlowRunner(ToyRunner):
     step_s = 0.0
+    num_steps = 0  # begun
 
     def execute(self, plan: StepPlan) -> StepResult:
+        self.num_steps += 1
         time.sleep(self.step_s)
         return super().execute(plan)
 
@@ -65,6 +67,7 @@ class Worker:
     intake: Intake
     runner: SlowRunner
     channel: grpc.aio.Channel
+    server: grpc.aio.Server
 
     async def is_idle(self, within_s: float) -> None:
         """Soon no request is inside, every block is free, and each is accounted for."""
@@ -111,7 +114,7 @@ async def worker(role: Role, pool: Pool, *, fingerprint: str = "f", pool_availab
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
         try:
-            yield Worker(address, engine, intake, runner, channel)
+            yield Worker(address, engine, intake, runner, channel, server)
         finally:
             await server.stop(0)
             await channels.close()

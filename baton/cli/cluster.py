@@ -26,6 +26,7 @@ import httpx
 import yaml
 
 from baton.errors import BatonError, ConfigError
+from baton.hosting.process import EXIT_CONFIG, die_with_parent
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 180.0
@@ -59,6 +60,7 @@ class Child:
     log: Path
     process: asyncio.subprocess.Process | None = None
     quick_deaths: int = 0
+    was_steady: bool = False
     keeper: asyncio.Task[None] | None = None
 
     @property
@@ -190,24 +192,35 @@ class Cluster:
             )  # fmt: skip
 
     async def _keep(self, child: Child) -> None:
-        """Starts the child again each time it dies, unless it does nothing but die."""
+        """Starts the child again each time it dies, unless it does nothing but die, or refuses its configuration from the start."""
         while True:
-            assert child.process is not None
             started = time.monotonic()
-            code = await child.process.wait()
+            code = await child.process.wait() if child.process is not None else None
+            steady = code is not None and time.monotonic() - started > _STEADY_S
+            child.was_steady = child.was_steady or steady
+            child.quick_deaths = 0 if steady else child.quick_deaths + 1
+            refused = code == EXIT_CONFIG and child.role != "etcd" and not child.was_steady
             if self._stopping:
                 return
-            child.quick_deaths = 0 if time.monotonic() - started > _STEADY_S else child.quick_deaths + 1
-            if code == 2 or child.quick_deaths > _MAX_QUICK_DEATHS:
+            if refused or child.quick_deaths > _MAX_QUICK_DEATHS:
                 assert self._failed is not None
                 if not self._failed.done():
                     self._failed.set_result(f"{child.name} cannot run (exit code {code}):\n{_tail(child.log)}")
                 return
             logger.warning("%s died (exit code %s); starting it again", child.name, code)
             await asyncio.sleep(0.1 * 2**child.quick_deaths)
-            await self._spawn(child)
+            if self._stopping:
+                return
+            child.process = None
+            try:
+                await self._spawn(child)
+            except OSError as error:
+                logger.warning("%s cannot be started now: %s", child.name, error)
 
     async def _end(self, child: Child) -> None:
+        if child.keeper is not None:
+            child.keeper.cancel()
+            await asyncio.gather(child.keeper, return_exceptions=True)
         process = child.process
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -220,20 +233,19 @@ class Cluster:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
-        if child.keeper is not None:
-            child.keeper.cancel()
-            await asyncio.gather(child.keeper, return_exceptions=True)
 
     # -- waiting
 
     async def _until(self, condition: Coroutine[Any, Any, None], what: str) -> None:
         assert self._failed is not None
         task = asyncio.ensure_future(condition)
-        done, _ = await asyncio.wait({task, self._failed}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        if task in done:
-            return task.result()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        try:
+            done, _ = await asyncio.wait({task, self._failed}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if task in done:
+                return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         if self._failed.done():
             raise ConfigError(self._failed.result())
         raise ConfigError(f"{what} is not ready after {START_TIMEOUT_S:.0f} s; see the logs in {self._logs}")
@@ -292,8 +304,6 @@ def _tail(log: Path, lines: int = 15) -> str:
 
 
 def _die_with(parent: int) -> Any:
-    from baton.hosting.process import die_with_parent
-
     return lambda: die_with_parent(parent)
 
 

@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 import aetcd
 import aetcd.exceptions
 import grpc
+import grpc.aio
 
 from baton.cluster.membership import View
 from baton.errors import ConfigError, MembershipError
@@ -30,7 +31,7 @@ from baton.types import Member, MemberState, Role
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _RETRY_S = 0.5
-_FAILURES = (aetcd.exceptions.ClientError, grpc.RpcError, TimeoutError, OSError)
+_FAILURES = (aetcd.exceptions.ClientError, grpc.RpcError, grpc.aio.UsageError, TimeoutError, OSError)
 
 
 class EtcdMembership:
@@ -61,8 +62,7 @@ class EtcdMembership:
     async def leave(self) -> None:
         if self._keeper is not None:
             self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+            await asyncio.gather(self._keeper, return_exceptions=True)
             self._keeper = None
         if self._member is not None and self._client is not None:
             with contextlib.suppress(*_FAILURES):
@@ -84,8 +84,10 @@ class EtcdMembership:
                 finally:
                     with contextlib.suppress(*_FAILURES, asyncio.TimeoutError):
                         await asyncio.wait_for(client.close(), 1.0)
-            except _FAILURES as error:
-                if not broken:
+            except Exception as error:
+                if not isinstance(error, _FAILURES):
+                    logger.exception("watching etcd failed in a way that is not known here")
+                elif not broken:
                     logger.warning("etcd cannot be watched (%r); the last view of the cluster stays in force", error)
                 broken = True
             if first:  # nothing is known yet; say so, so that nobody waits for the first view
@@ -111,13 +113,14 @@ class EtcdMembership:
         return lease
 
     async def _keep(self, lease: "aetcd.Lease | None") -> None:
-        """Refreshes the lease; grants a new one whenever that fails or finds it gone."""
+        """Refreshes the lease; grants a new one whenever that fails or finds it gone: at once, since the old one still holds for half of
+        its time then."""
+        wait = self._lease_s / 3
         while True:
-            try:
-                async with asyncio.timeout(self._lease_s / 3):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
                     await self._changed.wait()
-            except TimeoutError:
-                pass
+            wait = self._lease_s / 3
             changed = self._changed.is_set()
             self._changed.clear()
             try:
@@ -125,12 +128,15 @@ class EtcdMembership:
                     old, lease = lease, await self._announce()
                     if old is not None:
                         await self._bounded(old.revoke())
-                elif (await self._bounded(lease.refresh())).TTL <= 0:
+                elif (await self._bounded(lease.refresh(), self._lease_s / 6)).TTL <= 0:
                     lease = None
                     self._changed.set()
-            except _FAILURES as error:
-                if lease is not None:
+            except Exception as error:
+                if not isinstance(error, _FAILURES):
+                    logger.exception("etcd failed in a way that is not known here")
+                elif lease is not None:
                     logger.warning("etcd does not answer (%r); serving on, and joining again when it does", error)
+                wait = 0.0 if lease is not None else _RETRY_S
                 lease = None
                 await self._reset()
 
@@ -193,8 +199,8 @@ class EtcdMembership:
         host, port = next(self._endpoints)
         return aetcd.Client(host=host, port=port, timeout=int(self._lease_s) or 1)
 
-    async def _bounded(self, call: Coroutine[Any, Any, T]) -> T:
-        async with asyncio.timeout(self._lease_s / 2):
+    async def _bounded(self, call: Coroutine[Any, Any, T], limit_s: float | None = None) -> T:
+        async with asyncio.timeout(limit_s or self._lease_s / 2):
             return await call
 
     def _key(self, member: Member) -> bytes:

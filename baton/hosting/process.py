@@ -13,6 +13,7 @@ from baton.config import Strict, load_config
 from baton.errors import BatonError
 
 C = TypeVar("C", bound=Strict)
+EXIT_CONFIG = 2  # the configuration is wrong: starting again would change nothing
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,7 +37,7 @@ def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable
     except BatonError as error:
         logging.debug("cannot start", exc_info=True)
         print(f"{name}: {error.message}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(EXIT_CONFIG) from error
 
 
 async def _serve(serve: Callable[[C], Awaitable[None]], config: C) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import grpc.aio
 from baton.config import WorkerConfig
 from baton.errors import BatonError, Draining, InternalError
 from baton.hosting.engine import Engine, Sequence
+from baton.hosting.heartbeat import with_heartbeat
 from baton.hosting.server import Host
 from baton.metrics import WorkerMetrics
 from baton.rpc import convert
@@ -21,6 +23,8 @@ from baton.types import GenerateRequest, Member, MemberState
 
 logger = logging.getLogger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Worker"].full_name
+_STATE_INTERVAL_S = 1.0
+_EX_SOFTWARE = 70
 Context = Any  # grpc.aio.ServicerContext, whose type parameters nobody can name
 
 
@@ -74,8 +78,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         return convert.member_to_proto(self._current())
 
     async def WatchState(self, request: pb.WatchStateRequest, context: Context) -> AsyncIterator[pb.StateUpdate]:
-        async for update in self._intake.engine.watch():
-            yield convert.state_to_proto(dataclasses.replace(update, state=self._current().state))
+        """During a long step the engine says nothing; then the last load is repeated, so the numbering is the stream's own."""
+        sequence, last = 0, None
+        async for news in with_heartbeat(self._intake.engine.watch(), _STATE_INTERVAL_S):
+            update = news or (last and dataclasses.replace(last, events=(), snapshot=False))
+            if update is None:  # the snapshot has not come yet
+                continue
+            yield convert.state_to_proto(dataclasses.replace(update, sequence=sequence, state=self._current().state))
+            sequence, last = sequence + 1, update
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         return pb.CancelResponse(found=self._intake.cancel(request.request_id))
@@ -109,6 +119,18 @@ class guarded:
             await abort(self._context, InternalError(f"{type(error).__name__}: {error}"))
 
 
+async def end_if_stuck(engine: Engine, limit_s: float) -> None:
+    """Ends the process when its engine has been silent for `limit_s`: peers see broken streams, and a supervisor starts it again."""
+    updates = engine.watch()
+    while True:
+        try:
+            async with asyncio.timeout(limit_s):
+                await anext(updates)
+        except TimeoutError:
+            logger.critical("the engine has been stuck in a step for %g s (engine.step_timeout_s); ending this process", limit_s)
+            os._exit(_EX_SOFTWARE)
+
+
 async def host_worker(
     config: WorkerConfig,
     engine: Engine,
@@ -132,7 +154,9 @@ async def host_worker(
     def start_draining() -> None:
         intake.draining = True
 
+    watchdog = asyncio.create_task(end_if_stuck(engine, config.engine.step_timeout_s), name="watchdog")
     try:
         await host.run([SERVICE_NAME, *services], drain, on_draining=start_draining)
     finally:
         await engine.stop()
+        watchdog.cancel()

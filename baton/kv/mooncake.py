@@ -52,6 +52,7 @@ class MooncakeStore:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if protocol == "rdma":
+            os.environ.pop("MC_FORCE_TCP", None)  # inherited from a process that uses TCP, it would win
             os.environ.setdefault("MC_FORCE_HCA", "1")  # without an RDMA device: an error, instead of TCP in silence
         else:
             os.environ.setdefault("MC_FORCE_TCP", "1")

@@ -1,8 +1,8 @@
 """KVTransfer: a KVStore's blocking calls on two threads of their own, so that nobody else waits for them.
 
-One thread looks up and loads, the other saves. A store that fails is left alone for a while (a breaker): meanwhile every call is a miss at
-once, then one call probes. While a call hangs, further ones are misses at once, too. Torch-free. Knows nothing of requests; what a miss
-means is the caller's business.
+One thread looks up and loads, the other saves. What fails is left alone for a while (a breaker for each kind of call: a lookup asks the
+master alone, so its success says nothing of the nodes): meanwhile such calls are misses at once, then one call probes. While a call hangs,
+further ones are misses at once, too. Torch-free. Knows nothing of requests; what a miss means is the caller's business.
 """
 
 import logging
@@ -46,7 +46,8 @@ class TransferStats:
 class _Breaker:
     """Open after a failure, for a back-off that doubles with each further one. Thread-safe enough: losing a race costs one call."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
         self._backoff = 0.0
         self._until = 0.0
 
@@ -61,13 +62,13 @@ class _Breaker:
 
     def failed(self, error: Exception) -> None:
         if not self._backoff:
-            logger.warning("KV pool: %s; going on without it", error)
+            logger.warning("KV pool, %s: %s; going on without it", self._kind, error)
         self._backoff = min(max(self._backoff * 2, FIRST_BACKOFF_S), MAX_BACKOFF_S)
         self._until = time.monotonic() + self._backoff
 
     def worked(self) -> None:
         if self._backoff:
-            logger.info("KV pool: back again")
+            logger.info("KV pool, %s: back again", self._kind)
         self._backoff = self._until = 0.0
 
 
@@ -114,7 +115,7 @@ class KVTransfer:
 
     def __init__(self, store: KVStore) -> None:
         self._store = store
-        self._breaker = _Breaker()
+        self._lookup_breaker, self._load_breaker, self._save_breaker = (_Breaker(kind) for kind in ("lookup", "load", "save"))
         self.stats = TransferStats()
         self._loads, self._saves = _Lane("kv-load"), _Lane("kv-save")
         self._lock = threading.Lock()
@@ -123,7 +124,8 @@ class KVTransfer:
     @property
     def available(self) -> bool:
         """Whether the store answered last time, and does not hang now."""
-        return not self._breaker.open and max(self._loads.busy_s, self._saves.busy_s) < STALLED_S
+        breakers = (self._lookup_breaker, self._load_breaker, self._save_breaker)
+        return not any(breaker.open for breaker in breakers) and max(self._loads.busy_s, self._saves.busy_s) < STALLED_S
 
     def register(self, region: Buffer) -> None:
         self._store.register(region)
@@ -135,7 +137,10 @@ class KVTransfer:
             found = self._store.contains(keys)
             return found.index(False) if False in found else len(found)
 
-        self._submit(self._loads, call, 0, done)
+        if self._load_breaker.open:  # what is found could not be loaded
+            self._skip(0, done)
+        else:
+            self._submit(self._loads, self._lookup_breaker, call, 0, done)
 
     def load(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
         """`done(found)`, a flag for each key; from then on nothing is written to the buffers."""
@@ -149,7 +154,7 @@ class KVTransfer:
             self.stats.bytes_loaded += _bytes(buffers, found)
             return found
 
-        self._submit(self._loads, call, [False] * len(keys), done)
+        self._submit(self._loads, self._load_breaker, call, [False] * len(keys), done)
 
     def save(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
         """`done(stored)`, a flag for each key; the buffers must keep their content until then."""
@@ -163,7 +168,7 @@ class KVTransfer:
             self.stats.bytes_saved += _bytes(buffers, stored)
             return stored
 
-        self._submit(self._saves, call, [False] * len(keys), done)
+        self._submit(self._saves, self._save_breaker, call, [False] * len(keys), done)
 
     def close(self) -> None:
         """Ends the threads after the calls in hand; calls still queued are misses. Idempotent."""
@@ -175,17 +180,21 @@ class KVTransfer:
             lane.end()
         self._store.close()
 
-    def _submit(self, lane: _Lane, call: Callable[[], T], miss: T, done: Callable[[T], None]) -> None:
+    def _submit(self, lane: _Lane, breaker: _Breaker, call: Callable[[], T], miss: T, done: Callable[[T], None]) -> None:
         with self._lock:  # nothing enters a lane behind its end
-            patience = 0.0 if self._breaker.probing else STALLED_S
-            left_alone = self._closed or self._breaker.open or lane.busy_s > patience
-            if not left_alone and lane.submit(lambda: done(self._make(call, miss))):
+            patience = 0.0 if breaker.probing else STALLED_S
+            left_alone = self._closed or breaker.open or lane.busy_s > patience
+            if not left_alone and lane.submit(lambda: done(self._make(breaker, call, miss))):
                 return
+        self._skip(miss, done)
+
+    def _skip(self, miss: T, done: Callable[[T], None]) -> None:
+        with self._lock:
             self.stats.skipped += 1
         done(miss)
 
-    def _make(self, call: Callable[[], T], miss: T) -> T:
-        if self._closed or self._breaker.open:
+    def _make(self, breaker: _Breaker, call: Callable[[], T], miss: T) -> T:
+        if self._closed or breaker.open:
             with self._lock:
                 self.stats.skipped += 1
             return miss
@@ -196,9 +205,9 @@ class KVTransfer:
                 logger.exception("the KV store failed in a way that its adapter does not know")
             with self._lock:
                 self.stats.failures += 1
-            self._breaker.failed(error)
+            breaker.failed(error)
             return miss
-        self._breaker.worked()
+        breaker.worked()
         return result
 
 

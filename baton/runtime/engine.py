@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.errors import BatonError, Draining, InternalError, Overloaded
+from baton.errors import BatonError, Draining, InternalError, Overloaded, WorkerLost
 from baton.kv.store import Buffer
 from baton.runtime.loading import Feed, Loader, Transfer
 from baton.runtime.sequence import Delivery, EngineSequence
@@ -192,7 +192,7 @@ class Engine:
         self._inbox.put(action)
 
     def _run(self) -> None:
-        """A bug outside of a step leaves nothing to trust: every request is failed, and `on_crash` called."""
+        """A bug outside of a step leaves nothing to trust: every request must move to another worker, and `on_crash` is called."""
         try:
             while self._work_inbox():
                 self.loader.tick(time.monotonic())
@@ -205,9 +205,9 @@ class Engine:
         except Exception:
             logger.critical("the engine has crashed", exc_info=True)
             self._stopping = True
-            self._outbox += [(entry.sequence, InternalError("the engine has crashed")) for entry in self._entries.values()]
-            self._flush()
             self.on_crash()
+            self._outbox += [(entry.sequence, WorkerLost("the engine has crashed")) for entry in self._entries.values()]
+            self._flush()
 
     def _work_inbox(self) -> bool:
         """Runs what is in the inbox; waits for something if there is nothing to compute. False at the end."""

@@ -27,7 +27,10 @@ class ModelRunner:
         logits = self._model(batch, self._backend)
         counts = [len(wanted_positions(item)) for item in plan.scheduled]
         parts = dict(zip(plan.scheduled, logits.split(counts), strict=True))
-        return StepResult(self._sample(parts), self._score_prompts(parts))
+        result = StepResult(self._sample(parts), self._score_prompts(parts))
+        if self._kv.is_cuda:  # who reads the blocks next does not wait for this stream
+            torch.cuda.current_stream().synchronize()
+        return result
 
     def _sample(self, parts: dict[ScheduledRequest, torch.Tensor]) -> dict[str, OutputToken]:
         items = [item for item in parts if item.samples]

@@ -80,13 +80,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             candidates = [] if why_here else list(request.prefill_candidates)
             sequence = self._intake.submit(sequence_request, hold=bool(candidates))
             feeding, feeder = Feeding(), None
+            feeding.decide("", why_here)
             try:
                 if candidates:
-                    feeder = await self._choose(sequence, sequence_request, candidates, feeding)
-                else:
-                    feeding.decide("", why_here)
-                yield decode_pb2.GenerateResponse(prefill=feeding.news())
-                async for output in with_heartbeat(aiter(sequence), self._lease_s / 4):
+                    name = f"feed-{sequence_request.request_id}"
+                    feeder = asyncio.create_task(self._feed(sequence, sequence_request, candidates, feeding), name=name)
+                async for news in with_heartbeat(aiter(sequence), self._lease_s / 4):
+                    output = news or GenerateOutput()
                     report = feeding.report(output, len(sequence_request.prompt_token_ids))
                     self._count(output, report)
                     output = dataclasses.replace(output, cache=report)
@@ -108,26 +108,20 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             return "no KV pool, computed here"
         return ""
 
-    async def _choose(
-        self, sequence: Sequence, request: GenerateRequest, candidates: list[decode_pb2.PrefillCandidate], feeding: Feeding
-    ) -> asyncio.Task[None] | None:
-        """Conditional disaggregation: what is missing is computed here if it is short, else by a prefill worker."""
-        feeding.matched = await sequence.matched()
-        known = len(request.prompt_token_ids) + len(request.output_token_ids)
-        missing = known - sum(feeding.matched)
-        if missing <= self._max_local:
-            feeding.decide("", f"{missing} of {known} tokens missing, computed here")
-            self._metrics.prefill("local")
-            sequence.release()
-            return None
-        feeding.decide(candidates[0].id, f"{missing} of {known} tokens missing")
-        return asyncio.create_task(self._feed(sequence, request, candidates, feeding), name=f"feed-{request.request_id}")
-
     async def _feed(
         self, sequence: Sequence, request: GenerateRequest, candidates: list[decode_pb2.PrefillCandidate], feeding: Feeding
     ) -> None:
-        """Has the prompt computed by the first candidate that manages it; in the end the sequence is released, whatever happened."""
+        """Conditional disaggregation: what is missing is computed here if it is short, else by the first candidate that manages it. In the
+        end the sequence is released, whatever happened."""
         try:
+            feeding.matched = await sequence.matched()
+            known = len(request.prompt_token_ids) + len(request.output_token_ids)
+            missing = known - sum(feeding.matched)
+            if missing <= self._max_local:
+                feeding.decide("", f"{missing} of {known} tokens missing, computed here")
+                self._metrics.prefill("local")
+                return
+            feeding.decide(candidates[0].id, f"{missing} of {known} tokens missing")
             for candidate in candidates:
                 feeding.decide(candidate.id, feeding.reason)
                 pushed = False

@@ -27,7 +27,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             sequence = self._intake.submit(sequence_request, await_saves=True)
             self._metrics.prompt_tokens.inc(len(sequence_request.prompt_token_ids))
             try:
-                async for output in with_heartbeat(aiter(sequence), self._heartbeat_s):
+                async for news in with_heartbeat(aiter(sequence), self._heartbeat_s):
+                    output = news or GenerateOutput()
                     self._count(output)
                     yield convert.output_to_proto(output)
             finally:

@@ -1,7 +1,9 @@
 """Workers: the router's live view. Who is there comes from the membership; load and cached blocks from each worker's state stream.
 
 A worker is usable while it is a ready member and its state stream speaks: a broken stream takes it out at once, silence after a lease. The
-stream is opened again until the member is gone, and begins with a snapshot; a gap in its numbers opens it again too.
+stream is opened again until the member is gone, and begins with a snapshot; a gap in its numbers opens it again too. A member that is gone
+gets no new requests, but it is let go of, and what it still answers with it, only when its stream has ended as well: a lease may run out
+under a healthy worker.
 """
 
 import asyncio
@@ -9,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -36,10 +38,11 @@ class Worker:
     routed_requests: int = 0  # sent there, not seen in its load yet
     routed_tokens: int = 0
     watcher: asyncio.Task[None] | None = None
+    gone: bool = False  # no member any more
 
     @property
     def usable(self) -> bool:
-        return self.state is MemberState.READY and self.member.state is MemberState.READY
+        return not self.gone and self.state is MemberState.READY and self.member.state is MemberState.READY
 
 
 class Workers:
@@ -61,7 +64,7 @@ class Workers:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def all(self) -> list[Worker]:
-        return list(self._workers.values())
+        return [worker for worker in self._workers.values() if not worker.gone]
 
     def address(self, worker_id: str) -> str:
         return self._workers[worker_id].member.address
@@ -106,67 +109,92 @@ class Workers:
                 await self._changed.wait()
 
     async def _watch_members(self) -> None:
+        while True:
+            try:
+                await self._follow_members()
+            except Exception:
+                logger.exception("the members cannot be followed")
+            await asyncio.sleep(_RETRY_S)
+
+    async def _follow_members(self) -> None:
         async for view in self._membership.watch():
             self.others = {name: member for name, member in view.items() if member.role not in SERVING}
             serving = {name: member for name, member in view.items() if member.role in SERVING}
-            for name in [name for name in self._workers if name not in serving]:
-                await self._forget(name)
+            for worker in [worker for name, worker in self._workers.items() if name not in serving]:
+                worker.gone = True
+                if worker.state is None:
+                    await self._forget(worker)
             for name, member in serving.items():
                 known = self._workers.get(name)
                 if known is not None and (known.member.address, known.member.pid) != (member.address, member.pid):
-                    await self._forget(name)
+                    await self._forget(known)
                     known = None
                 if known is None:
                     worker = self._workers[name] = Worker(member)
                     worker.watcher = asyncio.create_task(self._watch_worker(worker), name=f"watch-{name}")
                     logger.info("%s %s joined at %s", member.role, name, member.address)
                 else:
-                    known.member = member
+                    known.member, known.gone = member, False
             await self._notify()
 
-    async def _forget(self, name: str) -> None:
-        worker = self._workers.pop(name)
-        if worker.watcher is not None:
+    async def _forget(self, worker: Worker) -> None:
+        name = worker.member.id
+        del self._workers[name]
+        if worker.watcher is not None and worker.watcher is not asyncio.current_task():
             worker.watcher.cancel()
+            await asyncio.gather(worker.watcher, return_exceptions=True)
         self.index.remove(name)
-        await self._channels.drop(worker.member.address)
+        if worker.member.address not in {other.member.address for other in self._workers.values()}:  # a successor may have it by now
+            await self._channels.drop(worker.member.address)
         logger.info("%s left", name)
 
     async def _watch_worker(self, worker: Worker) -> None:
         while True:
-            stub: Any = worker_pb2_grpc.WorkerStub(self._channels.get(worker.member.address))
-            call = stub.WatchState(worker_pb2.WatchStateRequest())
             try:
-                await self._follow(worker, call)
+                await self._follow(worker)
             except (grpc.aio.AioRpcError, TimeoutError) as error:
                 if worker.state is not None:
                     logger.warning(
                         "%s is lost: %s", worker.member.id, error.details() if isinstance(error, grpc.aio.AioRpcError) else "silent"
                     )
-            finally:
-                call.cancel()
+            except (asyncio.CancelledError, grpc.aio.UsageError):  # its channel was closed; or we were
+                if cast(Any, asyncio.current_task()).cancelling():
+                    raise
+            except Exception:
+                logger.exception("the state of %s cannot be followed", worker.member.id)
             worker.state = None
+            if worker.gone:
+                await self._forget(worker)
             await self._notify()
+            if worker.gone:
+                return
             await asyncio.sleep(_RETRY_S)
 
-    async def _follow(self, worker: Worker, call: "grpc.aio.UnaryStreamCall[worker_pb2.WatchStateRequest, worker_pb2.StateUpdate]") -> None:
+    async def _follow(self, worker: Worker) -> None:
         """Until the stream ends or has a gap. Raises on its errors and its silence."""
+        stub: Any = worker_pb2_grpc.WorkerStub(self._channels.get(worker.member.address))
+        call: grpc.aio.UnaryStreamCall[worker_pb2.WatchStateRequest, worker_pb2.StateUpdate] = stub.WatchState(
+            worker_pb2.WatchStateRequest()
+        )
         expected: int | None = None
-        while True:
-            async with asyncio.timeout(self._lease_s):
-                message = await call.read()
-            if not isinstance(message, worker_pb2.StateUpdate):
-                return
-            update = convert.state_from_proto(message)
-            if not update.snapshot and update.sequence != expected:
-                return
-            expected = update.sequence + 1
-            self.index.apply(worker.member.id, update.events, snapshot=update.snapshot)
-            changed = worker.state is not update.state
-            worker.state, worker.load = update.state, update.load
-            worker.routed_requests = worker.routed_tokens = 0
-            if changed:
-                await self._notify()
+        try:
+            while True:
+                async with asyncio.timeout(self._lease_s):
+                    message = await call.read()
+                if not isinstance(message, worker_pb2.StateUpdate):
+                    return
+                update = convert.state_from_proto(message)
+                if not update.snapshot and update.sequence != expected:
+                    return
+                expected = update.sequence + 1
+                self.index.apply(worker.member.id, update.events, snapshot=update.snapshot)
+                changed = worker.state is not update.state
+                worker.state, worker.load = update.state, update.load
+                worker.routed_requests = worker.routed_tokens = 0
+                if changed:
+                    await self._notify()
+        finally:
+            call.cancel()
 
     async def _notify(self) -> None:
         async with self._changed:

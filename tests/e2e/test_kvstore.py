@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from baton.errors import StoreError
 from baton.kv.mooncake import MooncakeStore
-from baton.kv.store import Buffer, MemoryStore
+from baton.kv.store import Buffer
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 BLOCK = 64 << 10
@@ -67,6 +68,10 @@ class Pool:
             assert time.monotonic() < deadline, str(seen)
             time.sleep(0.1)
         return seen
+
+    def signal_mooncake_master(self, number: signal.Signals) -> None:
+        (child,) = psutil.Process(self.processes["master"].pid).children()
+        child.send_signal(number)
 
     def stop(self) -> None:
         for process in self.processes.values():
@@ -131,8 +136,10 @@ def test_the_service_looks_up_counts_and_removes(pool: Pool, client: tuple[Moonc
         found = stub.Lookup(kvstore_pb2.LookupRequest(fingerprint="aa", block_hashes=[*hashes, b"x" * 16])).found
         assert list(found) == [True] * COUNT + [False]
         stats = pool.wait(lambda seen: seen.num_keys == 2 * COUNT)
-        assert stats.used_bytes >= 2 * COUNT * BLOCK
-        assert stats.capacity_bytes >= 32 << 20
+        assert stats.used_bytes == 2 * COUNT * BLOCK
+        assert stats.capacity_bytes == 32 << 20
+        assert [(each.used_bytes, each.capacity_bytes) for each in stats.segments] == [(2 * COUNT * BLOCK, 32 << 20)]
+        assert stub.Remove(kvstore_pb2.RemoveRequest(prefix="a.*/")).num_removed == 0  # a prefix is no pattern
         assert stub.Remove(kvstore_pb2.RemoveRequest(prefix="aa/")).num_removed == COUNT
         assert store.contains(keys("aa") + keys("bb")) == [False] * COUNT + [True] * COUNT
         with pytest.raises(grpc.RpcError) as caught:
@@ -156,8 +163,7 @@ def test_a_killed_master_is_started_again_and_everybody_comes_back(pool: Pool, c
     store, memory = client
     memory.fill(1)
     assert all(store.put(keys("a"), memory.blocks))
-    children = subprocess.run(["pgrep", "-P", str(pool.processes["master"].pid)], capture_output=True, text=True, check=True).stdout.split()
-    subprocess.run(["kill", "-9", *children], check=True)
+    pool.signal_mooncake_master(signal.SIGKILL)
     started = time.monotonic()
     while True:
         try:
@@ -190,12 +196,99 @@ def test_a_node_that_leaves_hands_its_blocks_over(pool: Pool, client: tuple[Moon
     assert all(store.put(keys("a"), memory.blocks))
     pool.start("node1", "node")
     pool.wait(lambda seen: len(seen.segments) == 2)
-    time.sleep(2.5)  # both nodes have seen each other
     pool.processes["node0"].terminate()
     assert pool.processes["node0"].wait(30) == 0
     memory.fill(50)
     assert store.get(keys("a"), memory.blocks) == [True] * COUNT
     assert memory.bytes.raw == content
+
+
+def test_nodes_that_leave_together_do_not_wait_for_each_other(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    assert all(store.put(keys("a"), memory.blocks))
+    pool.start("node1", "node")
+    pool.wait(lambda seen: len(seen.segments) == 2)
+    nodes = [pool.processes["node0"], pool.processes["node1"]]
+    started = time.monotonic()
+    for node in nodes:
+        node.terminate()
+    assert [node.wait(30) for node in nodes] == [0, 0]
+    assert time.monotonic() - started < 8  # less than their grace
+
+
+def test_a_node_leaves_also_when_nobody_is_there_to_say_goodbye_to(pool: Pool) -> None:
+    pool.processes["master"].kill()
+    pool.processes["master"].wait()
+    started = time.monotonic()
+    pool.processes["node0"].terminate()
+    assert pool.processes["node0"].wait(30) == 0
+    assert time.monotonic() - started < 8
+
+
+def test_a_stopped_node_costs_one_timeout_and_writes_nothing_late(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    memory.fill(1)
+    assert all(store.put(keys("a"), memory.blocks))
+    node = pool.processes["node0"]
+    node.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(StoreError, match="nodes do not answer"):
+        store.get(keys("a"), memory.blocks)
+    assert time.monotonic() - started < 4
+    untouched = memory.fill(100)
+    node.send_signal(signal.SIGCONT)
+    deadline = time.monotonic() + 15
+    while True:  # the node comes back by itself
+        try:
+            if all(store.put(keys("b"), memory.blocks)):
+                break
+        except StoreError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert memory.bytes.raw == untouched
+    assert store.get(keys("b"), memory.blocks) == [True] * COUNT
+    assert memory.bytes.raw == untouched
+
+
+def test_a_stopped_master_is_noticed(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    assert all(store.put(keys("a"), memory.blocks))
+    stranger = MooncakeStore(pool.master, host="127.0.0.1")
+    pool.signal_mooncake_master(signal.SIGSTOP)
+    for call in (lambda: store.contains(keys("a")), lambda: store.get(keys("a"), memory.blocks), lambda: stranger.contains(keys("a"))):
+        started = time.monotonic()
+        with pytest.raises(StoreError, match="mooncake_master"):
+            call()
+        assert time.monotonic() - started < 4
+    pool.signal_mooncake_master(signal.SIGCONT)
+    assert store.contains(keys("a")) == stranger.contains(keys("a")) == [True] * COUNT
+    stranger.close()
+
+
+def test_failures_are_not_told_block_by_block(pool: Pool, client: tuple[MooncakeStore, Memory], capfd: pytest.CaptureFixture[str]) -> None:
+    store, memory = client
+    assert all(store.put(keys("a"), memory.blocks))
+    pool.processes["node0"].kill()
+    with pytest.raises(StoreError):
+        store.get(keys("a"), memory.blocks)
+    assert "TRANSFER_FAIL" not in capfd.readouterr().err
+
+
+def test_lent_memory_is_there_before_it_is_used(pool: Pool) -> None:
+    pool.start("node1", "node", "256MiB")
+    process = psutil.Process(pool.processes["node1"].pid)
+    deadline = time.monotonic() + 30
+    while process.memory_info().rss < 256 << 20:
+        assert time.monotonic() < deadline, process.memory_info()
+        time.sleep(0.1)
+
+
+def test_rdma_without_a_device_is_refused(pool: Pool) -> None:
+    command = "from baton.kv.mooncake import MooncakeStore as M; M({!r}, host='127.0.0.1', protocol='rdma').connect()"
+    done = subprocess.run([sys.executable, "-c", command.format(pool.master)], capture_output=True, text=True, check=False, timeout=30)
+    assert "StoreError" in done.stderr
+    assert "over rdma" in done.stderr
 
 
 def test_nobody_waits_for_a_master_that_is_not_there() -> None:
@@ -204,13 +297,3 @@ def test_nobody_waits_for_a_master_that_is_not_there() -> None:
     with pytest.raises(StoreError, match="no mooncake_master"):
         store.contains(["x"])
     assert time.monotonic() - started < 2
-
-
-def test_the_in_memory_twin_keeps_the_newest() -> None:
-    store, memory = MemoryStore(3 * BLOCK), Memory()
-    content = memory.fill(9)
-    assert store.put(keys("a")[:4], memory.blocks[:4]) == [True, True, True, True]
-    assert store.contains(keys("a")[:4]) == [False, True, True, True]
-    memory.fill(70)
-    assert store.get(keys("a")[:4], memory.blocks[:4]) == [False, True, True, True]
-    assert memory.bytes.raw[BLOCK : 4 * BLOCK] == content[BLOCK : 4 * BLOCK]

@@ -126,6 +126,18 @@ def test_an_etcd_that_runs_already(tiny_model: Path, tmp_path: Path) -> None:
         server.kill()
 
 
+def test_an_etcd_that_ends_with_the_exit_code_of_a_wrong_configuration_is_started_again(tiny_model: Path) -> None:
+    """So do its panics; our own services say by it that trying again is of no use."""
+    with running_cluster(model=tiny_model, unified=1, kvstore=0) as cluster:
+        before = cluster.children()["etcd"].pid
+        cluster.signal("etcd", signal.SIGQUIT)
+        deadline = time.monotonic() + 20
+        while cluster.children().get("etcd") is None or cluster.children()["etcd"].pid == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert complete(cluster).status_code == 200
+
+
 def test_a_router_alone_is_not_ready_and_says_what_is_missing(tiny_model: Path, tmp_path: Path) -> None:
     port = free_port()
     config = tmp_path / "router.yaml"

@@ -78,6 +78,27 @@ async def test_a_second_signal_ends_it_at_once(tiny_model: Path) -> None:
             assert (await process.ended(2))[0] == 1
 
 
+def test_a_stuck_engine_ends_its_process() -> None:
+    code = """
+import asyncio
+from baton.hosting.worker import end_if_stuck
+from baton.types import Role
+from tests.workers import generate, prompt, worker
+
+async def main():
+    async with worker(Role.UNIFIED, {}) as stuck:
+        watchdog = asyncio.create_task(end_if_stuck(stuck.engine, 1.5))
+        await asyncio.sleep(2)  # idle is not stuck
+        stuck.runner.step_s = 3600
+        await generate(stuck, prompt())
+
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=20)
+    assert ended.returncode == 70
+    assert "stuck in a step" in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

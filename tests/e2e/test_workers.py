@@ -62,6 +62,23 @@ async def test_nobody_is_asked_where_it_would_not_help(role: Role, length: int, 
         assert p.called == 0
 
 
+async def test_a_step_longer_than_the_lease_is_not_taken_for_a_loss() -> None:
+    """Nobody falls silent meanwhile: not the call, and not the state stream."""
+    async with scripted(silent) as p, worker(Role.DECODE, {}) as d:
+        d.runner.step_s = LEASE_S * 2
+        busy = asyncio.create_task(generate(d, prompt(8, name="busy", max_tokens=1)))
+        state = worker_pb2_grpc.WorkerStub(d.channel).WatchState(worker_pb2.WatchStateRequest())
+        await state.read()
+        while not d.runner.num_steps:
+            await asyncio.sleep(0.01)
+        stream = call(d, prompt(), p.address)  # its lookup waits for the step
+        for source, longest_s in ((stream, LEASE_S / 2), (state, 1.5), (stream, LEASE_S / 2)):
+            await asyncio.wait_for(source.read(), longest_s)
+        stream.cancel()
+        state.cancel()
+        await busy
+
+
 async def test_a_pushed_token_is_emitted_at_once() -> None:
     """The prefill worker goes on saving for a while: nobody waits for it."""
 

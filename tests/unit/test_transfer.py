@@ -158,6 +158,32 @@ def test_a_store_that_fails_is_left_alone_then_probed_by_one_call(
     assert lookup(transfer) == 3  # and all is well again
 
 
+def test_a_lookup_that_works_does_not_make_loads_be_tried_again(
+    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The master answers, and the node that holds the blocks is dead."""
+    store.put(KEYS, memory)
+    monkeypatch.setattr(module, "FIRST_BACKOFF_S", 0.3)
+    monkeypatch.setattr(store, "get", lambda keys, buffers: store.contains(keys) and _raise(StoreError("no node")))
+    saved, loaded = Answers(), Answers()
+    transfer.load(KEYS, memory, loaded)
+    assert loaded.wait(1) == [[False] * 3]
+    assert lookup(transfer) == 0
+    transfer.save(["d"], memory[:1], saved)  # to another node
+    assert saved.wait(1) == [[True]]
+    until(lambda: transfer.available)
+    assert lookup(transfer) == 3
+    transfer.load(KEYS, memory, loaded)
+    assert loaded.wait(2)[1] == [False] * 3
+    calls = store.calls
+    assert lookup(transfer) == 0
+    assert store.calls == calls
+
+
+def _raise(error: Exception) -> list[bool]:
+    raise error
+
+
 @pytest.mark.usefixtures("quick")
 def test_the_back_off_doubles_up_to_a_limit(transfer: KVTransfer, store: BreakableStore) -> None:
     store.failing = StoreError("down")
