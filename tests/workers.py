@@ -38,10 +38,10 @@ class SlowRunner(ToyRunner):
     step_s = 0.0
     num_steps = 0  # begun
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
         self.num_steps += 1
         time.sleep(self.step_s)
-        return super().execute(plan)
+        return super().submit(plan)
 
 
 class PromptTransfer(ToyTransfer):

@@ -6,6 +6,10 @@
 
 The thread alone owns scheduler, blocks and requests; everything else reaches it as a function in the inbox. It sleeps when there is
 nothing to compute. A step that raises fails the requests in it, and nobody else. Knows nothing of gRPC, of other workers, or of roles.
+
+Where the runner can hold more than one step, the next one is decided and submitted while the device computes (see Request's pending
+tokens). Blocks that become free meanwhile may still be written by steps in flight: later steps come after those anyway, and loads from
+the pool wait for them (`_after_steps`).
 """
 
 import asyncio
@@ -13,6 +17,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -36,7 +41,23 @@ STALLED_WAIT_S = 0.01  # work is queued, but memory is held by calls in flight
 
 
 class Runner(Protocol):
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    @property
+    def depth(self) -> int:
+        """How many steps may be in flight while another one is submitted: 0 where a step is computed by `submit` itself."""
+        ...
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Starts the step; the answer waits for its end. Steps are computed in the order of their submission."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was submitted."""
+
+    number: int
+    plan: StepPlan
+    result: Callable[[], StepResult]
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +95,7 @@ class Engine:
             buffer=buffer,
             budget_s=budget_s,
             post=self._post,
+            after_steps=self._after_steps,
             on_matched=self._matched,
             on_ready=self._ready,
             on_saved=self._saved,
@@ -88,6 +110,10 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._stalled = True
+        self._flights: deque[Flight] = deque()
+        self._num_submitted = 0
+        self._fenced: deque[tuple[int, Callable[[], None]]] = deque()  # with the last step that each waits for
+        self._collected_at = 0.0
 
     # -- the event loop's side
 
@@ -196,12 +222,9 @@ class Engine:
         try:
             while self._work_inbox():
                 self.loader.tick(time.monotonic())
-                plan = self.scheduler.schedule()
-                if plan.scheduled:
-                    self._step(plan)
+                self._stalled = not self._step()
                 self._flush()
                 self._publisher.publish(time.monotonic())
-                self._stalled = not plan.scheduled
         except Exception:
             logger.critical("the engine has crashed", exc_info=True)
             self._stopping = True
@@ -226,6 +249,8 @@ class Engine:
             wait = 0.0
 
     def _wait(self) -> float:
+        if self._flights:
+            return 0.0
         if self.scheduler.has_work:
             return STALLED_WAIT_S if self._stalled else 0.0
         waits = [IDLE_WAIT_S, self._publisher.wait(time.monotonic())]
@@ -233,22 +258,64 @@ class Engine:
             waits.append(self.loader.next_deadline - time.monotonic())
         return max(min(waits), 0.001)
 
-    def _step(self, plan: StepPlan) -> None:
-        started = time.monotonic()
+    def _step(self) -> bool:
+        """Submits the next step, if there is one, and takes in those that are to end first. False where there was nothing to do."""
+        plan = self.scheduler.schedule()
+        if plan.scheduled:
+            self._submit(plan)
+        elif not self._flights:
+            return False
+        ahead = self.runner.depth if plan.scheduled and not plan.needs_history else 0
+        while len(self._flights) > ahead:
+            self._collect()
+        return True
+
+    def _submit(self, plan: StepPlan) -> None:
         for item in plan.scheduled:
             self._admitted(item)
+        self._num_submitted += 1
+        if not self._flights:
+            self._collected_at = time.monotonic()
         try:
-            result = self.runner.execute(plan)
+            result = self.runner.submit(plan)
         except Exception as error:
-            logger.exception("a step of %d requests failed", len(plan.scheduled))
-            for item in plan.scheduled:
-                self._fail(item.request, InternalError(f"the engine failed in a step: {type(error).__name__}: {error}"))
+            self._step_failed(plan, error)
             return
-        blocks = [item.request.block_ids for item in plan.scheduled]
-        self.scheduler.update(plan, result)
-        for item, block_ids in zip(plan.scheduled, blocks, strict=True):
-            self._computed(item, block_ids, result)
-        self.on_step(plan, time.monotonic() - started)
+        self._flights.append(Flight(self._num_submitted, plan, result))
+        self.scheduler.advance(plan)
+
+    def _collect(self) -> None:
+        """Takes in the oldest step in flight."""
+        flight = self._flights.popleft()
+        plan = flight.plan
+        try:
+            result = flight.result()
+        except Exception as error:
+            self._step_failed(plan, error)
+        else:
+            live = [item for item in plan.scheduled if item.request.status is not RequestStatus.FINISHED]
+            kept = {item.request for item in live if item.block_ids is item.request.block_ids}  # not preempted meanwhile
+            self.scheduler.update(plan, result)
+            for item in live:
+                self._computed(item, result, save=item.request in kept)
+            now = time.monotonic()
+            self.on_step(plan, now - self._collected_at)
+            self._collected_at = now
+        while self._fenced and self._fenced[0][0] <= flight.number:
+            self._fenced.popleft()[1]()
+
+    def _step_failed(self, plan: StepPlan, error: Exception) -> None:
+        logger.error("a step of %d requests failed", len(plan.scheduled), exc_info=error)
+        for item in plan.scheduled:
+            if item.request.status is not RequestStatus.FINISHED:
+                self._fail(item.request, InternalError(f"the engine failed in a step: {type(error).__name__}: {error}"))
+
+    def _after_steps(self, action: Callable[[], None]) -> None:
+        """Runs `action` once no step in flight can write into blocks that are free by now."""
+        if self._flights:
+            self._fenced.append((self._flights[-1].number, action))
+        else:
+            action()
 
     def _admitted(self, item: ScheduledRequest) -> None:
         """The first time that a request is scheduled, its cache is known."""
@@ -269,19 +336,19 @@ class Engine:
         if feed.await_saves:
             self.loader.save_matched(feed)
 
-    def _computed(self, item: ScheduledRequest, block_ids: Sequence[int], result: StepResult) -> None:
+    def _computed(self, item: ScheduledRequest, result: StepResult, *, save: bool) -> None:
         request = item.request
         entry = self._entries[request.request_id]
-        end = item.start + item.num_new_tokens
-        first = request.num_output_tokens - item.samples == 0
+        first = item.end == request.num_prompt_tokens
         for offset, logprobs in enumerate(result.prompt_logprobs.get(request.request_id, ())):
             entry.prompt_logprobs[item.start + 1 + offset] = logprobs
-        self.loader.save_new(entry.feed, block_ids, item.start, end)
+        if save:
+            self.loader.save_new(entry.feed, item.block_ids, item.start, item.end)
         token = result.tokens.get(request.request_id) if item.samples else None
         output = GenerateOutput(
             tokens=(token,) if token is not None else (),
             prompt_logprobs=self._take_prompt_logprobs(entry) if token is not None and first else (),
-            num_computed_tokens=end,
+            num_computed_tokens=item.end,
             num_saved_blocks=entry.feed.num_saved_blocks,
             cache=request.cache,
         )
@@ -376,7 +443,7 @@ class Engine:
 
     def _check_integrity(self) -> list[str]:
         cache = self.scheduler.cache
-        held = [request.block_ids for request in self.scheduler.running]
+        held = [entry.request.block_ids for entry in self._entries.values()]
         problems = cache.pool.check_integrity([*held, *cache.pinned(), *self.loader.held()])
         known = {entry.request for entry in self._entries.values()}
         queued = {*self.scheduler.running, *self.scheduler.waiting}

@@ -67,7 +67,8 @@ class Feed:
 
 
 class Loader:
-    """`post` runs a function on the engine's thread; `on_ready`, `on_matched` and `on_saved` are called there."""
+    """`post` runs a function on the engine's thread; `after_steps` too, once blocks that are free by now are written by no step any more.
+    `on_ready`, `on_matched` and `on_saved` are called on that thread."""
 
     def __init__(
         self,
@@ -78,12 +79,13 @@ class Loader:
         buffer: Callable[[int], Buffer],
         budget_s: float,
         post: Callable[[Callable[[], None]], None],
+        after_steps: Callable[[Callable[[], None]], None],
         on_matched: Callable[[Feed], None],
         on_ready: Callable[[Feed], None],
         on_saved: Callable[[Feed], None],
     ) -> None:
         self._cache, self._transfer, self._key, self._buffer = cache, transfer, key, buffer
-        self._budget_s, self._post = budget_s, post
+        self._budget_s, self._post, self._after_steps = budget_s, post, after_steps
         self._on_matched, self._on_ready, self._on_saved = on_matched, on_ready, on_saved
         self._taken: dict[int, list[int]] = {}  # blocks of calls in flight, by call
         self._calls = 0
@@ -155,11 +157,12 @@ class Loader:
         call = self._calls = self._calls + 1
         self._taken[call] = feed.in_flight
         self._expect(feed)
-        self._transfer.load(
-            [self._key(key) for key in hashes],
-            [self._buffer(block_id) for block_id in feed.in_flight],
-            lambda found: self._post(lambda: self._loaded(feed, call, hashes, found)),
-        )
+        keys, buffers = [self._key(key) for key in hashes], [self._buffer(block_id) for block_id in feed.in_flight]
+
+        def loaded(found: list[bool]) -> None:
+            self._post(lambda: self._loaded(feed, call, hashes, found))
+
+        self._after_steps(lambda: self._transfer.load(keys, buffers, loaded))
 
     def _loaded(self, feed: Feed, call: int, hashes: list[bytes], found: list[bool]) -> None:
         block_ids = self._taken.pop(call)

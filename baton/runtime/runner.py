@@ -4,6 +4,8 @@ What belongs here: a plan's tensors, the forward pass, the draw. What never will
 transfer. It keeps nothing of a request between steps, so any plan can be executed by any runner whose KV blocks hold what it says.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from baton.forward import ForwardBatch
@@ -20,9 +22,17 @@ class ModelRunner:
     def __init__(self, model: Decoder, kv_pool: KVPool, backend: AttentionBackend) -> None:
         self._model, self._kv, self._backend = model, kv_pool.tensor, backend
 
-    @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    @property
+    def depth(self) -> int:
+        return 0
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Computes the plan's tokens: their KV is written, and tokens are drawn for the requests that sample."""
+        result = self._execute(plan)
+        return lambda: result
+
+    @torch.inference_mode()
+    def _execute(self, plan: StepPlan) -> StepResult:
         batch: ForwardBatch = build_inputs(plan, self._kv)
         logits = self._model(batch, self._backend)
         counts = [len(wanted_positions(item)) for item in plan.scheduled]

@@ -61,12 +61,14 @@ class KVCache:
             request.block_ids += self.pool.take(wanted)
         return True
 
-    def register(self, request: Request, start: int) -> None:
-        """Makes the full blocks among the tokens computed since `start` findable."""
-        request.block_hashes = block_hashes(request.token_ids, self.block_size, request.salt, known=request.block_hashes)
-        if self.prefix_caching:
-            first, end = start // self.block_size, request.num_computed_tokens // self.block_size
-            self.pool.register(request.block_ids[first:end], request.block_hashes[first:end])
+    def register(self, request: Request, start: int, end: int) -> None:
+        """Makes the blocks that became full by computing tokens start … end findable."""
+        first, last = start // self.block_size, end // self.block_size
+        if last > len(request.block_hashes):
+            known = request.token_ids[: last * self.block_size]
+            request.block_hashes = block_hashes(known, self.block_size, request.salt, known=request.block_hashes)
+        if self.prefix_caching and last > first:
+            self.pool.register(request.block_ids[first:last], request.block_hashes[first:last])
 
     def free(self, request: Request) -> None:
         """Takes everything back; what is cached stays findable. Idempotent."""

@@ -15,6 +15,11 @@ class ScheduledRequest:
     start: int
     num_new_tokens: int
     samples: bool  # this step computes the last known token, whose logits give the next one
+    block_ids: list[int]  # the request's own list: it grows with it, and is another one after a preemption
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,10 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.scheduled)
+
+    @property
+    def needs_history(self) -> bool:
+        return any(item.samples and item.request.needs_history for item in self.scheduled)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 There is no prefill phase and no decode phase: a request has known tokens (prompt, then output) and computed ones, and each step lets
 the computed catch up with the known. When all known tokens are computed, the last one's logits give the next token.
+
+The next step may be decided before a step has ended: then the token that it draws is known to exist, but not its id (PENDING).
 """
 
 from dataclasses import dataclass, field
@@ -11,10 +13,14 @@ from baton.hashing import block_hashes
 from baton.types import CacheReport, FinishReason, GenerateRequest, SamplingParams
 
 
+PENDING = -1
+
+
 class RequestStatus(StrEnum):
     LOADING = "loading"  # its KV is coming from the pool; the scheduler has not seen it yet
     WAITING = "waiting"  # queued; holds no blocks
     RUNNING = "running"  # holds blocks
+    ENDING = "ending"  # holds blocks; its last token is being drawn
     FINISHED = "finished"
 
 
@@ -63,13 +69,30 @@ class Request:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def is_full(self) -> bool:
+        """It may have no more tokens than it has."""
+        return self.num_output_tokens >= self.sampling.max_tokens or self.num_tokens >= self.max_model_len
+
+    @property
+    def needs_history(self) -> bool:
+        """Its next token can't be drawn before the ids of all known ones are there."""
+        sampling = self.sampling
+        return sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
+
     def append(self, token_id: int) -> None:
-        """Takes the next token of the output, sampled here or by a prefill worker, and decides whether it is the last."""
-        self.token_ids.append(token_id)
-        stops = self.sampling.stop_token_ids
-        if self.num_output_tokens >= self.sampling.min_tokens and (
-            token_id in stops or (token_id in self.eos_token_ids and not self.sampling.ignore_eos)
+        """Takes the next token of the output, drawn by a prefill worker, and decides whether it is the last."""
+        self.token_ids.append(PENDING)
+        self.resolve(len(self.token_ids) - 1, token_id)
+
+    def resolve(self, position: int, token_id: int) -> None:
+        """Takes the id of a pending token, and decides whether it is the last; those behind it are dropped then."""
+        self.token_ids[position] = token_id
+        num_output = position + 1 - self.num_prompt_tokens
+        if num_output >= self.sampling.min_tokens and (
+            token_id in self.sampling.stop_token_ids or (token_id in self.eos_token_ids and not self.sampling.ignore_eos)
         ):
             self.finish_reason, self.stop_token_id = FinishReason.STOP, token_id
-        elif self.num_output_tokens >= self.sampling.max_tokens or self.num_tokens >= self.max_model_len:
+            del self.token_ids[position + 1 :]
+        elif num_output >= self.sampling.max_tokens or position + 1 >= self.max_model_len:
             self.finish_reason = FinishReason.LENGTH

@@ -13,7 +13,7 @@ from collections import deque
 
 from baton.scheduling.cache import KVCache
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
-from baton.scheduling.request import Request, RequestStatus
+from baton.scheduling.request import PENDING, Request, RequestStatus
 
 
 class Scheduler:
@@ -66,14 +66,28 @@ class Scheduler:
             budget -= scheduled[request]
         return StepPlan(tuple(_plan(request, count) for request, count in scheduled.items()))
 
-    def update(self, plan: StepPlan, result: StepResult) -> None:
-        """Takes in what a step gave: computed tokens, new tokens, finished requests (their finish_reason is set, their blocks free)."""
+    def advance(self, plan: StepPlan) -> None:
+        """The step has been submitted: what it computes counts as computed, what it draws as known, so that the next can be decided."""
         for item in plan.scheduled:
             request = item.request
-            request.num_computed_tokens = item.start + item.num_new_tokens
-            self.cache.register(request, item.start)
+            request.num_computed_tokens = item.end
             if item.samples:
-                request.append(result.tokens[request.request_id].token_id)
+                request.token_ids.append(PENDING)
+                if request.is_full:
+                    self.running.remove(request)
+                    request.status = RequestStatus.ENDING
+
+    def update(self, plan: StepPlan, result: StepResult) -> None:
+        """Takes in what a step gave: computed tokens, new tokens, finished requests (their finish_reason is set, their blocks free). Who
+        was removed meanwhile is passed over; who was preempted keeps its token."""
+        for item in plan.scheduled:
+            request = item.request
+            if request.status is RequestStatus.FINISHED:
+                continue
+            if item.block_ids is request.block_ids:
+                self.cache.register(request, item.start, item.end)
+            if item.samples:
+                request.resolve(item.end, result.tokens[request.request_id].token_id)
                 if request.finish_reason is not None:
                     self.remove(request)
 
@@ -89,4 +103,4 @@ class Scheduler:
 
 def _plan(request: Request, count: int) -> ScheduledRequest:
     start = request.num_computed_tokens
-    return ScheduledRequest(request, start, count, samples=start + count == request.num_tokens)
+    return ScheduledRequest(request, start, count, samples=start + count == request.num_tokens, block_ids=request.block_ids)

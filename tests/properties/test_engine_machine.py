@@ -43,9 +43,11 @@ class Sink:
 class EngineMachine(RuleBasedStateMachine):
     """Drives the engine's thread functions by hand, so that every interleaving can be had and shrunk."""
 
-    @initialize(num_blocks=st.integers(9, 20), budget=st.integers(1, 30), seqs=st.integers(1, 4), caching=st.booleans())
-    def start(self, num_blocks: int, budget: int, seqs: int, caching: bool) -> None:
-        self.runner = ToyRunner(num_blocks)
+    @initialize(
+        num_blocks=st.integers(9, 20), budget=st.integers(1, 30), seqs=st.integers(1, 4), caching=st.booleans(), depth=st.integers(0, 1)
+    )
+    def start(self, num_blocks: int, budget: int, seqs: int, caching: bool, depth: int) -> None:
+        self.runner = ToyRunner(num_blocks, depth)
         self.transfer = ToyTransfer(self.runner, {})
         self.engine = Engine(
             Scheduler(KVCache(num_blocks, BLOCK_SIZE, prefix_caching=caching), max_num_batched_tokens=budget, max_num_seqs=seqs),
@@ -86,9 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self) -> None:
         self.run_inbox()
         self.engine.loader.tick(time.monotonic())
-        plan = self.engine.scheduler.schedule()
-        if plan.scheduled:
-            self.engine._step(plan)
+        self.engine._step()
         self.flush()
 
     @rule(works=st.booleans())

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from baton.kv.store import Buffer
-from baton.scheduling.plan import StepPlan, StepResult
+from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
+from baton.scheduling.request import PENDING
 from baton.types import GenerateRequest, OutputToken
 
 VOCAB = 50
@@ -27,18 +28,31 @@ def reference(request: GenerateRequest) -> list[int]:
 
 
 class ToyRunner:
-    def __init__(self, num_blocks: int) -> None:
-        self.entries: list[list[int | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
+    """With a depth above 0, a step is computed as late as can be: when its result is asked for."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        tokens = {}
-        for item in plan.scheduled:
-            request, end = item.request, item.start + item.num_new_tokens
-            for position in range(item.start, end):
-                self.entries[request.block_ids[position // BLOCK_SIZE]][position % BLOCK_SIZE] = request.token_ids[position]
+    def __init__(self, num_blocks: int, depth: int = 0) -> None:
+        self.entries: list[list[int | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
+        self.depth = depth
+        self._drawn: dict[str, int] = {}  # by the step before
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        work = [(item, item.request.token_ids[item.start : item.end], item.block_ids[:]) for item in plan.scheduled]
+        if not self.depth:
+            result = self._compute(work)
+            return lambda: result
+        return lambda: self._compute(work)
+
+    def _compute(self, work: Sequence[tuple[ScheduledRequest, list[int], list[int]]]) -> StepResult:
+        tokens: dict[str, OutputToken] = {}
+        for item, token_ids, block_ids in work:
+            name = item.request.request_id
+            for position, token_id in enumerate(token_ids, item.start):
+                known = self._drawn[name] if token_id == PENDING else token_id
+                self.entries[block_ids[position // BLOCK_SIZE]][position % BLOCK_SIZE] = known
             if item.samples:
-                seen = [self.entries[request.block_ids[p // BLOCK_SIZE]][p % BLOCK_SIZE] for p in range(end)]
-                tokens[request.request_id] = OutputToken(next_token([-1 if entry is None else entry for entry in seen]))
+                seen = [self.entries[block_ids[p // BLOCK_SIZE]][p % BLOCK_SIZE] for p in range(item.end)]
+                tokens[name] = OutputToken(next_token([-1 if entry is None else entry for entry in seen]))
+        self._drawn = {name: token.token_id for name, token in tokens.items()}
         return StepResult(tokens)
 
 

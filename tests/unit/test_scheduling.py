@@ -25,6 +25,7 @@ def make_scheduler(num_blocks: int = 16, *, budget: int = 64, seqs: int = 8, cac
 def step(scheduler: Scheduler, token: int = 7) -> StepPlan:
     plan = scheduler.schedule()
     tokens = {item.request.request_id: OutputToken(token) for item in plan.scheduled if item.samples}
+    scheduler.advance(plan)
     scheduler.update(plan, StepResult(tokens))
     held = [request.block_ids for request in scheduler.running]
     assert scheduler.cache.pool.check_integrity([*held, *scheduler.cache.pinned()]) == []
