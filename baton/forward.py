@@ -1,4 +1,4 @@
-"""ForwardBatch: all that a forward pass may read. Built by `runtime.inputs`, read by models and attention; nothing else crosses."""
+"""ForwardBatch: all that a forward pass may read. Built by `runtime.inputs`, read by models and kernels; nothing else crosses."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,17 @@ class ForwardBatch:
     """A ragged batch: the new tokens of all sequences, one after the other.
 
     With S sequences and T new tokens in all; sequence s owns rows query_start[s] : query_start[s + 1]. Its context (all tokens up to and
-    with the new ones) has context_lens[s] tokens, whose KV lies in the blocks block_tables[s].
+    with the new ones) has context_lens[s] tokens, whose KV lies in the blocks block_tables[s]. The maxima may be larger than what is in
+    the batch (a captured graph's are), never smaller.
     """
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64, absolute
-    slots: torch.Tensor  # [T] int64: block_id * block_size + offset, where each new token's KV is written
-    query_start: tuple[int, ...]  # S + 1 entries
-    context_lens: tuple[int, ...]  # S entries
-    block_tables: torch.Tensor  # [S, most blocks of any sequence] int64, padded with 0
-    logits_rows: torch.Tensor  # [R] int64: rows whose logits are wanted
+    slots: torch.Tensor  # [T] int64: block_id * block_size + offset, where each new token's KV is written; negative: nowhere
+    query_start: torch.Tensor  # [S + 1] int32
+    context_lens: torch.Tensor  # [S] int32
+    block_tables: torch.Tensor  # [S, most blocks of any sequence] int32, padded with 0
+    logits_rows: torch.Tensor | None  # [R] int64: rows whose logits are wanted; None: all
+    max_query_len: int
+    max_context_len: int
     kv: torch.Tensor  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.context_lens)
-
-    @property
-    def block_size(self) -> int:
-        return self.kv.shape[4]

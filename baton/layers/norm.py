@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich 2019), as Llama computes it: the mean square in fp32, the weight applied in the input's dtype."""
+"""The weight of an RMSNorm (Zhang & Sennrich 2019); where and how it is applied is the decoder's and the kernels' business."""
 
 import torch
 from torch import nn
@@ -9,9 +9,3 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., size] → the same."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)

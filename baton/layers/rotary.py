@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), halves convention: (x1, x2) → (x1 cos - x2 sin, x2 cos + x1 sin)."""
+"""Rotary position embedding (Su et al. 2021): the frequencies of each kind, and the table that kernels rotate by."""
 
 import math
 from dataclasses import dataclass
@@ -32,13 +32,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     return (1 - smooth) * inverse / scaling.factor + smooth * inverse
 
 
-def cos_sin(positions: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions [T] → two of [T, 1, head_dim / 2], to be shared by all layers."""
-    angles = positions[:, None].float() * inverse
-    return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[T, heads, head_dim] → the same."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def cos_sin_table(num_positions: int, inverse: torch.Tensor) -> torch.Tensor:
+    """[num_positions, head_dim] fp32: by position, the cosines of all angles, then their sines."""
+    angles = torch.arange(num_positions, dtype=torch.float32, device=inverse.device)[:, None] * inverse
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)

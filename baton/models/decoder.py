@@ -8,11 +8,11 @@ Knows of no quantization, adapters, sampling or scheduling.
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from baton.forward import ForwardBatch
+from baton.kernels.table import Kernels
 from baton.layers import rotary
-from baton.layers.attention import AttentionBackend
+from baton.layers.linear import Embedding, Linear
 from baton.layers.norm import RMSNorm
 from baton.models.config import ModelConfig
 
@@ -21,29 +21,33 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.window = layer, config.sliding_windows[layer]
-        self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
-        rows = (self.heads + 2 * self.kv_heads) * self.dim
-        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.attention_bias)
-        self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.heads, self.dim, self.eps = config.num_heads, config.head_dim, config.norm_eps
+        self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * config.num_kv_heads) * self.dim, bias=config.attention_bias)
+        self.o_proj = Linear(self.heads * self.dim, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
-        heads = self.qkv_proj(x).view(x.shape[0], -1, self.dim)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = rotary.rotate(self.q_norm(q), cos, sin), rotary.rotate(self.k_norm(k), cos, sin)
-        return self.o_proj(backend.attend(self.layer, q, k, v, self.window).flatten(1))
+    def forward(self, x: torch.Tensor, batch: ForwardBatch, cos_sin: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        q_weight = None if self.q_norm is None else self.q_norm.weight
+        k_weight = None if self.k_norm is None else self.k_norm.weight
+        q = kernels.rope_write(
+            self.qkv_proj(x), cos_sin, batch.positions, batch.slots, batch.kv, self.layer, self.heads, q_weight, k_weight, self.eps
+        )
+        out = kernels.paged_attention(
+            q, batch.kv, self.layer, batch.block_tables, batch.query_start, batch.context_lens, batch.max_query_len,
+            batch.max_context_len, self.window,
+        )  # fmt: skip
+        return self.o_proj(out.flatten(1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(functional.silu(gate) * up)
+    def forward(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -54,15 +58,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, backend)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
 
 class Stack(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -72,23 +72,37 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Stack(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.inverse_frequencies = torch.empty(0)
 
-    def finish_loading(self) -> None:
-        """After the weights: what is computed from the configuration, on the weights' device."""
-        if self.config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        frequencies = rotary.inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        self.inverse_frequencies = frequencies.to(self.lm_head.weight.device)
+    def prepare(self, kernels: Kernels, num_positions: int) -> None:
+        """After the weights: hands them to the kernels, and computes what follows from the configuration. Called once."""
+        self._kernels = kernels
+        for module in self.modules():
+            if isinstance(module, Linear) and module is not self.lm_head:
+                module.prepare(kernels)
+        packed = self.model.embed_tokens.prepare(kernels)
+        self.lm_head.prepare(kernels, packed if self.config.tie_embeddings else None)
+        inverse = rotary.inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        self._cos_sin = rotary.cos_sin_table(num_positions, inverse.to(self.model.norm.weight.device))
 
-    def forward(self, batch: ForwardBatch, backend: AttentionBackend) -> torch.Tensor:
-        """Logits [R, vocab_size] fp32 for the rows that the batch asks for; writes the new tokens' KV."""
-        backend.begin(batch)
-        x = self.model.embed_tokens(batch.token_ids)
-        cos, sin = rotary.cos_sin(batch.positions, self.inverse_frequencies, x.dtype)
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Logits [R, vocab_size] for the rows that the batch asks for; writes the new tokens' KV."""
+        kernels, cos_sin = self._kernels, self._cos_sin
+        residual = self.model.embed_tokens(batch.token_ids)
+        update: torch.Tensor | None = None  # of the residual stream, still to be added
         for layer in self.model.layers:
-            x = layer(x, cos, sin, backend)
-        return self.lm_head(self.model.norm(x[batch.logits_rows])).float()
+            normed, residual = self._norm(layer.input_layernorm, update, residual)
+            update = layer.self_attn(normed, batch, cos_sin, kernels)
+            normed, residual = self._norm(layer.post_attention_layernorm, update, residual)
+            update = layer.mlp(normed, kernels)
+        if batch.logits_rows is not None:
+            residual = residual[batch.logits_rows]
+            update = None if update is None else update[batch.logits_rows]
+        return self.lm_head(self._norm(self.model.norm, update, residual)[0])
+
+    def _norm(self, norm: RMSNorm, update: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if update is None:
+            return self._kernels.rms_norm(residual, norm.weight, norm.eps), residual
+        return self._kernels.add_rms_norm(update, residual, norm.weight, norm.eps)

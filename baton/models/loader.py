@@ -24,11 +24,12 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 def load_model(folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """The model with its weights, ready to run. Shows a progress bar where stderr is a terminal."""
+    """The model with its weights, to be prepared. Shows a progress bar where stderr is a terminal."""
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    model.finish_loading()
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     parameters = dict(model.named_parameters())
     missing = {name: parameter.shape[0] for name, parameter in parameters.items()}  # rows still to come
     files = weight_files(folder)

@@ -10,10 +10,10 @@ import torch
 
 from baton.config import EngineConfig, WorkerConfig, member_id
 from baton.errors import ConfigError
+from baton.kernels.table import choose
 from baton.kv.connect import connect_pool
 from baton.kv.layout import KVLayout, block_key
 from baton.kv.pool import DTYPES, KVPool, num_blocks_for
-from baton.layers.attention import TorchAttention
 from baton.metrics import WorkerMetrics
 from baton.models.config import ModelConfig
 from baton.models.loader import load_model, weights_fingerprint
@@ -93,13 +93,16 @@ def load(model: Path, settings: EngineConfig) -> LoadedModel:
     num_blocks = settings.num_blocks or num_blocks_for(layout, settings.kv_memory)
     max_model_len = min(settings.max_model_len or config.max_model_len, config.max_model_len, num_blocks * settings.block_size)
     fingerprint = layout.fingerprint(weights_fingerprint(model))
+    kernels = choose(device, DTYPES[dtype], config.head_dim)
     network = load_model(model, config, dtype=DTYPES[dtype], device=device)
+    network.prepare(kernels, max_model_len)
     pool = KVPool(layout, num_blocks, device)
     logger.info(
         "%s on %s in %s: %d KV blocks of %d tokens, %d bytes each; at most %d tokens a request; fingerprint %s",
         model.name, device, dtype, num_blocks, settings.block_size, layout.block_bytes, max_model_len, fingerprint,
     )  # fmt: skip
-    return LoadedModel(config, ModelRunner(network, pool, TorchAttention()), pool, fingerprint, max_model_len)
+    runner = ModelRunner(network, pool, kernels, max_num_seqs=settings.max_num_seqs, max_model_len=max_model_len)
+    return LoadedModel(config, runner, pool, fingerprint, max_model_len)
 
 
 def build_engine(loaded: LoadedModel, settings: EngineConfig, transfer: Transfer, *, budget_s: float) -> Engine:

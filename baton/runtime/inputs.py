@@ -1,43 +1,104 @@
 """StepPlan → ForwardBatch: the tensors of one step."""
 
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 
 from baton.forward import ForwardBatch
+from baton.runtime.staging import to_device
 from baton.scheduling.plan import ScheduledRequest, StepPlan
+from baton.scheduling.request import PENDING
 
 
-def build_inputs(plan: StepPlan, kv: torch.Tensor) -> ForwardBatch:
-    """Rows wanted: each sampling request's last; all of the prompt where prompt logprobs are asked for. In the plan's order."""
-    block_size = kv.shape[4]
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    starts = [0]
-    rows: list[int] = []
-    for item in plan.scheduled:
-        request, end = item.request, item.start + item.num_new_tokens
-        token_ids += request.token_ids[item.start : end]
-        positions += range(item.start, end)
-        slots += [request.block_ids[p // block_size] * block_size + p % block_size for p in range(item.start, end)]
-        rows += [starts[-1] + position - item.start for position in wanted_positions(item)]
-        starts.append(len(token_ids))
-    tables = [item.request.block_ids for item in plan.scheduled]
-    most = max(map(len, tables))
-    device = kv.device
-    return ForwardBatch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        slots=torch.tensor(slots, device=device),
-        query_start=tuple(starts),
-        context_lens=tuple(item.start + item.num_new_tokens for item in plan.scheduled),
-        block_tables=torch.tensor([table + [0] * (most - len(table)) for table in tables], device=device),
-        logits_rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        kv=kv,
-    )
+class BlockTables:
+    """Block tables as rows of one array, kept between steps so that only new blocks are written."""
+
+    def __init__(self, num_rows: int, max_blocks: int) -> None:
+        """`num_rows`: at least as many as a plan can have requests."""
+        self._array = np.zeros((num_rows, max_blocks), dtype=np.int32)
+        self._rows = OrderedDict[str, tuple[int, list[int], int]]()  # by request id: row, the list it mirrors, how much of it
+        self._free = list(range(num_rows))
+
+    def gather(self, plan: StepPlan) -> np.ndarray:
+        """[S, most blocks] int32. What is beyond a request's own blocks is whatever was there: some block's id."""
+        rows, most = np.empty(len(plan.scheduled), dtype=np.int64), 1
+        for index, item in enumerate(plan.scheduled):
+            rows[index] = self._update(item)
+            most = max(most, len(item.block_ids))
+        return self._array[rows, :most]
+
+    def _update(self, item: ScheduledRequest) -> int:
+        name, block_ids = item.request.request_id, item.block_ids
+        row, mirrored, count = self._rows.get(name) or (-1, None, 0)
+        if mirrored is block_ids and count == len(block_ids):
+            self._rows.move_to_end(name)
+            return row
+        if row < 0:
+            row = self._free.pop() if self._free else self._rows.popitem(last=False)[1][0]
+        start = count if mirrored is block_ids else 0
+        self._array[row, start : len(block_ids)] = block_ids[start:]
+        self._rows[name] = (row, block_ids, len(block_ids))
+        self._rows.move_to_end(name)
+        return row
+
+
+class InputBuilder:
+    def __init__(self, kv: torch.Tensor, *, max_num_seqs: int, max_model_len: int) -> None:
+        self._kv, self._size = kv, kv.shape[4]
+        self._tables = BlockTables(max_num_seqs, -(-max_model_len // self._size))
+
+    def arrays(self, plan: StepPlan, drawn: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """What a ForwardBatch is made of, in its words, without `logits_rows`. A pending token is given as -1 - drawn[request_id]: the row of
+        the step before that draws it."""
+        items = plan.scheduled
+        counts = np.fromiter((item.num_new_tokens for item in items), np.int64, len(items))
+        starts = np.fromiter((item.start for item in items), np.int64, len(items))
+        query_start = np.zeros(len(items) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        tables = self._tables.gather(plan)
+        if len(items) == query_start[-1]:  # one token each
+            tokens, owners, positions = [item.request.token_ids[item.start] for item in items], np.arange(len(items)), starts
+        else:
+            tokens = [token for item in items for token in item.request.token_ids[item.start : item.end]]
+            owners = np.repeat(np.arange(len(items)), counts)
+            positions = np.arange(query_start[-1]) - query_start[owners] + starts[owners]
+        token_ids = np.array(tokens, np.int64)
+        if drawn:
+            for index, item in enumerate(items):
+                if item.samples and tokens[query_start[index + 1] - 1] == PENDING:
+                    token_ids[query_start[index + 1] - 1] = -1 - drawn[item.request.request_id]
+        return {
+            "token_ids": token_ids,
+            "positions": positions,
+            "slots": tables[owners, positions // self._size].astype(np.int64) * self._size + positions % self._size,
+            "query_start": query_start,
+            "context_lens": (starts + counts).astype(np.int32),
+            "block_tables": tables,
+        }
+
+    def batch(self, plan: StepPlan, arrays: dict[str, np.ndarray]) -> ForwardBatch:
+        """Rows wanted: each sampling request's last; all of the prompt where prompt logprobs are asked for. In the plan's order."""
+        device = self._kv.device
+        rows = [
+            start + position - item.start
+            for start, item in zip(arrays["query_start"].tolist(), plan.scheduled, strict=False)
+            for position in wanted_positions(item)
+        ]
+        return ForwardBatch(
+            **{name: to_device(array, device) for name, array in arrays.items()},
+            logits_rows=None if len(rows) == len(arrays["token_ids"]) else to_device(np.array(rows, np.int64), device),
+            max_query_len=max(item.num_new_tokens for item in plan.scheduled),
+            max_context_len=int(arrays["context_lens"].max()),
+            kv=self._kv,
+        )
 
 
 def wanted_positions(item: ScheduledRequest) -> list[int]:
     """Positions whose logits are needed: those that predict a prompt token whose logprob is asked for, then the last known one."""
-    request, end = item.request, item.start + item.num_new_tokens
-    wanted = [] if request.sampling.prompt_logprobs is None else list(range(item.start, min(end, request.num_prompt_tokens - 1)))
-    return [*wanted, end - 1] if item.samples else wanted
+    request = item.request
+    if request.sampling.prompt_logprobs is None:
+        return [item.end - 1] if item.samples else []
+    wanted = list(range(item.start, min(item.end, request.num_prompt_tokens - 1)))
+    return [*wanted, item.end - 1] if item.samples else wanted

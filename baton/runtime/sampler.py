@@ -8,11 +8,13 @@ Each stage works on the rows that asked for it, all of them at once, and costs n
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from baton.kernels import torch_ops
+from baton.runtime.staging import listed, to_host
 from baton.types import OutputToken, SamplingParams, TokenLogprobs
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -38,50 +40,87 @@ class Row:
         return (*self.params.stop_token_ids, *self.eos_token_ids)
 
 
+class Draw:
+    """Tokens that are being drawn."""
+
+    def __init__(self, ids: torch.Tensor, logprobs: dict[int, "Score"]) -> None:
+        self.ids = ids
+        """[R] int64, on the logits' device."""
+        self._ids, self._logprobs = to_host(ids), logprobs
+
+    def tokens(self) -> list[OutputToken]:
+        """Waits for them."""
+        token_ids: list[int] = self._ids()[0].tolist()
+        found = {index: score()[0] for index, score in self._logprobs.items()}
+        return [OutputToken(token_id, found.get(index)) for index, token_id in enumerate(token_ids)]
+
+
+Score = Callable[[], list[TokenLogprobs]]
+"""Waits for logprobs that are being computed."""
+
+
 def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[OutputToken]:
-    """One token for each row of logits [R, vocab_size] fp32, which stay as they are. Greedy takes the lowest of equal ids."""
+    """One token for each row of logits [R, vocab_size], which stay as they are. Greedy takes the lowest of equal ids."""
+    return launch(logits, rows).tokens()
+
+
+def launch(logits: torch.Tensor, rows: Sequence[Row], argmax: Callable[[torch.Tensor], torch.Tensor] = torch_ops.argmax) -> Draw:
+    """Starts to draw. Plain greedy rows are taken from logits of any dtype as they are; all else is computed in fp32."""
     adjusted = _penalise(_bias(logits, rows), rows)
-    chosen = adjusted.argmax(-1)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY]
-    if drawn:
-        chosen[drawn] = _draw(adjusted[drawn], [rows[index] for index in drawn])
-    token_ids: list[int] = chosen.tolist()
-    wanting = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-    if not wanting:
-        return [OutputToken(token_id) for token_id in token_ids]
-    counts = [rows[index].params.logprobs or 0 for index in wanting]
-    found = dict(zip(wanting, logprobs(logits[wanting], [token_ids[index] for index in wanting], counts), strict=True))
-    return [OutputToken(token_id, found.get(index)) for index, token_id in enumerate(token_ids)]
+    if len(drawn) == len(rows):
+        chosen = _draw(adjusted.float() if adjusted.dtype is not torch.float32 else adjusted.clone(), rows)
+    else:
+        chosen = argmax(adjusted)
+        if drawn:
+            places = listed(drawn, torch.int64, logits.device)
+            chosen[places] = _draw(adjusted[places].float(), [rows[index] for index in drawn])
+    counts = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
+    return Draw(chosen, {index: _score(logits[index : index + 1].float(), chosen[index : index + 1], [n]) for index, n in counts.items()})
 
 
 def logprobs(logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """For each row of logits [R, vocab_size], the logprob of its token and the `counts[r]` likeliest tokens with theirs."""
+    """For each row of logits [R, vocab_size] fp32, the logprob of its token and the `counts[r]` likeliest tokens with theirs."""
+    return score(logits, token_ids, counts)()
+
+
+def score(logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> Score:
+    """Starts to compute what `logprobs` gives."""
+    return _score(logits, listed(token_ids, torch.int64, logits.device), counts)
+
+
+def _score(logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int]) -> Score:
     values = logits.log_softmax(-1)
-    ids = torch.tensor(token_ids, device=logits.device)[:, None]
-    own = values.gather(1, ids)
+    own = values.gather(1, token_ids[:, None])
     ranks = (values > own).sum(-1) + 1
     top = values.topk(min(max(counts), logits.shape[-1]), dim=-1)
-    columns = (own[:, 0].tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist(), counts)
-    return [
-        TokenLogprobs(value, rank, tuple(zip(indices[:count], tops[:count], strict=True)))
-        for value, rank, indices, tops, count in zip(*columns, strict=True)
-    ]
+    wait = to_host(own[:, 0], ranks, top.indices, top.values)
+
+    def result() -> list[TokenLogprobs]:
+        columns = (*(column.tolist() for column in wait()), counts)
+        return [
+            TokenLogprobs(value, rank, tuple(zip(indices[:count], tops[:count], strict=True)))
+            for value, rank, indices, tops, count in zip(*columns, strict=True)
+        ]
+
+    return result
 
 
 def _bias(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """logits [R, vocab_size] with logit_bias added and banned ids at -inf; the same tensor when nothing changes, else a new one."""
+    """logits [R, vocab_size] with logit_bias added and banned ids at -inf; the same tensor when nothing changes, else a new one in fp32."""
     size = logits.shape[-1]
     added = {index * size + token_id: bias for index, row in enumerate(rows) for token_id, bias in row.params.logit_bias.items()}
     added |= {index * size + token_id: -math.inf for index, row in enumerate(rows) for token_id in row.banned}
     if not added:
         return logits
-    changed = logits.clone()
-    changed.view(-1)[torch.tensor(list(added), device=logits.device)] += torch.tensor(list(added.values()), device=logits.device)
+    changed = logits.to(torch.float32, copy=True)
+    places, biases = listed(list(added), torch.int64, logits.device), listed(list(added.values()), torch.float32, logits.device)
+    changed.view(-1)[places] += biases
     return changed
 
 
 def _penalise(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """logits [R, vocab_size] with penalties; the same tensor when there are none, else a new one.
+    """logits [R, vocab_size] with penalties; the same tensor when there are none, else a new one in fp32.
 
     vLLM's semantics: repetition (Keskar et al. 2019, CTRL) counts prompt and output, presence and frequency (OpenAI) the output alone.
     """
@@ -89,7 +128,7 @@ def _penalise(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     counting = [index for index, row in enumerate(rows) if row.params.presence_penalty or row.params.frequency_penalty]
     if not repeating and not counting:
         return logits
-    changed = logits.clone()
+    changed = logits.to(torch.float32, copy=True)
     flat, size = changed.view(-1), logits.shape[-1]
 
     def entries(histories: dict[int, Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,12 +139,12 @@ def _penalise(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
 
     if repeating:
         places, owners, _ = entries({index: rows[index].token_ids for index in repeating})
-        penalty, values = _column([row.params.repetition_penalty for row in rows], logits)[owners, 0], flat[places]
+        penalty, values = _column([row.params.repetition_penalty for row in rows], changed)[owners, 0], flat[places]
         flat[places] = torch.where(values > 0, values / penalty, values * penalty)
     if counting:
         places, owners, counts = entries({index: rows[index].token_ids[rows[index].num_prompt_tokens :] for index in counting})
-        frequency = _column([row.params.frequency_penalty for row in rows], logits)[owners, 0]
-        presence = _column([row.params.presence_penalty for row in rows], logits)[owners, 0]
+        frequency = _column([row.params.frequency_penalty for row in rows], changed)[owners, 0]
+        presence = _column([row.params.presence_penalty for row in rows], changed)[owners, 0]
         flat[places] -= frequency * counts + presence
     return changed
 
@@ -119,17 +158,19 @@ def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         logits.masked_fill_(logits < threshold, -torch.inf)
     cut = [index for index, p in enumerate(params) if 0 < p.top_k < logits.shape[-1]]
     if cut:
-        logits[cut] = _top_k(logits[cut], [params[index].top_k for index in cut])
+        places = listed(cut, torch.int64, logits.device)
+        logits[places] = _top_k(logits[places], [params[index].top_k for index in cut])
     cut = [index for index, p in enumerate(params) if p.top_p < 1]
     if cut:
-        logits[cut] = _top_p(logits[cut], [params[index].top_p for index in cut])
+        places = listed(cut, torch.int64, logits.device)
+        logits[places] = _top_p(logits[places], [params[index].top_p for index in cut])
     keys = [_mix(row.params.seed * _GOLDEN + _mix(len(row.token_ids) + 1)) for row in rows]
     return (logits - exponential_noise(keys, logits.shape[-1], logits.device).log()).argmax(-1)
 
 
 def _top_k(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Keeps each row's counts[r] likeliest tokens, and all that equal the last of them."""
-    last = torch.tensor(counts, device=logits.device)[:, None] - 1
+    last = listed(counts, torch.int64, logits.device)[:, None] - 1
     return logits.masked_fill(logits < logits.topk(max(counts), dim=-1).values.gather(1, last), -torch.inf)
 
 
@@ -148,7 +189,7 @@ def exponential_noise(keys: Sequence[int], size: int, device: torch.device) -> t
     Bits are those of splitmix64 (Steele et al. 2014) at counter = column; a uniform in (0, 1) is made of 63 of them.
     """
     counter = torch.arange(1, size + 1, device=device) * _signed(_GOLDEN)
-    bits = torch.tensor([_signed(key) for key in keys], device=device)[:, None] + counter
+    bits = listed([_signed(key) for key in keys], torch.int64, device)[:, None] + counter
     bits = (bits ^ _shift(bits, 30)) * _signed(_MIX1)
     bits = (bits ^ _shift(bits, 27)) * _signed(_MIX2)
     bits = _shift(bits ^ _shift(bits, 31), 1)
@@ -174,4 +215,4 @@ def _signed(value: int) -> int:
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return listed(values, like.dtype, like.device)[:, None]

@@ -6,7 +6,7 @@ from baton.scheduling.request import Request
 from baton.types import OutputToken, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ScheduledRequest:
     """`num_new_tokens` known tokens of `request`, from position `start` on, get computed in this step. Their blocks are allocated:
     request.block_ids reaches at least to start + num_new_tokens."""

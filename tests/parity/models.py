@@ -15,7 +15,7 @@ from baton.config import EngineConfig
 from baton.forward import ForwardBatch
 from baton.kv.layout import KVLayout
 from baton.kv.pool import KVPool
-from baton.layers.attention import TorchAttention
+from baton.kernels.table import choose
 from baton.models.loader import load_model
 from baton.models.registry import read_config
 
@@ -78,9 +78,10 @@ FAMILIES = [
 class Forward:
     """One sequence through our model, in whatever chunks."""
 
-    def __init__(self, folder: Path, *, block_size: int = 16, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, *, block_size: int = 16, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> None:
         config = read_config(folder)
         self.model = load_model(folder, config, dtype=dtype, device=torch.device("cpu"))
+        self.model.prepare(choose(torch.device("cpu"), dtype, config.head_dim, kernels), 2048)
         name = "float32" if dtype is torch.float32 else "bfloat16"
         layout = KVLayout(
             num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, block_size=block_size, dtype=name
@@ -97,13 +98,15 @@ class Forward:
             token_ids=torch.tensor(token_ids[start:end]),
             positions=positions,
             slots=self.blocks[positions // self.block_size] * self.block_size + positions % self.block_size,
-            query_start=(0, end - start),
-            context_lens=(end,),
-            block_tables=self.blocks[None, : -(-end // self.block_size)],
-            logits_rows=torch.arange(end - start),
+            query_start=torch.tensor([0, end - start], dtype=torch.int32),
+            context_lens=torch.tensor([end], dtype=torch.int32),
+            block_tables=self.blocks[None, : -(-end // self.block_size)].int(),
+            logits_rows=None,
+            max_query_len=end - start,
+            max_context_len=end,
             kv=self.pool.tensor,
         )
-        return self.model(batch, TorchAttention())
+        return self.model(batch).float()
 
 
 def engine_settings(**changes: Any) -> EngineConfig:

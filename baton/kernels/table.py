@@ -1,0 +1,83 @@
+"""Kernels: the operations that a forward pass is made of, in the fastest form that this machine can run.
+
+    choose(device, dtype, head_dim) ─▶ C++ (CPU with AVX-512 BF16 and a compiler) | Triton (CUDA) | torch (everywhere)
+
+Signatures and semantics are those of `torch_ops`, which every other form is tested against.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from baton.kernels import torch_ops
+
+logger = logging.getLogger(__name__)
+Operation = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    name: str
+    pack: Operation = torch_ops.pack  # a weight, into what `linear` and `embedding` take
+    linear: Operation = torch_ops.linear
+    embedding: Operation = torch_ops.embedding
+    rms_norm: Operation = torch_ops.rms_norm
+    add_rms_norm: Operation = torch_ops.add_rms_norm
+    silu_mul: Operation = torch_ops.silu_mul
+    rope_write: Operation = torch_ops.rope_write
+    paged_attention: Operation = torch_ops.paged_attention
+    argmax: Operation = torch_ops.argmax
+
+
+TORCH = Kernels(name="torch")
+
+
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, asked: str = "auto") -> Kernels:
+    """`asked`: auto, or torch. Says in the log what was chosen, and why."""
+    kernels, reason = (TORCH, "asked for") if asked == "torch" else _cuda(head_dim) if device.type == "cuda" else _cpu(dtype, head_dim)
+    logger.info("kernels: %s (%s)", kernels.name, reason)
+    return kernels
+
+
+def _cpu(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
+    from baton.kernels import cpu
+
+    if cpu.load() is None:
+        return TORCH, cpu.reason()
+    if not cpu.supports(dtype, head_dim):
+        return TORCH, f"the C++ kernels take no {dtype} with heads of {head_dim}"
+    kernels = Kernels(
+        name="C++",
+        pack=cpu.pack,
+        linear=cpu.linear,
+        embedding=cpu.embedding,
+        rms_norm=cpu.rms_norm,
+        add_rms_norm=cpu.add_rms_norm,
+        silu_mul=cpu.silu_mul,
+        rope_write=cpu.rope_write,
+        paged_attention=cpu.paged_attention,
+        argmax=cpu.argmax,
+    )
+    return kernels, "compiled for this CPU"
+
+
+def _cuda(head_dim: int) -> tuple[Kernels, str]:
+    if importlib.util.find_spec("triton") is None:
+        return TORCH, "triton is not installed: pip install baton[gpu]"
+    if head_dim not in (32, 64, 128, 256):
+        return TORCH, f"the Triton kernels take no heads of {head_dim}"
+    from baton.kernels import attention, fused
+
+    kernels = Kernels(
+        name="Triton",
+        rms_norm=fused.rms_norm,
+        add_rms_norm=fused.add_rms_norm,
+        silu_mul=fused.silu_mul,
+        rope_write=fused.rope_write,
+        paged_attention=attention.paged_attention,
+    )
+    return kernels, "CUDA"

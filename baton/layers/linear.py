@@ -1,0 +1,40 @@
+"""Products with a weight, and rows of it. Both hold the weight as loaded until `prepare` hands it to the kernels, in whose form it stays."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from baton.kernels.table import Kernels
+
+
+class Linear(nn.Module):
+    def __init__(self, size_in: int, size_out: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(size_out, size_in), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size_out), requires_grad=False) if bias else None
+
+    def prepare(self, kernels: Kernels, packed: Any = None) -> Any:
+        """`packed`: another module's, where they share one weight."""
+        self._packed = kernels.pack(self.weight) if packed is None else packed
+        self._linear, self.weight = kernels.linear, None
+        return self._packed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, size_in] → [T, size_out]."""
+        return self._linear(x, self._packed, self.bias)
+
+
+class Embedding(nn.Module):
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(count, size), requires_grad=False)
+
+    def prepare(self, kernels: Kernels) -> Any:
+        self._packed = kernels.pack(self.weight)
+        self._embedding, self.weight = kernels.embedding, None
+        return self._packed
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[T] → [T, size]."""
+        return self._embedding(self._packed, token_ids)

@@ -1,0 +1,35 @@
+"""Small values on their way to the device and back, without making the CPU wait for what the device has to do before."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on the device. On CUDA it goes through pinned memory, behind the work already queued."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def listed(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return to_device(torch.tensor(values, dtype=dtype).numpy(), device)
+
+
+def to_host(*tensors: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+    """Starts to bring them; the answer waits until they are there."""
+    if not tensors or not tensors[0].is_cuda:
+        return lambda: list(tensors)
+    there = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for target, tensor in zip(there, tensors, strict=True):
+        target.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[torch.Tensor]:
+        done.synchronize()
+        return there
+
+    return wait
