@@ -23,4 +23,5 @@ class ForwardBatch:
     logits_rows: torch.Tensor | None  # [R] int64: rows whose logits are wanted; None: all
     max_query_len: int
     max_context_len: int
+    lengths: tuple[tuple[int, int], ...] | None  # S pairs: query and context length; None: they are known on the device alone
     kv: torch.Tensor  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]

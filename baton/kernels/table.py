@@ -27,10 +27,11 @@ class Kernels:
     embedding: Operation = torch_ops.embedding
     rms_norm: Operation = torch_ops.rms_norm
     add_rms_norm: Operation = torch_ops.add_rms_norm
-    silu_mul: Operation = torch_ops.silu_mul
+    gated: Operation = torch_ops.gated
     rope_write: Operation = torch_ops.rope_write
     paged_attention: Operation = torch_ops.paged_attention
     argmax: Operation = torch_ops.argmax
+    resolve: Operation = torch_ops.resolve
 
 
 TORCH = Kernels(name="torch")
@@ -57,9 +58,9 @@ def _cpu(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
         embedding=cpu.embedding,
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,
-        silu_mul=cpu.silu_mul,
+        gated=lambda x, weight, bias=None: cpu.silu_mul(cpu.linear(x, weight, bias)),
         rope_write=cpu.rope_write,
-        paged_attention=cpu.paged_attention,
+        paged_attention=_without_lengths(cpu.paged_attention),
         argmax=cpu.argmax,
     )
     return kernels, "compiled for this CPU"
@@ -68,16 +69,27 @@ def _cpu(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
 def _cuda(head_dim: int) -> tuple[Kernels, str]:
     if importlib.util.find_spec("triton") is None:
         return TORCH, "triton is not installed: pip install baton[gpu]"
-    if head_dim not in (32, 64, 128, 256):
+    if head_dim not in (16, 32, 64, 128, 256):
         return TORCH, f"the Triton kernels take no heads of {head_dim}"
-    from baton.kernels import attention, fused
+    if torch.cuda.get_device_capability() < (9, 0):
+        return TORCH, "the Triton kernels need a GPU of Hopper's generation or later"
+    from baton.kernels import attention, fused, linear, sampling
 
     kernels = Kernels(
         name="Triton",
+        pack=linear.pack,
+        linear=linear.linear,
+        gated=linear.gated,
+        embedding=linear.embedding,
         rms_norm=fused.rms_norm,
         add_rms_norm=fused.add_rms_norm,
-        silu_mul=fused.silu_mul,
         rope_write=fused.rope_write,
         paged_attention=attention.paged_attention,
+        argmax=sampling.argmax,
+        resolve=sampling.resolve,
     )
     return kernels, "CUDA"
+
+
+def _without_lengths(attention: Operation) -> Operation:
+    return lambda *arguments, lengths=None: attention(*arguments)

@@ -1,5 +1,8 @@
 """The kernels' operations in plain torch: what runs where nothing faster does, on any device and in any floating dtype."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
@@ -69,14 +72,16 @@ def paged_attention(
     max_context_len: int,
     window: int | None,
     out: torch.Tensor | None = None,
+    lengths: Sequence[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """q [T, Hq, D] → [T, Hq, D]. Sequence s owns rows query_start[s] : query_start[s + 1] (int32), the last of its context_lens[s] tokens,
-    whose KV lies in blocks block_tables[s] (int32). Causal; with a window a token sees itself and window - 1 before it.
+    whose KV lies in blocks block_tables[s] (int32). Causal; with a window a token sees itself and window - 1 before it. `lengths`: query
+    and context length of each sequence, where the host knows them.
 
     Gathers each sequence's blocks and calls torch's scaled_dot_product_attention; sequences with one row go together."""
     out = torch.zeros_like(q) if out is None else out
     starts, lens = query_start.tolist(), context_lens.tolist()
-    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    counts = [end - start for start, end in itertools.pairwise(starts)]
     cache = kv[:, layer]
     single = [s for s, count in enumerate(counts) if count == 1]
     if single:
@@ -116,9 +121,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return functional.linear(x, weight, bias)
 
 
+def gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) · up of x [T, k] · weight [2I, k]ᵀ + bias [2I] → [T, I]."""
+    return silu_mul(linear(x, weight, bias))
+
+
 def embedding(weight: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Rows token_ids [T] of weight [n, k] → [T, k]."""
     return functional.embedding(token_ids, weight)
+
+
+def resolve(ids: torch.Tensor, drawn: torch.Tensor) -> None:
+    """Replaces each negative id of ids [T] int64 by drawn[-1 - id]."""
+    ids.copy_(torch.where(ids < 0, drawn[(-1 - ids).clamp_(min=0)], ids))
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Products with a weight, and rows of it. Both hold the weight as loaded until `prepare` hands it to the kernels, in whose form it stays."""
+"""Products with a weight, and rows of it. Both hold the weight as loaded until `prepare` hands it to the kernels, in whose form it is then."""
 
 from typing import Any
 
@@ -9,19 +9,21 @@ from baton.kernels.table import Kernels
 
 
 class Linear(nn.Module):
-    def __init__(self, size_in: int, size_out: int, *, bias: bool) -> None:
+    def __init__(self, size_in: int, size_out: int, *, bias: bool, gated: bool = False) -> None:
+        """`gated`: the output's halves are gate and up, and silu(gate) · up is what comes out."""
         super().__init__()
+        self._gated = gated
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(size_out, size_in), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(size_out), requires_grad=False) if bias else None
 
     def prepare(self, kernels: Kernels, packed: Any = None) -> Any:
         """`packed`: another module's, where they share one weight."""
         self._packed = kernels.pack(self.weight) if packed is None else packed
-        self._linear, self.weight = kernels.linear, None
+        self._linear, self.weight = kernels.gated if self._gated else kernels.linear, None
         return self._packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, size_in] → [T, size_out]."""
+        """[T, size_in] → [T, size_out], or half of it."""
         return self._linear(x, self._packed, self.bias)
 
 

@@ -35,7 +35,7 @@ class Attention(nn.Module):
         )
         out = kernels.paged_attention(
             q, batch.kv, self.layer, batch.block_tables, batch.query_start, batch.context_lens, batch.max_query_len,
-            batch.max_context_len, self.window,
+            batch.max_context_len, self.window, lengths=batch.lengths,
         )  # fmt: skip
         return self.o_proj(out.flatten(1))
 
@@ -43,11 +43,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, gated=True)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_up_proj(x))
 
 
 class Layer(nn.Module):
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
             normed, residual = self._norm(layer.input_layernorm, update, residual)
             update = layer.self_attn(normed, batch, cos_sin, kernels)
             normed, residual = self._norm(layer.post_attention_layernorm, update, residual)
-            update = layer.mlp(normed, kernels)
+            update = layer.mlp(normed)
         if batch.logits_rows is not None:
             residual = residual[batch.logits_rows]
             update = None if update is None else update[batch.logits_rows]

@@ -23,13 +23,31 @@ _SAMPLE_BYTES = 4096
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
-def load_model(folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """The model with its weights, to be prepared. Shows a progress bar where stderr is a terminal."""
+def empty_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The model with room for its weights."""
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def dummy_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The model with random weights, the same each time, to be prepared."""
+    model = empty_model(config, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def load_model(folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The model with its weights, to be prepared. Shows a progress bar where stderr is a terminal."""
+    model = empty_model(config, dtype=dtype, device=device)
     parameters = dict(model.named_parameters())
     missing = {name: parameter.shape[0] for name, parameter in parameters.items()}  # rows still to come
     files = weight_files(folder)

@@ -16,10 +16,11 @@ from baton.kv.layout import KVLayout, block_key
 from baton.kv.pool import DTYPES, KVPool, num_blocks_for
 from baton.metrics import WorkerMetrics
 from baton.models.config import ModelConfig
-from baton.models.loader import load_model, weights_fingerprint
+from baton.models.loader import dummy_model, load_model, weights_fingerprint
 from baton.models.registry import read_config
 from baton.runtime.engine import Engine
 from baton.runtime.loading import Transfer
+from baton.runtime.profile import measure_kv_memory
 from baton.runtime.runner import ModelRunner
 from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache
@@ -27,6 +28,7 @@ from baton.scheduling.scheduler import Scheduler
 from baton.types import Member, Role
 
 logger = logging.getLogger(__name__)
+_DEFAULTS = {"cpu": (16, 512, 64), "cuda": (64, 8192, 256)}  # block size; tokens and requests of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class LoadedModel:
     pool: KVPool
     fingerprint: str
     max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
 
 
 def build_worker(config: WorkerConfig) -> BuiltWorker:
@@ -59,7 +63,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
     model = Path(config.model)
     loaded = load(model, config.engine)
     transfer = connect_pool(config.pool, loaded.pool.region)
-    engine = build_engine(loaded, config.engine, transfer, budget_s=config.pool.budget_s)
+    engine = build_engine(loaded, transfer, budget_s=config.pool.budget_s, prefix_caching=config.engine.prefix_caching)
     name = config.served_model_name or model.resolve().name
     member = Member(
         id=member_id(config.server, config.role),
@@ -67,7 +71,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         address="",
         model=name,
         fingerprint=loaded.fingerprint,
-        block_size=config.engine.block_size,
+        block_size=loaded.pool.layout.block_size,
         num_blocks=loaded.pool.num_blocks,
         max_model_len=loaded.max_model_len,
     )
@@ -80,6 +84,10 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
 def load(model: Path, settings: EngineConfig) -> LoadedModel:
     """Reads the weights and allocates the KV cache."""
     device = torch.device(_device(settings.device))
+    wanted = (settings.block_size, settings.max_num_batched_tokens, settings.max_num_seqs)
+    block_size, budget, seqs = (given or default for given, default in zip(wanted, _DEFAULTS[device.type], strict=True))
+    if device.type == "cuda" and (block_size < 16 or block_size & (block_size - 1)):
+        raise ConfigError(f"engine.block_size={block_size}: on CUDA it must be a power of two, 16 at least")
     torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
     config = read_config(model)
     dtype = config.dtype if settings.dtype == "auto" else settings.dtype
@@ -87,29 +95,40 @@ def load(model: Path, settings: EngineConfig) -> LoadedModel:
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        block_size=settings.block_size,
+        block_size=block_size,
         dtype=dtype,
     )
-    num_blocks = settings.num_blocks or num_blocks_for(layout, settings.kv_memory)
-    max_model_len = min(settings.max_model_len or config.max_model_len, config.max_model_len, num_blocks * settings.block_size)
-    fingerprint = layout.fingerprint(weights_fingerprint(model))
+    dummy = settings.load_format == "dummy"
+    fingerprint = layout.fingerprint(f"dummy/{config}" if dummy else weights_fingerprint(model))
     kernels = choose(device, DTYPES[dtype], config.head_dim)
-    network = load_model(model, config, dtype=DTYPES[dtype], device=device)
-    network.prepare(kernels, max_model_len)
+    if dummy:
+        network = dummy_model(config, dtype=DTYPES[dtype], device=device)
+    else:
+        network = load_model(model, config, dtype=DTYPES[dtype], device=device)
+    longest = min(settings.max_model_len or config.max_model_len, config.max_model_len)
+    network.prepare(kernels, longest)
+    num_blocks = settings.num_blocks
+    if num_blocks is None:
+        memory = settings.kv_memory
+        if memory is None:
+            memory = measure_kv_memory(network, layout, device, num_tokens=budget, share=settings.gpu_memory_utilization)
+        num_blocks = num_blocks_for(layout, memory)
+    max_model_len = min(longest, num_blocks * block_size)
     pool = KVPool(layout, num_blocks, device)
+    runner = ModelRunner(network, pool, kernels, max_num_seqs=seqs, max_model_len=max_model_len, graphs=device.type == "cuda")
     logger.info(
         "%s on %s in %s: %d KV blocks of %d tokens, %d bytes each; at most %d tokens a request; fingerprint %s",
-        model.name, device, dtype, num_blocks, settings.block_size, layout.block_bytes, max_model_len, fingerprint,
+        model.name, device, dtype, num_blocks, block_size, layout.block_bytes, max_model_len, fingerprint,
     )  # fmt: skip
-    runner = ModelRunner(network, pool, kernels, max_num_seqs=settings.max_num_seqs, max_model_len=max_model_len)
-    return LoadedModel(config, runner, pool, fingerprint, max_model_len)
+    return LoadedModel(config, runner, pool, fingerprint, max_model_len, budget, seqs)
 
 
-def build_engine(loaded: LoadedModel, settings: EngineConfig, transfer: Transfer, *, budget_s: float) -> Engine:
+def build_engine(loaded: LoadedModel, transfer: Transfer, *, budget_s: float, prefix_caching: bool = True) -> Engine:
     """An engine that can be started. `budget_s` bounds each call to the KV pool."""
-    cache = KVCache(loaded.pool.num_blocks, settings.block_size, prefix_caching=settings.prefix_caching)
+    block_size = loaded.pool.layout.block_size
+    cache = KVCache(loaded.pool.num_blocks, block_size, prefix_caching=prefix_caching)
     return Engine(
-        Scheduler(cache, max_num_batched_tokens=settings.max_num_batched_tokens, max_num_seqs=settings.max_num_seqs),
+        Scheduler(cache, max_num_batched_tokens=loaded.max_num_batched_tokens, max_num_seqs=loaded.max_num_seqs),
         loaded.runner,
         transfer,
         key=lambda block_hash: block_key(loaded.fingerprint, block_hash),

@@ -50,7 +50,7 @@ class InputBuilder:
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // self._size))
 
     def arrays(self, plan: StepPlan, drawn: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """What a ForwardBatch is made of, in its words, without `logits_rows`. A pending token is given as -1 - drawn[request_id]: the row of
+        """What a ForwardBatch is made of, in its words, but for `logits_rows`. A pending token is given as -1 - drawn[request_id], the row of
         the step before that draws it."""
         items = plan.scheduled
         counts = np.fromiter((item.num_new_tokens for item in items), np.int64, len(items))
@@ -91,6 +91,7 @@ class InputBuilder:
             logits_rows=None if len(rows) == len(arrays["token_ids"]) else to_device(np.array(rows, np.int64), device),
             max_query_len=max(item.num_new_tokens for item in plan.scheduled),
             max_context_len=int(arrays["context_lens"].max()),
+            lengths=tuple((item.num_new_tokens, item.end) for item in plan.scheduled),
             kv=self._kv,
         )
 

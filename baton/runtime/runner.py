@@ -13,6 +13,7 @@ from baton.kernels.table import Kernels
 from baton.kv.pool import KVPool
 from baton.models.decoder import Decoder
 from baton.runtime import sampler
+from baton.runtime.graphs import DecodeGraphs, Graphs, NoGraphs
 from baton.runtime.inputs import InputBuilder, wanted_positions
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.types import TokenLogprobs
@@ -21,12 +22,19 @@ Scores = dict[str, Callable[[], list[TokenLogprobs]]]
 
 
 class ModelRunner:
-    def __init__(self, model: Decoder, kv_pool: KVPool, kernels: Kernels, *, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(self, model: Decoder, kv_pool: KVPool, kernels: Kernels, *, max_num_seqs: int, max_model_len: int, graphs: bool) -> None:
+        """`graphs`: capture decode steps as CUDA graphs, now."""
+        kv = kv_pool.tensor
         self._model, self._kernels = model, kernels
-        self._inputs = InputBuilder(kv_pool.tensor, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
-        self._is_cuda = kv_pool.tensor.is_cuda
-        self._drawn: dict[str, int] = {}  # rows of the last step's draw, by request id
-        self._drawn_ids = torch.zeros(1, dtype=torch.int64, device=kv_pool.tensor.device)
+        self._inputs = InputBuilder(kv, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        self._is_cuda = kv.is_cuda
+        self._rows: dict[str, int] = {}  # of the last step's draw, by request id
+        self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=kv.device)
+        self._graphs: Graphs = NoGraphs()
+        if graphs:
+            captured = DecodeGraphs(model, kernels, kv, self._drawn, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+            captured.capture()
+            self._graphs = captured
 
     @property
     def depth(self) -> int:
@@ -35,21 +43,25 @@ class ModelRunner:
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Starts a step: its tokens' KV gets written, and tokens are drawn for the requests that sample."""
-        batch = self._inputs.batch(plan, self._inputs.arrays(plan, self._drawn if self._is_cuda else {}))
-        if self._drawn and self._is_cuda:
-            ids = batch.token_ids
-            ids.copy_(torch.where(ids < 0, self._drawn_ids[(-1 - ids).clamp_(min=0)], ids))
-        logits = self._model(batch)
-        counts = [len(wanted_positions(item)) for item in plan.scheduled]
-        parts = dict(zip(plan.scheduled, logits.split(counts), strict=True))
-        scores = _score_prompts(parts)
-        items = [item for item in parts if item.samples]
-        self._drawn = {item.request.request_id: row for row, item in enumerate(items)}
+        arrays = self._inputs.arrays(plan, self._rows)
+        items = [item for item in plan.scheduled if item.samples]
+        scores: Scores = {}
+        greedy: torch.Tensor | None = None
+        if self._graphs.fit(plan):
+            logits, greedy = self._graphs.run(arrays)
+        else:
+            batch = self._inputs.batch(plan, arrays)
+            if self._rows:
+                self._kernels.resolve(batch.token_ids, self._drawn)
+            logits = self._model(batch)
+            if len(items) < len(logits):
+                scores, logits = _score_prompts(plan, logits)
+        self._rows = {item.request.request_id: row for row, item in enumerate(items)} if self._is_cuda else {}
         if not items:
             return self._ended(scores)
-        last = logits if len(items) == len(logits) else torch.stack([parts[item][-1] for item in items])
-        draw = sampler.launch(last, [_row(item) for item in items], self._kernels.argmax)
-        self._drawn_ids = draw.ids
+        draw = sampler.launch(logits, [_row(item) for item in items], self._kernels.argmax, greedy)
+        if draw.ids is not greedy:
+            self._drawn[: len(items)].copy_(draw.ids)
 
         def result() -> StepResult:
             tokens = {item.request.request_id: token for item, token in zip(items, draw.tokens(), strict=True)}
@@ -81,11 +93,15 @@ def _row(item: ScheduledRequest) -> sampler.Row:
     )
 
 
-def _score_prompts(parts: dict[ScheduledRequest, torch.Tensor]) -> Scores:
+def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> tuple[Scores, torch.Tensor]:
+    """Prompt logprobs, and the logits [R, vocab_size] of the rows that sample."""
     scores: Scores = {}
-    for item, logits in parts.items():
-        count, rows = item.request.sampling.prompt_logprobs, len(logits) - item.samples
+    sampling: list[torch.Tensor] = []
+    for item, part in zip(plan.scheduled, logits.split([len(wanted_positions(item)) for item in plan.scheduled]), strict=True):
+        count, rows = item.request.sampling.prompt_logprobs, len(part) - item.samples
         if count is not None and rows:
             targets = item.request.token_ids[item.start + 1 : item.start + 1 + rows]
-            scores[item.request.request_id] = sampler.score(logits[:rows].float(), targets, [count] * rows)
-    return scores
+            scores[item.request.request_id] = sampler.score(part[:rows].float(), targets, [count] * rows)
+        if item.samples:
+            sampling.append(part[-1])
+    return scores, torch.stack(sampling) if sampling else logits[:0]

@@ -33,6 +33,17 @@ class Row:
     eos_token_ids: frozenset[int]
 
     @property
+    def is_plain(self) -> bool:
+        """The greatest logit, and nothing else is wanted."""
+        p = self.params
+        return (
+            p.temperature < _GREEDY
+            and p.logprobs is None
+            and p.repetition_penalty == 1
+            and not (p.presence_penalty or p.frequency_penalty or p.logit_bias or p.min_tokens)
+        )
+
+    @property
     def banned(self) -> tuple[int, ...]:
         """Ids that would end the sequence before min_tokens are out."""
         if len(self.token_ids) - self.num_prompt_tokens >= self.params.min_tokens:
@@ -64,14 +75,22 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[OutputToken]:
     return launch(logits, rows).tokens()
 
 
-def launch(logits: torch.Tensor, rows: Sequence[Row], argmax: Callable[[torch.Tensor], torch.Tensor] = torch_ops.argmax) -> Draw:
-    """Starts to draw. Plain greedy rows are taken from logits of any dtype as they are; all else is computed in fp32."""
+def launch(
+    logits: torch.Tensor,
+    rows: Sequence[Row],
+    argmax: Callable[[torch.Tensor], torch.Tensor] = torch_ops.argmax,
+    greedy: torch.Tensor | None = None,
+) -> Draw:
+    """Starts to draw. Plain greedy rows are taken from logits of any dtype as they are; all else is computed in fp32. `greedy` [R]: the
+    logits' argmax, where it is known; drawn tokens are written over it."""
+    if all(row.is_plain for row in rows):
+        return Draw(argmax(logits) if greedy is None else greedy, {})
     adjusted = _penalise(_bias(logits, rows), rows)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY]
     if len(drawn) == len(rows):
         chosen = _draw(adjusted.float() if adjusted.dtype is not torch.float32 else adjusted.clone(), rows)
     else:
-        chosen = argmax(adjusted)
+        chosen = argmax(adjusted) if greedy is None or adjusted is not logits else greedy
         if drawn:
             places = listed(drawn, torch.int64, logits.device)
             chosen[places] = _draw(adjusted[places].float(), [rows[index] for index in drawn])

@@ -12,7 +12,6 @@ from enum import StrEnum
 from baton.hashing import block_hashes
 from baton.types import CacheReport, FinishReason, GenerateRequest, SamplingParams
 
-
 PENDING = -1
 
 

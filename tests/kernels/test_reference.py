@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from baton.layers.attention import TorchAttention
 
 from baton.forward import ForwardBatch
 from baton.kernels import reference
 from baton.layers import rotary
-from baton.layers.attention import TorchAttention
 from baton.layers.norm import RMSNorm
 
 

@@ -13,9 +13,9 @@ with warnings.catch_warnings():
 
 from baton.config import EngineConfig
 from baton.forward import ForwardBatch
+from baton.kernels.table import choose
 from baton.kv.layout import KVLayout
 from baton.kv.pool import KVPool
-from baton.kernels.table import choose
 from baton.models.loader import load_model
 from baton.models.registry import read_config
 
@@ -104,6 +104,7 @@ class Forward:
             logits_rows=None,
             max_query_len=end - start,
             max_context_len=end,
+            lengths=((end - start, end),),
             kv=self.pool.tensor,
         )
         return self.model(batch).float()

@@ -47,7 +47,8 @@ def request(length: int, sampling: SamplingParams, name: str = "", **changes: An
 @asynccontextmanager
 async def engine(folder: Path, store: MemoryStore | None = None, settings: EngineConfig | None = None) -> AsyncIterator[Engine]:
     settings = settings or engine_settings()
-    built = build_engine(load(folder, settings), settings, KVTransfer(store) if store is not None else NoTransfer(), budget_s=5)
+    transfer = KVTransfer(store) if store is not None else NoTransfer()
+    built = build_engine(load(folder, settings), transfer, budget_s=5, prefix_caching=settings.prefix_caching)
     built.start()
     try:
         yield built

@@ -26,10 +26,22 @@ NAME = "baton_cpu_kernels"
 NEEDED = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 _SOURCES = Path(__file__).parent
 # Without contraction each rounding is where the source has it. GCC's own AVX-512 headers set off -Wall's warnings.
-_FLAGS = (
-    "-O3 -std=c++20 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno "
-    "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16"
-).split()
+_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-mavx2",
+    "-mfma",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512bf16",
+]
 
 
 class BuildError(Exception):

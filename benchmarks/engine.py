@@ -1,0 +1,131 @@
+"""The engine alone on one GPU: milliseconds per decode step and per prefill, on random weights of a model's shape in bf16.
+
+    python benchmarks/engine.py [--model llama-3.1-8b|qwen3-8b] [--json FILE] [--profile]
+
+A decode step is (time of 1 + n tokens - time of 1 token) / n; a prefill is the time to the first token. Best of several, after warming up.
+The prefix cache is off. `benchmarks/engine_peer.py` does the same with vLLM, and prints both side by side.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+
+from baton.config import EngineConfig
+from baton.kv.transfer import NoTransfer
+from baton.runtime.build import build_engine, load
+from baton.runtime.engine import Engine
+from baton.types import GenerateRequest, SamplingParams
+
+_COMMON = {
+    "vocab_size": 128256, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False, "dtype": "bfloat16", "hidden_act": "silu",
+    "bos_token_id": 128000, "eos_token_id": 128001,
+}  # fmt: skip
+MODELS = {
+    "llama-3.1-8b": {
+        **_COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "intermediate_size": 14336, "num_hidden_layers": 32,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    },
+    "qwen3-8b": {
+        **_COMMON, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": 12288, "num_hidden_layers": 36,
+        "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 40960,
+        "bos_token_id": 151643, "eos_token_id": 151645,
+    },
+}  # fmt: skip
+DECODES = ((1, 128, 256), (8, 128, 256), (32, 128, 256), (128, 128, 256), (256, 128, 256), (8, 4096, 128), (64, 4096, 128))
+PREFILLS = ((1, 512), (1, 2048), (1, 8192), (16, 2048), (8, 8192))
+MAX_MODEL_LEN = 16384
+
+
+def write_config(name: str) -> Path:
+    folder = Path(tempfile.gettempdir()) / f"shape-{name}"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(MODELS[name]))
+    return folder
+
+
+class Driver:
+    def __init__(self, engine: Engine, vocab: int) -> None:
+        self._engine, self._vocab, self._rng, self._count = engine, vocab, random.Random(0), 0
+
+    async def run(self, batch: int, length: int, new_tokens: int) -> float:
+        """Seconds until all of `batch` random prompts of `length` tokens have their new tokens."""
+        requests = [
+            GenerateRequest(
+                request_id=f"r{self._count + i}",
+                prompt_token_ids=tuple(self._rng.randrange(10, self._vocab - 300) for _ in range(length)),
+                sampling=SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True),
+            )
+            for i in range(batch)
+        ]
+        self._count += batch
+        started = time.perf_counter()
+        sequences = [self._engine.submit(request) for request in requests]
+        await asyncio.gather(*(self._drain(sequence) for sequence in sequences))
+        return time.perf_counter() - started
+
+    async def _drain(self, sequence: object) -> None:
+        async for _ in sequence:  # type: ignore[attr-defined]
+            pass
+
+
+async def measure(driver: Driver) -> dict[str, float]:
+    found: dict[str, float] = {}
+    await driver.run(8, 128, 16)
+    for batch, length, steps in DECODES:
+        await driver.run(batch, 128, 8)
+        short = min([await driver.run(batch, length, 1) for _ in range(2)])
+        long = min([await driver.run(batch, length, 1 + steps) for _ in range(2)])
+        found[f"decode {batch} x {length}"] = (long - short) / steps * 1e3
+        print(f"decode batch={batch} context={length}: {found[f'decode {batch} x {length}']:.3f} ms/step", flush=True)
+    for batch, length in PREFILLS:
+        best = min([await driver.run(batch, length, 1) for _ in range(3)])
+        found[f"prefill {batch} x {length}"] = best * 1e3
+        print(f"prefill batch={batch} length={length}: {best * 1e3:.1f} ms {batch * length / best:.0f} tok/s", flush=True)
+    return found
+
+
+async def profile(driver: Driver, batch: int, length: int, new_tokens: int) -> None:
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        await driver.run(batch, length, new_tokens)
+    print(f"\n-- profile: {batch} x {length} tokens, {new_tokens} new")
+    print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=60))
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    settings = EngineConfig(
+        device="cuda", load_format="dummy", max_model_len=MAX_MODEL_LEN, prefix_caching=False, gpu_memory_utilization=0.85
+    )
+    loaded = load(write_config(arguments.model), settings)
+    engine = build_engine(loaded, NoTransfer(), budget_s=2, prefix_caching=False)
+    engine.start()
+    print(f"start-up: {time.perf_counter() - started:.1f} s, {loaded.pool.num_blocks} blocks", flush=True)
+    driver = Driver(engine, loaded.config.vocab_size)
+    try:
+        found = await measure(driver)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=1))
+        if arguments.profile:
+            for case in ((1, 128, 20), (64, 4096, 10), (1, 8192, 1)):
+                await profile(driver, *case)
+    finally:
+        await engine.stop()
+
+
+if __name__ == "__main__":
+    import logging
+
+    logging.basicConfig(level=logging.INFO)
+    asyncio.run(main())

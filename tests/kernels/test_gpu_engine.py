@@ -1,0 +1,63 @@
+"""The whole engine on a GPU, with captured decode steps and steps in flight: greedy tokens are those of transformers on the CPU, in fp32."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from baton.config import EngineConfig
+from baton.kv.transfer import NoTransfer
+from baton.runtime.build import build_engine, load
+from baton.types import GenerateRequest, SamplingParams
+from tests.parity.models import FAMILIES, Family
+
+pytestmark = pytest.mark.gpu
+LENGTHS = (1, 15, 16, 17, 100, 161, 700)
+NEW_TOKENS = 40
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(0, 320, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+async def generate(folder: Path, requests: list[GenerateRequest], **settings: object) -> list[list[int]]:
+    loaded = load(folder, EngineConfig.model_validate({"device": "cuda", "num_blocks": 400, "max_num_seqs": 8, **settings}))
+    engine = build_engine(loaded, NoTransfer(), budget_s=2)
+    engine.start()
+
+    async def tokens(request: GenerateRequest) -> list[int]:
+        return [token.token_id async for output in engine.submit(request) for token in output.tokens]
+
+    try:
+        found = await asyncio.gather(*map(tokens, requests))
+        assert await engine.check_integrity() == []
+        assert engine.load.blocks_free == engine.load.blocks_total
+        return found
+    finally:
+        await engine.stop()
+
+
+def request(length: int, **sampling: object) -> GenerateRequest:
+    params = SamplingParams(max_tokens=NEW_TOKENS, **{"temperature": 0, "ignore_eos": True, **sampling})
+    return GenerateRequest(request_id=f"r{length}-{sorted(sampling)}", prompt_token_ids=tuple(prompt(length)), sampling=params)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+async def test_greedy_tokens_are_those_of_transformers(family: Family, tmp_path: Path) -> None:
+    model = family.make(tmp_path)
+    found = await generate(tmp_path, [request(length) for length in LENGTHS], max_num_batched_tokens=100)
+    for length, tokens in zip(LENGTHS, found, strict=True):
+        whole = model.generate(
+            torch.tensor([prompt(length)]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert tokens == whole[0, length:].tolist(), length
+
+
+async def test_sampled_and_penalised_tokens_are_those_of_the_cpu(tmp_path: Path) -> None:
+    FAMILIES[0].make(tmp_path)
+    kinds = ({"temperature": 0.9, "seed": 7, "top_p": 0.9}, {"repetition_penalty": 1.3, "presence_penalty": 0.5}, {"logprobs": 3}, {})
+    requests = [request(length, **kind) for length in (17, 100) for kind in kinds]
+    on_gpu = await generate(tmp_path, requests)
+    on_cpu = await generate(tmp_path, requests, device="cpu")
+    assert on_gpu == on_cpu
