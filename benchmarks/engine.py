@@ -50,7 +50,7 @@ def write_config(name: str) -> Path:
 
 class Driver:
     def __init__(self, engine: Engine, vocab: int) -> None:
-        self._engine, self._vocab, self._rng, self._count = engine, vocab, random.Random(0), 0
+        self.engine, self._vocab, self._rng, self._count = engine, vocab, random.Random(0), 0
 
     async def run(self, batch: int, length: int, new_tokens: int) -> float:
         """Seconds until all of `batch` random prompts of `length` tokens have their new tokens."""
@@ -64,7 +64,7 @@ class Driver:
         ]
         self._count += batch
         started = time.perf_counter()
-        sequences = [self._engine.submit(request) for request in requests]
+        sequences = [self.engine.submit(request) for request in requests]
         await asyncio.gather(*(self._drain(sequence) for sequence in sequences))
         return time.perf_counter() - started
 
@@ -89,13 +89,22 @@ async def measure(driver: Driver) -> dict[str, float]:
     return found
 
 
+async def steps(driver: Driver, batch: int, length: int) -> None:
+    seen: list[str] = []
+    driver.engine.on_step = lambda plan, seconds: seen.append(f"{plan.num_tokens} tokens {seconds * 1e3:.1f} ms")
+    took = await driver.run(batch, length, 1)
+    print(f"\n-- steps of {batch} x {length}, {took * 1e3:.1f} ms in all: {'; '.join(seen)}")
+
+
 async def profile(driver: Driver, batch: int, length: int, new_tokens: int) -> None:
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         await driver.run(batch, length, new_tokens)
     print(f"\n-- profile: {batch} x {length} tokens, {new_tokens} new")
-    print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=60))
+    for event in sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:14]:
+        total = event.self_device_time_total
+        print(f"{event.key[:60]:60} {total / 1e3:9.2f} ms {event.count:6} x {total / event.count:8.1f} us")
 
 
 async def main() -> None:
@@ -118,7 +127,8 @@ async def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=1))
         if arguments.profile:
-            for case in ((1, 128, 20), (64, 4096, 10), (1, 8192, 1)):
+            await steps(driver, 16, 2048)
+            for case in ((8, 128, 20), (256, 128, 20), (64, 4096, 40), (1, 2048, 1), (1, 8192, 1)):
                 await profile(driver, *case)
     finally:
         await engine.stop()

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baton.kernels import dense
 from baton.kernels.scratch import counters, num_processors
 
 MIN_BLOCK_SIZE = 16
@@ -59,8 +60,22 @@ def _decode_kernel(
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, DIM], tl.float32)
     table = tables_ptr + sequence * table_stride
-    for at in tl.range(start, end, TILE, num_stages=STAGES):
-        kv_row = tl.load(table + at // BLOCK_SIZE) * block_rows + layer_row + kv_head * BLOCK_SIZE + at % BLOCK_SIZE
+    head_row = layer_row + kv_head * BLOCK_SIZE
+    whole_end = start + ((end - start) // TILE) * TILE
+    if WINDOW > 0:
+        whole_end = start
+    for at in tl.range(start, whole_end, TILE, num_stages=STAGES):
+        kv_row = tl.load(table + at // BLOCK_SIZE) * block_rows + head_row + at % BLOCK_SIZE
+        scores = tl.dot(q, kv.load([kv_row, 0]).T, input_precision="ieee") * scale
+        now = tl.maximum(best, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - now[:, None])
+        shrink = tl.exp2(best - now)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = kv.load([kv_row + half_rows, 0])
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        best = now
+    for at in tl.range(whole_end, end, TILE, num_stages=2):
+        kv_row = tl.load(table + at // BLOCK_SIZE) * block_rows + head_row + at % BLOCK_SIZE
         k = kv.load([kv_row, 0])
         v = kv.load([kv_row + half_rows, 0])
         seen = at + keys < end
@@ -69,9 +84,7 @@ def _decode_kernel(
             seen = seen & (at + keys >= length - WINDOW)
         scores = tl.where(seen[None, :], tl.dot(q, k.T, input_precision="ieee") * scale, -1e30)
         now = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - now[:, None])
-        if WINDOW > 0:
-            weights = tl.where(seen[None, :], weights, 0.0)
+        weights = tl.where(seen[None, :], tl.exp2(scores - now[:, None]), 0.0)
         shrink = tl.exp2(best - now)
         total = total * shrink + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -107,7 +120,7 @@ def _decode_kernel(
 @triton.jit
 def _prefill_kernel(
     q_ptr, kv, tables_ptr, query_start_ptr, context_lens_ptr, out_ptr,
-    q_stride, table_stride, block_rows, layer_row, half_rows, scale,
+    q_stride, table_stride, block_rows, layer_row, half_rows, whole_least, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -119,6 +132,8 @@ def _prefill_kernel(
     if (tile * ROWS >= count) | (count == 1):
         return
     length = tl.load(context_lens_ptr + sequence)
+    if (count == length) & (count >= whole_least):
+        return
     before = length - count  # tokens that were there before the new ones
     rows, columns, keys = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
     real = rows < count
@@ -190,14 +205,18 @@ def paged_attention(
     half_rows = kv_heads * block_size
     common = (block_tables.stride(0), layers * 2 * half_rows, layer * 2 * half_rows, half_rows)
     memory = TensorDescriptor.from_tensor(kv.view(-1, dim), [tile, dim])
-    if max_query_len > 1:
+    whole = _whole_prompts(q, window, lengths)
+    for sequence, row in whole:
+        count = lengths[sequence][0]
+        dense.attend(q[row : row + count], kv[:, layer], block_tables[sequence], out[row : row + count])
+    if max_query_len > 1 and len(whole) < sequences:
         query_tile = 32 if wide else 128 if max_query_len > 2048 or dim < 128 else 64
         _prefill_kernel[(triton.cdiv(max_query_len, query_tile), heads, sequences)](
-            q, memory, block_tables, query_start, context_lens, out, q.stride(0), *common, scale, heads, group, dim, block_size,
-            query_tile, tile, window or 0, 2, num_warps=4, launch_pdl=True,
+            q, memory, block_tables, query_start, context_lens, out, q.stride(0), *common, dense.LEAST if whole else 1 << 30, scale, heads, group, dim,
+            block_size, query_tile, tile, window or 0, 2, num_warps=4, launch_pdl=True,
         )  # fmt: skip
-        if lengths is not None and all(count > 1 for count, _ in lengths):
-            return out
+    if lengths is not None and all(count > 1 for count, _ in lengths):
+        return out
     pairs, processors = sequences * kv_heads, num_processors(q.device)
     reach = min(max_context_len, window + tile if window else max_context_len)
     splits = triton.cdiv(processors, pairs) if pairs < processors else triton.cdiv(4 * processors, pairs)
@@ -213,3 +232,19 @@ def paged_attention(
         2 if wide or pairs >= processors else 4, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return out
+
+
+def _whole_prompts(q: torch.Tensor, window: int | None, lengths: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    """Sequences that `dense` takes, with their first rows: those of at least its LEAST tokens, all of them new; none where one is too
+    long."""
+    if lengths is None or window is not None or not dense.supports(q.dtype, q.shape[2]):
+        return []
+    found: list[tuple[int, int]] = []
+    row = 0
+    for sequence, (count, length) in enumerate(lengths):
+        if count == length >= dense.LEAST:
+            if count > dense.LENGTHS[-1]:
+                return []
+            found.append((sequence, row))
+        row += count
+    return found

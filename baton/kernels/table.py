@@ -32,6 +32,7 @@ class Kernels:
     paged_attention: Operation = torch_ops.paged_attention
     argmax: Operation = torch_ops.argmax
     resolve: Operation = torch_ops.resolve
+    warm_up: Operation = torch_ops.warm_up
 
 
 TORCH = Kernels(name="torch")
@@ -39,7 +40,9 @@ TORCH = Kernels(name="torch")
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, asked: str = "auto") -> Kernels:
     """`asked`: auto, or torch. Says in the log what was chosen, and why."""
-    kernels, reason = (TORCH, "asked for") if asked == "torch" else _cuda(head_dim) if device.type == "cuda" else _cpu(dtype, head_dim)
+    kernels, reason = (
+        (TORCH, "asked for") if asked == "torch" else _cuda(dtype, head_dim) if device.type == "cuda" else _cpu(dtype, head_dim)
+    )
     logger.info("kernels: %s (%s)", kernels.name, reason)
     return kernels
 
@@ -66,14 +69,14 @@ def _cpu(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
     return kernels, "compiled for this CPU"
 
 
-def _cuda(head_dim: int) -> tuple[Kernels, str]:
+def _cuda(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
     if importlib.util.find_spec("triton") is None:
         return TORCH, "triton is not installed: pip install baton[gpu]"
     if head_dim not in (16, 32, 64, 128, 256):
         return TORCH, f"the Triton kernels take no heads of {head_dim}"
     if torch.cuda.get_device_capability() < (9, 0):
         return TORCH, "the Triton kernels need a GPU of Hopper's generation or later"
-    from baton.kernels import attention, fused, linear, sampling
+    from baton.kernels import attention, dense, fused, linear, sampling
 
     kernels = Kernels(
         name="Triton",
@@ -87,6 +90,7 @@ def _cuda(head_dim: int) -> tuple[Kernels, str]:
         paged_attention=attention.paged_attention,
         argmax=sampling.argmax,
         resolve=sampling.resolve,
+        warm_up=dense.warm_up if dense.supports(dtype, head_dim) else torch_ops.warm_up,
     )
     return kernels, "CUDA"
 

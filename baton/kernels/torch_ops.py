@@ -131,6 +131,10 @@ def embedding(weight: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return functional.embedding(token_ids, weight)
 
 
+def warm_up(device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, max_query_len: int) -> None:
+    """Whatever would make a first call of some shape slow."""
+
+
 def resolve(ids: torch.Tensor, drawn: torch.Tensor) -> None:
     """Replaces each negative id of ids [T] int64 by drawn[-1 - id]."""
     ids.copy_(torch.where(ids < 0, drawn[(-1 - ids).clamp_(min=0)], ids))

@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from baton.layers.attention import TorchAttention
 
-from baton.forward import ForwardBatch
-from baton.kernels import reference
+from baton.kernels import reference, torch_ops
 from baton.layers import rotary
-from baton.layers.norm import RMSNorm
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
@@ -26,40 +23,20 @@ def test_attention_over_ragged_paged_sequences(window: int | None, heads: int, k
         used += count
         kv[tables[-1]] = torch.randn(count, layers, 2, kv_heads, block_size, dim, dtype=torch.float64)
     starts = [0, *torch.tensor(new).cumsum(0).tolist()]
-    positions = torch.cat([torch.arange(context - count, context) for context, count in zip(contexts, new, strict=True)])
-    slots = torch.cat(
-        [
-            table[torch.arange(context - count, context) // block_size] * block_size + torch.arange(context - count, context) % block_size
-            for table, context, count in zip(tables, contexts, new, strict=True)
-        ]
-    )
     most = max(map(len, tables))
-    batch = ForwardBatch(
-        token_ids=torch.zeros_like(positions),
-        positions=positions,
-        slots=slots,
-        query_start=tuple(starts),
-        context_lens=tuple(contexts),
-        block_tables=torch.stack([torch.cat([table, table.new_zeros(most - len(table))]) for table in tables]),
-        logits_rows=positions[:0],
-        kv=kv.nan_to_num(0.0),  # padded table entries point at a block whose keys are masked, but must be finite
-    )
+    padded = torch.stack([torch.cat([table, table.new_zeros(most - len(table))]) for table in tables]).int()
+    kv = kv.nan_to_num(0.0)  # padded table entries point at a block whose keys are masked, but must be finite
     q = torch.randn(starts[-1], heads, dim, dtype=torch.float64)
-    k, v = torch.randn(2, starts[-1], kv_heads, dim, dtype=torch.float64)
-    backend = TorchAttention()
-    backend.begin(batch)
-    out = backend.attend(1, q, k, v, window)
+    out = torch_ops.paged_attention(q, kv, 1, padded, torch.tensor(starts).int(), torch.tensor(contexts).int(), 10, 40, window)
     for s, context in enumerate(contexts):
         rows = slice(starts[s], starts[s + 1])
-        expected = reference.paged_attention(q[rows], batch.kv, 1, tables[s], context, window)
+        expected = reference.paged_attention(q[rows], kv, 1, tables[s], context, window)
         torch.testing.assert_close(out[rows], expected, atol=1e-10, rtol=0)
 
 
 def test_rms_norm() -> None:
-    norm = RMSNorm(32, 1e-5)
-    norm.weight.copy_(torch.randn(32))
-    x = torch.randn(7, 32)
-    torch.testing.assert_close(norm(x), reference.rms_norm(x.double(), norm.weight.double(), 1e-5).float())
+    weight, x = torch.randn(32), torch.randn(7, 32)
+    torch.testing.assert_close(torch_ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight.double(), 1e-5).float())
 
 
 @pytest.mark.parametrize(
@@ -68,8 +45,15 @@ def test_rms_norm() -> None:
 )
 def test_rotary(scaling: rotary.RopeScaling | None) -> None:
     inverse = rotary.inverse_frequencies(16, 10000.0, scaling)
-    positions, x = torch.tensor([0, 1, 77, 1000]), torch.randn(4, 3, 16)
-    out = rotary.rotate(x, *rotary.cos_sin(positions, inverse, torch.float32))
-    for row, position in enumerate(positions.tolist()):
-        expected = reference.rotary(x[row].double(), position, inverse.double())
-        torch.testing.assert_close(out[row].double(), expected, atol=1e-4, rtol=0)
+    positions, heads, kv_heads = torch.tensor([0, 1, 77, 1000]), 3, 2
+    qkv, slots = torch.randn(4, (heads + 2 * kv_heads) * 16), torch.tensor([5, 0, -1, 3])
+    kv = torch.zeros(2, 1, 2, kv_heads, 4, 16)
+    q = torch_ops.rope_write(qkv, rotary.cos_sin_table(1024, inverse), positions, slots, kv, 0, heads)
+    split = qkv.view(4, -1, 16).split((heads, kv_heads, kv_heads), dim=1)
+    for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
+        turned = [reference.rotary(part[row].double(), position, inverse.double()) for part in split[:2]]
+        torch.testing.assert_close(q[row].double(), turned[0], atol=1e-4, rtol=0)
+        if slot >= 0:
+            torch.testing.assert_close(kv[slot // 4, 0, 0, :, slot % 4].double(), turned[1], atol=1e-4, rtol=0)
+            assert torch.equal(kv[slot // 4, 0, 1, :, slot % 4], split[2][row])
+    assert kv.abs().sum(-1).count_nonzero() == 3 * 2 * kv_heads
