@@ -97,14 +97,27 @@ async def steps(driver: Driver, batch: int, length: int) -> None:
 
 
 async def profile(driver: Driver, batch: int, length: int, new_tokens: int) -> None:
+    """Where the time goes: the longest kernels, and when the GPU had nothing to do."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        await driver.run(batch, length, new_tokens)
-    print(f"\n-- profile: {batch} x {length} tokens, {new_tokens} new")
-    for event in sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:14]:
+        took = await driver.run(batch, length, new_tokens)
+    print(f"\n-- profile: {batch} x {length} tokens, {new_tokens} new, {took * 1e3:.1f} ms")
+    for event in sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:12]:
         total = event.self_device_time_total
         print(f"{event.key[:60]:60} {total / 1e3:9.2f} ms {event.count:6} x {total / event.count:8.1f} us")
+    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in profiler.events() if event.device_time)
+    end, last, gaps, idle = spans[0][0], "", [], 0.0
+    for start, stop, name in spans:
+        if start > end:
+            idle += start - end
+            gaps.append((start - end, last, name))
+        if stop > end:
+            end, last = stop, name
+    whole = end - spans[0][0]
+    print(f"from the first kernel to the last {whole / 1e3:.2f} ms, idle {idle / 1e3:.2f} ms in {len(gaps)} gaps; the longest:")
+    for gap, before, after in sorted(gaps, reverse=True)[:5]:
+        print(f"  {gap:8.1f} us between {before[:40]} and {after[:40]}")
 
 
 async def main() -> None:
@@ -128,7 +141,7 @@ async def main() -> None:
             arguments.json.write_text(json.dumps(found, indent=1))
         if arguments.profile:
             await steps(driver, 16, 2048)
-            for case in ((8, 128, 20), (256, 128, 20), (64, 4096, 40), (1, 2048, 1), (1, 8192, 1)):
+            for case in ((8, 128, 20), (256, 128, 20), (8, 4096, 40), (64, 4096, 20), (1, 2048, 1), (16, 2048, 1), (1, 8192, 1)):
                 await profile(driver, *case)
     finally:
         await engine.stop()

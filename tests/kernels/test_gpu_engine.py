@@ -48,8 +48,9 @@ async def test_greedy_tokens_are_those_of_transformers(family: Family, tmp_path:
     model = family.make(tmp_path)
     found = await generate(tmp_path, [request(length) for length in LENGTHS], max_num_batched_tokens=100)
     for length, tokens in zip(LENGTHS, found, strict=True):
+        ids = torch.tensor([prompt(length)])
         whole = model.generate(
-            torch.tensor([prompt(length)]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert tokens == whole[0, length:].tolist(), length
 
