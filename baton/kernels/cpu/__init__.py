@@ -1,0 +1,145 @@
+"""The engine's operations on the CPU, in C++ with AVX-512 and its bf16 products, for bf16 and fp32.
+
+    kernels = cpu.load()          the compiled kernels, or None: reason() says why (no compiler, a CPU without AVX-512 BF16)
+
+The first call compiles (about 20 seconds, cached); nothing else here may be called before `load` has given kernels. Work is spread
+over torch's threads (`torch.set_num_threads`). Every row of every result has the same bits whatever else is in the batch, however
+many threads there are, and whether its context is one chunk or many. Knows of no engine, model or configuration.
+"""
+
+import functools
+import logging
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from baton.kernels.cpu.build import BuildError, build
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "PackedWeight",
+    "add_rms_norm",
+    "argmax",
+    "embedding",
+    "linear",
+    "load",
+    "pack",
+    "paged_attention",
+    "reason",
+    "rms_norm",
+    "rope_write",
+    "silu_mul",
+    "supports",
+]
+
+
+@functools.cache
+def _attempt() -> tuple[ModuleType | None, str]:
+    try:
+        return build(), ""
+    except BuildError as error:
+        logger.warning("CPU kernels are off, plain torch is used: %s", error)
+        return None, str(error)
+
+
+def load() -> ModuleType | None:
+    """Compiles or finds the extension. None: there is none on this machine; said in the log once."""
+    return _attempt()[0]
+
+
+def reason() -> str:
+    """Why `load` gives None; empty when it does not."""
+    return _attempt()[1]
+
+
+def supports(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernels can serve a model of this kind (and are there at all)."""
+    return load() is not None and dtype in (torch.bfloat16, torch.float32) and head_dim % 16 == 0 and head_dim <= 256
+
+
+def _kernels() -> ModuleType:
+    module = _attempt()[0]
+    assert module is not None, "load() gave no kernels"
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight [n, k] in panels of 32 rows; bytes as the plain one, rounded up to whole panels. It serves any number of input rows, and
+    `embedding` reads its rows, so that nobody needs the plain weight any more."""
+
+    data: torch.Tensor
+    n: int
+    k: int
+
+
+def pack(weight: torch.Tensor) -> PackedWeight:
+    """weight [n, k], bf16 or fp32."""
+    return PackedWeight(_kernels().pack(weight), *weight.shape)
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, k] · weightᵀ + bias [n] → [T, n]; summed in fp32, rounded once."""
+    return _kernels().linear(x, weight.data, weight.n, bias)
+
+
+def embedding(weight: PackedWeight, token_ids: torch.Tensor) -> torch.Tensor:
+    """Rows token_ids [T] int64 of the weight → [T, k]."""
+    return _kernels().gather(weight.data, weight.n, weight.k, token_ids)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, H] → the same; rounded to x's dtype before the product with weight [H]."""
+    return _kernels().norm(x, None, weight, eps)
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm of residual + x, residual + x); the sum is written over residual."""
+    return _kernels().norm(x, residual, weight, eps), residual
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2I] → silu(gate) · up [T, I]."""
+    return _kernels().silu_mul(gate_up)
+
+
+def rope_write(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    kv: torch.Tensor,
+    layer: int,
+    num_heads: int,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Rotates q and k of qkv [T, (Hq + 2 Hkv) · D], after their RMSNorm where weights [D] are given; writes k and v to their slots [T]
+    (negative: nowhere) of kv [blocks, layers, 2, Hkv, block_size, D]. cos_sin [P, D] fp32: by position, cos then sin. → q [T, Hq, D]."""
+    return _kernels().rope_write(qkv, cos_sin, positions, slots, kv, layer, num_heads, q_weight, k_weight, eps)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    layer: int,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    window: int | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q [T, Hq, D] → [T, Hq, D]. Sequence s owns rows query_start[s] : query_start[s + 1] (int32), the last of its context_lens[s] tokens,
+    whose KV lies in blocks block_tables[s] (int32). Causal; with a window a token sees itself and window - 1 before it. Rows of no
+    sequence, or without context, are zero. The two maxima are for kernels that need them; this one does not."""
+    return _kernels().paged_attention(q, kv, layer, block_tables, query_start, context_lens, window or 0, out)
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """logits [R, V] → [R] int64; the lowest id among equals. NaN is never the greatest."""
+    return _kernels().argmax(logits)

@@ -1,0 +1,343 @@
+// Attention over paged KV, read where it lies. One task: the query heads that share a KV head × some queries of one sequence, as rows.
+//
+//     for 64 keys at a time:  K → panels of Kᵀ │ S = Q · Kᵀ │ online softmax (Milakov & Gimelshein 2018) │ V → panels │ O += P · V
+//
+// Keys are cut at absolute positions, into tiles of 64 and spans of 512. A span has its own softmax, and spans are joined in order
+// (FlashDecoding's combination), whether one thread or several computed them. So a row's bits depend on its query and its context only.
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "math.h"
+
+namespace baton {
+namespace {
+
+constexpr int64_t kKeys = 64;    // of a tile
+constexpr int64_t kSpan = 512;   // keys
+constexpr int64_t kQueryRows = 96;  // aimed at, of a task
+constexpr int64_t kMaxDim = 256;
+
+struct Tile {  // a task's share
+    int64_t sequence, kv_head, first, count;  // queries, counted from the sequence's first new token
+    int64_t begin, end;                       // keys that any of them sees
+    int64_t span, place;                      // the only span to compute and where its result goes, or -1: all, written to `out`
+};
+
+inline void transpose16(__m512i (&r)[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {  // r[4i + j]: 32-bit column j of each 128-bit lane, of rows 4i … 4i + 3
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        t[j] = _mm512_shuffle_i32x4(a, b, 0x88);
+        t[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88);
+        t[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        t[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+template <typename T>
+class Worker {
+  public:
+    static constexpr int per = Type<T>::per_dword;
+
+    explicit Worker(const PagedAttention& p)
+        : p_(p), group_(p.num_heads / p.kv.num_heads), rows_(std::max(kQueryRows, group_)), wide_(ceil_div(p.dim, kPanel) * kPanel),
+          kd_(p.dim / per) {
+        const int64_t floats[] = {rows_ * kd_, kKeys * kd_, rows_ * kKeys, rows_ * kKeys, kKeys * wide_, rows_ * wide_, rows_ * wide_,
+                                  rows_, rows_, rows_, rows_, rows_};
+        int64_t sum = 0;
+        for (int64_t f : floats) sum += ceil_div(f, 16) * 16;
+        float* at = (float*)scratch(0, sum * 4);
+        float** parts[] = {(float**)&q_, (float**)&keys_, &scores_, (float**)&weights_, (float**)&values_, &out_, &total_,
+                           &top_, &mass_, &total_top_, &total_mass_, &decay_};
+        for (int i = 0; i < 12; i++) *parts[i] = at, at += ceil_div(floats[i], 16) * 16;
+    }
+
+    // `partial`: [places][rows of the task][wide + 2] fp32.
+    void run(const Tile& tile, float* partial) {
+        load_queries(tile);
+        rows_in_use_ = tile.count * group_;
+        if (tile.span >= 0) {
+            span(tile, tile.span);
+            float* to = partial + tile.place;
+            for (int64_t r = 0; r < rows_in_use_; r++, to += wide_ + 2) {
+                std::memcpy(to, out_ + r * wide_, wide_ * 4);
+                to[wide_] = top_[r], to[wide_ + 1] = mass_[r];
+            }
+            return;
+        }
+        start_total();
+        for (int64_t s = tile.begin / kSpan; s * kSpan < tile.end; s++) {
+            span(tile, s);
+            for (int64_t r = 0; r < rows_in_use_; r++) join(r, out_ + r * wide_, top_[r], mass_[r]);
+        }
+        write(tile);
+    }
+
+    void combine(const Tile& tile, const float* partial, int64_t spans) {
+        rows_in_use_ = tile.count * group_;
+        start_total();
+        for (int64_t s = 0; s < spans; s++)
+            for (int64_t r = 0; r < rows_in_use_; r++, partial += wide_ + 2) join(r, partial, partial[wide_], partial[wide_ + 1]);
+        write(tile);
+    }
+
+    int64_t partial_size(const Tile& tile) const { return tile.count * group_ * (wide_ + 2); }
+
+  private:
+    void load_queries(const Tile& tile) {
+        const T* q = (const T*)p_.q + (p_.query_start[tile.sequence] + tile.first) * p_.q_stride + tile.kv_head * group_ * p_.dim;
+        for (int64_t i = 0; i < tile.count; i++) std::memcpy(q_ + i * group_ * kd_, q + i * p_.q_stride, group_ * p_.dim * sizeof(T));
+    }
+
+    void start_total() {
+        std::fill(total_, total_ + rows_in_use_ * wide_, 0.0f);
+        std::fill(total_top_, total_top_ + rows_in_use_, -INFINITY);
+        std::fill(total_mass_, total_mass_ + rows_in_use_, 0.0f);
+    }
+
+    static float scalar_exp(float x) { return _mm512_cvtss_f32(exp(_mm512_set1_ps(x))); }
+
+    void join(int64_t r, const float* out, float top, float mass) {
+        if (top == -INFINITY) return;
+        float* total = total_ + r * wide_;
+        const float highest = std::max(total_top_[r], top);
+        const float a = scalar_exp(total_top_[r] - highest), b = scalar_exp(top - highest);
+        const __m512 va = _mm512_set1_ps(a), vb = _mm512_set1_ps(b);
+        for (int64_t c = 0; c < wide_; c += 16) {
+            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(total + c), va);
+            _mm512_storeu_ps(total + c, _mm512_fmadd_ps(_mm512_loadu_ps(out + c), vb, scaled));
+        }
+        total_mass_[r] = total_mass_[r] * a + mass * b;
+        total_top_[r] = highest;
+    }
+
+    void write(const Tile& tile) {
+        T* out = (T*)p_.out + (p_.query_start[tile.sequence] + tile.first) * p_.out_stride + tile.kv_head * group_ * p_.dim;
+        for (int64_t r = 0; r < rows_in_use_; r++) {
+            const __m512 scale = _mm512_set1_ps(total_mass_[r] > 0 ? 1.0f / total_mass_[r] : 0.0f);
+            T* to = out + r / group_ * p_.out_stride + r % group_ * p_.dim;
+            for (int64_t c = 0; c < p_.dim; c += 16) Type<T>::store(to + c, _mm512_mul_ps(_mm512_loadu_ps(total_ + r * wide_ + c), scale));
+        }
+    }
+
+    // Softmax and output of the keys of one span, not normalised: out_, top_ (highest score), mass_ (sum of exponentials).
+    void span(const Tile& tile, int64_t index) {
+        const int64_t begin = std::max(tile.begin, index * kSpan), end = std::min(tile.end, (index + 1) * kSpan);
+        std::fill(out_, out_ + rows_in_use_ * wide_, 0.0f);
+        std::fill(top_, top_ + rows_in_use_, -INFINITY);
+        std::fill(mass_, mass_ + rows_in_use_, 0.0f);
+        const T* data = (const T*)p_.kv.data + tile.kv_head * p_.kv.head_stride;
+        const int32_t* table = p_.block_tables + tile.sequence * p_.table_stride;
+        const int64_t size = p_.kv.block_size;
+        for (int64_t start = begin / kKeys * kKeys; start < end; start += kKeys) {
+            const T* place[2 * kKeys];
+            for (int64_t i = 0; i < 2 * kKeys;) {  // this tile and the next, to prefetch it
+                const int64_t key = start + i, in_block = key % size, run = std::min(size - in_block, 2 * kKeys - i);
+                const bool seen = key + run > begin && key < end;
+                const T* at = seen ? data + table[key / size] * p_.kv.block_stride + in_block * p_.kv.token_stride : nullptr;
+                for (int64_t j = 0; j < run; j++, i++)
+                    place[i] = seen && key + j >= begin && key + j < end ? at + j * p_.kv.token_stride : nullptr;
+            }
+            for (int64_t i = kKeys; i < 2 * kKeys && place[i]; i++)
+                for (int64_t c = 0; c < p_.dim; c += 64 / sizeof(T)) {
+                    _mm_prefetch(place[i] + c, _MM_HINT_T0);
+                    _mm_prefetch(place[i] + p_.kv.kind_stride + c, _MM_HINT_T0);
+                }
+            const int64_t panels = end - start > kPanel ? 2 : 1;
+            load_keys(place, panels);
+            load_values(place, panels);
+            score(panels);
+            soften(tile, start, begin, end, panels);
+            accumulate(panels);
+        }
+    }
+
+    // keys_: [panel][kd][32]; columns of keys that nobody sees are zero.
+    void load_keys(const T* const* place, int64_t panels) {
+        for (int64_t k = 0; k < panels * kPanel; k += 16)
+            for (int64_t c = 0; c < kd_; c += 16) {
+                const __mmask16 m = tail_mask(kd_ - c);
+                __m512i r[16];
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++)
+                    r[i] = place[k + i] ? _mm512_maskz_loadu_epi32(m, (const uint32_t*)place[k + i] + c) : _mm512_setzero_si512();
+                transpose16(r);
+                uint32_t* to = keys_ + (k / kPanel * kd_ + c) * kPanel + k % kPanel;
+                const int64_t count = std::min<int64_t>(16, kd_ - c);
+                if (count == 16) {
+#pragma GCC unroll 16
+                    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * kPanel, r[i]);
+                } else {
+                    for (int i = 0; i < count; i++) _mm512_storeu_si512(to + i * kPanel, r[i]);
+                }
+            }
+    }
+
+    static inline __m512i joined(const BF16* first, const BF16* second) {
+        const __m256i zero = _mm256_setzero_si256();
+        const __m256i a = first ? _mm256_loadu_si256((const __m256i*)first) : zero, b = second ? _mm256_loadu_si256((const __m256i*)second) : zero;
+        return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+    }
+
+    // values_: [panel of dims][kKeys / per][32].
+    void load_values(const T* const* place, int64_t panels) {
+        const int64_t kind = p_.kv.kind_stride;
+        for (int64_t k = 0; k < panels * kPanel; k += per) {
+            uint32_t* to = values_ + k / per * kPanel;
+            for (int64_t c = 0; c < p_.dim; c += 16) {
+                __m512i dwords;
+                if constexpr (per == 2)
+                    dwords = joined(place[k] ? place[k] + kind + c : nullptr, place[k + 1] ? place[k + 1] + kind + c : nullptr);
+                else
+                    dwords = place[k] ? _mm512_loadu_si512(place[k] + kind + c) : _mm512_setzero_si512();
+                _mm512_storeu_si512(to + c / kPanel * (kKeys / per) * kPanel + c % kPanel, dwords);
+            }
+        }
+    }
+
+    // scores_ [row][kKeys] = q · k, not scaled.
+    void score(int64_t panels) {
+        for (int64_t r = 0; r < rows_in_use_; r += kRows)
+            with_rows(int(std::min<int64_t>(kRows, rows_in_use_ - r)), [&](auto tag) {
+                constexpr int MR = decltype(tag)::value;
+                for (int64_t panel = 0; panel < panels; panel++) {
+                    __m512 sum[MR][2];
+#pragma GCC unroll 12
+                    for (int m = 0; m < MR; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+                    tile<T, MR, -1>(q_ + r * kd_, kd_, keys_ + panel * kd_ * kPanel, kd_, sum, nullptr, 0);
+                    float* to = scores_ + r * kKeys + panel * kPanel;
+#pragma GCC unroll 12
+                    for (int m = 0; m < MR; m++) {
+                        _mm512_storeu_ps(to + m * kKeys, sum[m][0]);
+                        _mm512_storeu_ps(to + m * kKeys + 16, sum[m][1]);
+                    }
+                }
+            });
+    }
+
+    // scores_ → weights_ [row][kKeys / per] = exp(score - highest so far), in T; decay_: what the output so far is multiplied by.
+    void soften(const Tile& tile, int64_t start, int64_t begin, int64_t end, int64_t panels) {
+        const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(p_.dim)));
+        const int64_t length = p_.query_start[tile.sequence + 1] - p_.query_start[tile.sequence];
+        const int64_t offset = p_.context_lens[tile.sequence] - length + tile.first;
+        const __m512 none = _mm512_set1_ps(-INFINITY);
+        for (int64_t r = 0; r < rows_in_use_; r++) {
+            const int64_t position = offset + r / group_;
+            const int64_t from = std::max(begin, p_.window ? position - p_.window + 1 : 0) - start, to = std::min(end, position + 1) - start;
+            __m512 s[4], highest = none;
+            for (int64_t i = 0; i < 2 * panels; i++) {
+                const __mmask16 seen = tail_mask(to - 16 * i) & ~tail_mask(from - 16 * i);
+                s[i] = _mm512_mask_mul_ps(none, seen, _mm512_loadu_ps(scores_ + r * kKeys + 16 * i), scale);
+                highest = _mm512_max_ps(highest, s[i]);
+            }
+            const float top = std::max(top_[r], _mm512_reduce_max_ps(highest));
+            decay_[r] = top == top_[r] ? 1.0f : scalar_exp(top_[r] - top);
+            top_[r] = top;
+            const __m512 base = _mm512_set1_ps(top == -INFINITY ? 0.0f : top);
+            __m512 mass = _mm512_setzero_ps();
+            T* weights = (T*)(weights_ + r * (kKeys / per));
+            for (int64_t i = 0; i < 2 * panels; i++) {
+                const __m512 w = exp(_mm512_sub_ps(s[i], base));
+                mass = _mm512_add_ps(mass, w);
+                Type<T>::store(weights + 16 * i, w);
+            }
+            mass_[r] = mass_[r] * decay_[r] + _mm512_reduce_add_ps(mass);
+        }
+    }
+
+    void accumulate(int64_t panels) {
+        for (int64_t r = 0; r < rows_in_use_; r += kRows)
+            with_rows(int(std::min<int64_t>(kRows, rows_in_use_ - r)), [&](auto tag) {
+                constexpr int MR = decltype(tag)::value;
+                for (int64_t c = 0; c < wide_; c += kPanel) {
+                    __m512 sum[MR][2];
+                    float* out = out_ + r * wide_ + c;
+#pragma GCC unroll 12
+                    for (int m = 0; m < MR; m++) {
+                        const __m512 decay = _mm512_set1_ps(decay_[r + m]);
+                        sum[m][0] = _mm512_mul_ps(_mm512_loadu_ps(out + m * wide_), decay);
+                        sum[m][1] = _mm512_mul_ps(_mm512_loadu_ps(out + m * wide_ + 16), decay);
+                    }
+                    const uint32_t* values = values_ + c * (kKeys / per);
+                    tile<T, MR, -1>(weights_ + r * (kKeys / per), kKeys / per, values, panels * kPanel / per, sum, nullptr, 0);
+#pragma GCC unroll 12
+                    for (int m = 0; m < MR; m++) {
+                        _mm512_storeu_ps(out + m * wide_, sum[m][0]);
+                        _mm512_storeu_ps(out + m * wide_ + 16, sum[m][1]);
+                    }
+                }
+            });
+    }
+
+    const PagedAttention& p_;
+    const int64_t group_, rows_, wide_, kd_;
+    int64_t rows_in_use_ = 0;
+    uint32_t *q_, *keys_, *weights_, *values_;
+    float *scores_, *out_, *total_, *top_, *mass_, *total_top_, *total_mass_, *decay_;
+};
+
+// The tasks of a call: per sequence and KV head, the queries in pieces, the last (with the longest context) first.
+std::vector<Tile> tiles(const PagedAttention& p) {
+    std::vector<Tile> all;
+    const int64_t group = p.num_heads / p.kv.num_heads, each = std::max<int64_t>(1, kQueryRows / group);
+    for (int64_t s = 0; s < p.sequences; s++) {
+        const int64_t length = p.query_start[s + 1] - p.query_start[s], context = p.context_lens[s];
+        for (int64_t piece = ceil_div(length, each) - 1; piece >= 0; piece--) {
+            const int64_t first = piece * each, count = std::min(each, length - first);
+            const int64_t end = std::max<int64_t>(0, context - length + first + count);
+            const int64_t begin = p.window ? std::max<int64_t>(0, end - count - p.window + 1) : 0;
+            for (int64_t h = 0; h < p.kv.num_heads; h++) all.push_back({s, h, first, count, begin, end, -1, 0});
+        }
+    }
+    return all;
+}
+
+template <typename T>
+void attend(const PagedAttention& p) {
+    const std::vector<Tile> whole = tiles(p);
+    int64_t spans = 0;
+    for (const Tile& t : whole) spans = std::max(spans, ceil_div(t.end, kSpan) - t.begin / kSpan);
+    if (spans <= 1 || int64_t(whole.size()) >= 4 * num_threads()) {
+        parallel(whole.size(), [&](int64_t i) { Worker<T>(p).run(whole[i], nullptr); });
+        return;
+    }
+    std::vector<Tile> parts;
+    std::vector<int64_t> places;
+    int64_t place = 0;
+    const int64_t row = ceil_div(p.dim, kPanel) * kPanel + 2;
+    for (const Tile& t : whole) {
+        places.push_back(place);
+        for (int64_t s = t.begin / kSpan; s * kSpan < t.end; s++) {
+            parts.push_back({t.sequence, t.kv_head, t.first, t.count, t.begin, t.end, s, place});
+            place += t.count * (p.num_heads / p.kv.num_heads) * row;
+        }
+    }
+    std::vector<float> partial(place);
+    parallel(parts.size(), [&](int64_t i) { Worker<T>(p).run(parts[i], partial.data()); });
+    parallel(whole.size(), [&](int64_t i) {
+        const int64_t count = whole[i].end > 0 ? ceil_div(whole[i].end, kSpan) - whole[i].begin / kSpan : 0;
+        Worker<T>(p).combine(whole[i], partial.data() + places[i], count);
+    });
+}
+
+}  // namespace
+
+void paged_attention(const PagedAttention& p) { p.is_bf16 ? attend<BF16>(p) : attend<float>(p); }
+
+}  // namespace baton

@@ -1,0 +1,299 @@
+// The module's functions: torch tensors in, checked, and handed to the kernels as pointers. The long ones release the GIL.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <Python.h>
+#include <sys/mman.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+
+#include "kernels.h"
+
+namespace baton {
+
+int num_threads() { return at::get_num_threads(); }
+
+void run_tasks(int64_t tasks, TaskBody body, void* context) {
+    if (tasks <= 1 || at::get_num_threads() == 1 || at::in_parallel_region()) {
+        for (int64_t i = 0; i < tasks; i++) body(context, i);
+        return;
+    }
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, i);
+    });
+}
+
+void* scratch(int slot, int64_t bytes) {
+    struct Buffer {
+        void* data = nullptr;
+        int64_t size = 0;
+        ~Buffer() { std::free(data); }
+    };
+    static thread_local Buffer buffers[2];
+    Buffer& b = buffers[slot];
+    if (b.size < bytes) {
+        std::free(b.data);
+        b.size = (bytes + bytes / 2 + 4095) / 4096 * 4096;
+        b.data = std::aligned_alloc(4096, b.size);
+        TORCH_CHECK(b.data, "out of memory");
+    }
+    return b.data;
+}
+
+namespace {
+
+using at::Tensor;
+
+// Reads a METH_FASTCALL's arguments one after the other.
+class Arguments {
+  public:
+    Arguments(PyObject* const* args, Py_ssize_t count) : args_(args), count_(count) {}
+    const Tensor& tensor() {
+        PyObject* o = next();
+        TORCH_CHECK(THPVariable_Check(o), "argument ", at_, " must be a tensor");
+        const Tensor& t = THPVariable_Unpack(o);
+        TORCH_CHECK(t.device().is_cpu(), "argument ", at_, " must be on the CPU");
+        return t;
+    }
+    std::optional<Tensor> maybe() {
+        TORCH_CHECK(at_ < count_, "too few arguments");
+        if (args_[at_] == Py_None) return at_++, std::nullopt;
+        return tensor();
+    }
+    int64_t integer() {
+        const int64_t x = PyLong_AsLongLong(next());
+        TORCH_CHECK(!PyErr_Occurred(), "argument ", at_, " must be an integer");
+        return x;
+    }
+    float number() {
+        const double x = PyFloat_AsDouble(next());
+        TORCH_CHECK(!PyErr_Occurred(), "argument ", at_, " must be a number");
+        return float(x);
+    }
+
+  private:
+    PyObject* next() {
+        TORCH_CHECK(at_ < count_, "too few arguments");
+        return args_[at_++];
+    }
+    PyObject* const* args_;
+    Py_ssize_t count_, at_ = 0;
+};
+
+struct NoGil {
+    PyThreadState* state = PyEval_SaveThread();
+    ~NoGil() { PyEval_RestoreThread(state); }
+};
+
+using Function = PyObject* (*)(Arguments&);
+
+template <Function F>
+PyObject* guarded(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    try {
+        Arguments arguments(args, count);
+        return F(arguments);
+    } catch (const c10::Error& e) {
+        PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+    } catch (const std::exception& e) {
+        PyErr_SetString(PyExc_RuntimeError, e.what());
+    }
+    return nullptr;
+}
+
+bool is_bf16(const Tensor& t) {
+    TORCH_CHECK(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, "bfloat16 or float32, not ", t.scalar_type());
+    return t.scalar_type() == at::kBFloat16;
+}
+
+void check_rows(const Tensor& t, const char* what) {
+    TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1), what, " must be two-dimensional with contiguous rows");
+}
+
+void check_vector(const std::optional<Tensor>& t, int64_t size, at::ScalarType dtype, const char* what) {
+    if (t) TORCH_CHECK(t->numel() == size && t->is_contiguous() && t->scalar_type() == dtype, what, " must be contiguous, ", size, " of ", dtype);
+}
+
+const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// Packed weights of a model share large pieces of memory on huge pages: fewer TLB misses while they stream.
+Tensor weight_memory(int64_t bytes, at::ScalarType dtype) {
+    struct Piece {
+        char* data;
+        int64_t size, used = 0;
+        explicit Piece(int64_t n) : data((char*)std::aligned_alloc(2 << 20, n)), size(n) {
+            TORCH_CHECK(data, "out of memory");
+            madvise(data, n, MADV_HUGEPAGE);
+        }
+        ~Piece() { std::free(data); }
+    };
+    static std::shared_ptr<Piece> current;  // guarded by the GIL
+    const int64_t huge = 2 << 20, most = 32 * huge, need = (bytes + 4095) / 4096 * 4096;
+    if (!current || current->size - current->used < need) {
+        const int64_t size = std::max(most, (need + huge - 1) / huge * huge);
+        current = std::make_shared<Piece>(size);
+    }
+    std::shared_ptr<Piece> piece = current;
+    char* data = piece->data + piece->used;
+    piece->used += need;
+    return at::from_blob(data, {bytes / int64_t(c10::elementSize(dtype))}, [piece](void*) {}, at::TensorOptions().dtype(dtype));
+}
+
+int64_t packed_size(int64_t n, int64_t k, bool bf16) { return ceil_div(n, kPanel) * kPanel * ceil_div(k, bf16 ? 2 : 1) * (bf16 ? 2 : 1); }
+
+PyObject* pack(Arguments& a) {  // weight [n, k] → [packed_size]
+    const Tensor& w = a.tensor();
+    check_rows(w, "weight");
+    const bool bf16 = is_bf16(w);
+    Tensor packed = weight_memory(packed_size(w.size(0), w.size(1), bf16) * w.element_size(), w.scalar_type());
+    {
+        NoGil unlocked;
+        pack_weight(w.const_data_ptr(), w.stride(0), w.size(0), w.size(1), packed.data_ptr(), bf16);
+    }
+    return THPVariable_Wrap(std::move(packed));
+}
+
+PyObject* linear(Arguments& a) {  // x [m, k], packed, n, bias [n] | None → [m, n]
+    const Tensor &x = a.tensor(), &w = a.tensor();
+    const int64_t n = a.integer();
+    const std::optional<Tensor> bias = a.maybe();
+    check_rows(x, "x");
+    const bool bf16 = is_bf16(x);
+    TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.numel() == packed_size(n, x.size(1), bf16), "x and the packed weight do not fit");
+    check_vector(bias, n, x.scalar_type(), "bias");
+    Tensor out = at::empty({x.size(0), n}, x.options());
+    if (out.numel() == 0) return THPVariable_Wrap(std::move(out));
+    {
+        NoGil unlocked;
+        baton::linear({x.const_data_ptr(), w.const_data_ptr(), data_or_null(bias), out.data_ptr(), x.size(0), n, x.size(1), x.stride(0), n, bf16});
+    }
+    return THPVariable_Wrap(std::move(out));
+}
+
+PyObject* gather(Arguments& a) {  // packed, n, k, ids [count] int64 → [count, k]
+    const Tensor& w = a.tensor();
+    const int64_t n = a.integer(), k = a.integer();
+    const Tensor& ids = a.tensor();
+    check_vector(ids, ids.numel(), at::kLong, "ids");
+    TORCH_CHECK(w.numel() == packed_size(n, k, is_bf16(w)), "not a packed weight of this shape");
+    const int64_t* id = ids.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < ids.numel(); i++) TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < n, "id ", id[i], " is out of range");
+    Tensor out = at::empty({ids.numel(), k}, w.options());
+    gather_rows(w.const_data_ptr(), k, id, ids.numel(), out.data_ptr(), is_bf16(w));
+    return THPVariable_Wrap(std::move(out));
+}
+
+PyObject* norm(Arguments& a) {  // x [t, h], residual [t, h] | None, weight [h], eps → [t, h]
+    const Tensor& x = a.tensor();
+    const std::optional<Tensor> residual = a.maybe();
+    const Tensor& weight = a.tensor();
+    const float eps = a.number();
+    check_rows(x, "x");
+    check_vector(weight, x.size(1), x.scalar_type(), "weight");
+    if (residual) {
+        check_rows(*residual, "residual");
+        TORCH_CHECK(residual->sizes() == x.sizes() && residual->scalar_type() == x.scalar_type(), "residual must be like x");
+    }
+    Tensor out = at::empty({x.size(0), x.size(1)}, x.options());
+    rms_norm({x.const_data_ptr(), weight.const_data_ptr(), residual ? residual->data_ptr() : nullptr, out.data_ptr(), x.size(0), x.size(1),
+              x.stride(0), residual ? residual->stride(0) : 0, eps, is_bf16(x)});
+    return THPVariable_Wrap(std::move(out));
+}
+
+PyObject* silu_mul(Arguments& a) {  // gate_up [t, 2i] → [t, i]
+    const Tensor& x = a.tensor();
+    check_rows(x, "gate_up");
+    const int64_t size = x.size(1) / 2;
+    Tensor out = at::empty({x.size(0), size}, x.options());
+    baton::silu_mul(x.const_data_ptr(), x.stride(0), out.data_ptr(), x.size(0), size, is_bf16(x));
+    return THPVariable_Wrap(std::move(out));
+}
+
+KVCache cache(const Tensor& kv, int64_t layer) {
+    TORCH_CHECK(kv.dim() == 6 && kv.size(2) == 2 && kv.stride(5) == 1, "kv must be [blocks, layers, 2, kv heads, block size, head dim]");
+    TORCH_CHECK(layer >= 0 && layer < kv.size(1), "no layer ", layer);
+    char* data = (char*)kv.data_ptr() + layer * kv.stride(1) * kv.element_size();
+    return {data, kv.stride(0), kv.stride(2), kv.stride(3), kv.stride(4), kv.size(4), kv.size(3)};
+}
+
+PyObject* rope_write(Arguments& a) {  // qkv, cos_sin, positions, slots, kv, layer, num_heads, q_weight, k_weight, eps → q
+    const Tensor &qkv = a.tensor(), &cos_sin = a.tensor(), &positions = a.tensor(), &slots = a.tensor(), &kv = a.tensor();
+    const int64_t layer = a.integer(), heads = a.integer();
+    const std::optional<Tensor> q_weight = a.maybe(), k_weight = a.maybe();
+    const float eps = a.number();
+    check_rows(qkv, "qkv");
+    const int64_t tokens = qkv.size(0), dim = kv.size(-1);
+    const KVCache place = cache(kv, layer);
+    TORCH_CHECK(qkv.size(1) == (heads + 2 * place.num_heads) * dim && kv.scalar_type() == qkv.scalar_type(), "qkv and kv do not fit");
+    TORCH_CHECK(dim % 2 == 0 && dim <= 512, "head_dim ", dim, " is not supported");
+    TORCH_CHECK(cos_sin.is_contiguous() && cos_sin.size(-1) == dim && cos_sin.scalar_type() == at::kFloat, "cos_sin must be [positions, dim] fp32");
+    check_vector(positions, tokens, at::kLong, "positions");
+    check_vector(slots, tokens, at::kLong, "slots");
+    check_vector(q_weight, dim, qkv.scalar_type(), "q_weight");
+    check_vector(k_weight, dim, qkv.scalar_type(), "k_weight");
+    const int64_t *at = positions.const_data_ptr<int64_t>(), *slot = slots.const_data_ptr<int64_t>();
+    for (int64_t t = 0; t < tokens; t++) {
+        TORCH_CHECK(at[t] >= 0 && at[t] < cos_sin.size(0), "position ", at[t], " is beyond the table");
+        TORCH_CHECK(slot[t] < kv.size(0) * place.block_size, "slot ", slot[t], " is beyond the cache");
+    }
+    Tensor q = at::empty({tokens, heads, dim}, qkv.options());
+    baton::rope_write({qkv.const_data_ptr(), cos_sin.const_data_ptr<float>(), at, slot, data_or_null(q_weight), data_or_null(k_weight), q.data_ptr(),
+                place, tokens, qkv.stride(0), heads, dim, eps, is_bf16(qkv)});
+    return THPVariable_Wrap(std::move(q));
+}
+
+// q, kv, layer, block_tables, query_start, context_lens, window (0: none), out | None → [tokens, heads, dim]
+PyObject* paged_attention(Arguments& a) {
+    const Tensor &q = a.tensor(), &kv = a.tensor();
+    const int64_t layer = a.integer();
+    const Tensor &tables = a.tensor(), &starts = a.tensor(), &contexts = a.tensor();
+    const int64_t window = a.integer();
+    const std::optional<Tensor> given = a.maybe();
+    const KVCache place = cache(kv, layer);
+    const int64_t dim = kv.size(-1), sequences = contexts.numel();
+    auto check_heads = [&](const Tensor& t, const char* what) {
+        TORCH_CHECK(t.dim() == 3 && t.size(2) == dim && t.stride(2) == 1 && t.stride(1) == dim && t.scalar_type() == kv.scalar_type(), what,
+                    " must be [tokens, heads, head_dim] with contiguous tokens, of kv's type");
+    };
+    check_heads(q, "q");
+    TORCH_CHECK(q.size(1) % place.num_heads == 0 && dim % 16 == 0 && dim <= 256, "heads or head_dim not supported");
+    check_vector(starts, sequences + 1, at::kInt, "query_start");
+    check_vector(contexts, sequences, at::kInt, "context_lens");
+    check_rows(tables, "block_tables");
+    TORCH_CHECK(tables.scalar_type() == at::kInt && tables.size(0) == sequences, "block_tables must be [sequences, blocks] int32");
+    const int32_t *start = starts.const_data_ptr<int32_t>(), *context = contexts.const_data_ptr<int32_t>();
+    for (int64_t s = 0; s < sequences; s++)
+        TORCH_CHECK(start[s] >= 0 && start[s] <= start[s + 1] && start[s + 1] <= q.size(0) && context[s] <= tables.size(1) * place.block_size,
+                    "sequence ", s, ": query_start or context_lens is out of range");
+    Tensor out = given ? *given : at::empty({q.size(0), q.size(1), dim}, q.options());
+    check_heads(out, "out");
+    TORCH_CHECK(out.sizes() == q.sizes(), "out must be like q");
+    if (sequences && start[sequences] < q.size(0)) out.slice(0, start[sequences]).zero_();
+    {
+        NoGil unlocked;
+        baton::paged_attention({q.const_data_ptr(), out.data_ptr(), place, tables.const_data_ptr<int32_t>(), start, context, sequences, tables.stride(0),
+                         q.size(1), dim, q.stride(0), out.stride(0), window, is_bf16(q)});
+    }
+    return THPVariable_Wrap(std::move(out));
+}
+
+PyObject* argmax(Arguments& a) {  // logits [r, v] → [r] int64
+    const Tensor& logits = a.tensor();
+    check_rows(logits, "logits");
+    TORCH_CHECK(logits.size(1) > 0, "no columns");
+    Tensor out = at::empty({logits.size(0)}, logits.options().dtype(at::kLong));
+    baton::argmax(logits.const_data_ptr(), logits.stride(0), logits.size(0), logits.size(1), out.data_ptr<int64_t>(), is_bf16(logits));
+    return THPVariable_Wrap(std::move(out));
+}
+
+#define FUNCTION(name) {#name, (PyCFunction)(void (*)())guarded<name>, METH_FASTCALL, nullptr}
+PyMethodDef methods[] = {FUNCTION(pack),     FUNCTION(linear),          FUNCTION(gather), FUNCTION(norm), FUNCTION(silu_mul),
+                         FUNCTION(rope_write), FUNCTION(paged_attention), FUNCTION(argmax), {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "baton_cpu_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace baton
+
+PyMODINIT_FUNC PyInit_baton_cpu_kernels() { return PyModule_Create(&baton::module); }

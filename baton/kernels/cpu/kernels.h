@@ -1,0 +1,62 @@
+// The kernels' arguments: plain pointers, sizes and strides (in elements). Shapes are those of baton/kernels/cpu/__init__.py.
+#pragma once
+
+#include <algorithm>
+
+#include "common.h"
+
+namespace baton {
+
+struct Linear {
+    const void *x, *weight, *bias;  // [m, k], packed, [n] or null
+    void* out;                      // [m, n]
+    int64_t m, n, k, x_stride, out_stride;
+    bool is_bf16;
+};
+void linear(const Linear& p);
+void pack_weight(const void* weight, int64_t stride, int64_t n, int64_t k, void* packed, bool is_bf16);
+void gather_rows(const void* packed, int64_t k, const int64_t* ids, int64_t count, void* out, bool is_bf16);
+
+struct Norm {
+    const void *x, *weight;
+    void *residual, *out;  // residual null: no addition; else residual += x, in place, and that is normed
+    int64_t rows, size, x_stride, residual_stride;
+    float eps;
+    bool is_bf16;
+};
+void rms_norm(const Norm& p);
+
+void silu_mul(const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t size, bool is_bf16);
+
+struct KVCache {
+    void* data;  // of one layer
+    int64_t block_stride, kind_stride, head_stride, token_stride, block_size, num_heads;
+};
+
+struct Rope {
+    const void* qkv;
+    const float* cos_sin;  // [positions, dim]
+    const int64_t *positions, *slots;
+    const void *q_weight, *k_weight;  // [dim] or null
+    void* q;                          // [tokens, num_heads, dim]
+    KVCache kv;
+    int64_t tokens, qkv_stride, num_heads, dim;
+    float eps;
+    bool is_bf16;
+};
+void rope_write(const Rope& p);
+
+struct PagedAttention {
+    const void* q;
+    void* out;
+    KVCache kv;
+    const int32_t *block_tables, *query_start, *context_lens;
+    int64_t sequences, table_stride, num_heads, dim, q_stride, out_stride;  // q and out: [tokens, num_heads, dim], heads contiguous
+    int64_t window;                                                         // 0: none
+    bool is_bf16;
+};
+void paged_attention(const PagedAttention& p);
+
+void argmax(const void* logits, int64_t stride, int64_t rows, int64_t size, int64_t* out, bool is_bf16);
+
+}  // namespace baton

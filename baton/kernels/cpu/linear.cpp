@@ -1,0 +1,193 @@
+// y = x · Wᵀ + bias with W packed once, for any number of rows.
+//
+//     W [N, K]  →  packed [ceil(N / 32)] panels of [kd dwords][32], columns beyond N and elements beyond K are zero
+//
+// Few rows (≤ 12): a panel is read once, straight from memory, with a prefetch ahead of the stream. Up to 96: row block after row block
+// over one slice of a panel that stays in L2, while the next slice is fetched. More: groups of panels that fit L2 × groups of rows.
+#include "kernels.h"
+
+namespace baton {
+namespace {
+
+constexpr int64_t kSliceFew = 2048;    // dwords of a slice of K, by the number of rows
+constexpr int64_t kSliceMany = 512;
+constexpr int64_t kGroupBytes = 512 << 10;  // of panels that stay in L2
+constexpr int64_t kFewBlocks = 8;      // row blocks up to which panels are the only axis of tasks
+constexpr int64_t kGroupBlocks = 8;    // row blocks of a task beyond that
+
+struct Blocks {  // of rows, all of nearly the same size
+    int64_t rows, count;
+    explicit Blocks(int64_t m) : rows(m), count(ceil_div(m, kRows)) {}
+    int64_t start(int64_t i) const { return i * (rows / count) + (i < rows % count ? i : rows % count); }
+};
+
+template <typename T>
+struct Job {
+    const Linear& p;
+    const uint32_t* x;  // rows in dwords
+    int64_t pitch;      // dwords
+    int64_t kd, panels;
+    Blocks blocks;
+
+    // One register tile over the dwords k0 … k0 + count of a panel; partial sums live in `part` (row pitch kPanel) when K is sliced.
+    template <int HINT>
+    void run(int64_t block, int64_t panel, int64_t k0, int64_t count, float* part, const char* ahead, int64_t step) const {
+        const int64_t row = blocks.start(block);
+        with_rows(int(blocks.start(block + 1) - row), [&](auto tag) {
+            constexpr int MR = decltype(tag)::value;
+            __m512 sum[MR][2];
+#pragma GCC unroll 12
+            for (int m = 0; m < MR; m++) {
+                sum[m][0] = k0 ? _mm512_loadu_ps(part + m * kPanel) : _mm512_setzero_ps();
+                sum[m][1] = k0 ? _mm512_loadu_ps(part + m * kPanel + 16) : _mm512_setzero_ps();
+            }
+            const uint32_t* w = (const uint32_t*)p.weight + (panel * kd + k0) * kPanel;
+            tile<T, MR, HINT>(x + row * pitch + k0, pitch, w, count, sum, ahead, step);
+            if (k0 + count < kd) {
+#pragma GCC unroll 12
+                for (int m = 0; m < MR; m++) {
+                    _mm512_storeu_ps(part + m * kPanel, sum[m][0]);
+                    _mm512_storeu_ps(part + m * kPanel + 16, sum[m][1]);
+                }
+                return;
+            }
+            const int64_t n = panel * kPanel;
+            const __mmask16 m0 = tail_mask(p.n - n), m1 = tail_mask(p.n - n - 16);
+            __m512 b0 = _mm512_setzero_ps(), b1 = b0;
+            if (p.bias) b0 = Type<T>::load((const T*)p.bias + n, m0), b1 = Type<T>::load((const T*)p.bias + n + 16, m1);
+            T* out = (T*)p.out + row * p.out_stride + n;
+#pragma GCC unroll 12
+            for (int m = 0; m < MR; m++) {
+                Type<T>::store(out + m * p.out_stride, _mm512_add_ps(sum[m][0], b0), m0);
+                Type<T>::store(out + m * p.out_stride + 16, _mm512_add_ps(sum[m][1], b1), m1);
+            }
+        });
+    }
+
+    void stream() const {  // one row block
+        const int64_t chunk = std::max<int64_t>(1, panels / (num_threads() * 4));
+        parallel(ceil_div(panels, chunk), [&](int64_t task) {
+            const int64_t end = std::min(panels, (task + 1) * chunk);
+            for (int64_t panel = task * chunk; panel < end; panel++) {
+                const char* w = (const char*)p.weight + panel * kd * kPanel * 4;
+                run<_MM_HINT_T0>(0, panel, 0, kd, nullptr, w + kAhead, 0);
+            }
+        });
+    }
+
+    void few() const {
+        const int64_t chunk = std::max<int64_t>(1, panels / (num_threads() * 8));
+        parallel(ceil_div(panels, chunk), [&](int64_t task) {
+            float* part = (float*)scratch(0, kFewBlocks * kRows * kPanel * 4);
+            const int64_t end = std::min(panels, (task + 1) * chunk);
+            for (int64_t panel = task * chunk; panel < end; panel++)
+                for (int64_t k0 = 0; k0 < kd; k0 += kSliceFew) {
+                    const int64_t count = std::min(kSliceFew, kd - k0);
+                    const bool last = panel + 1 == end && k0 + count == kd;
+                    const char* next = (const char*)p.weight + ((panel * kd + k0 + count) * kPanel) * 4;
+                    for (int64_t b = 0; b < blocks.count; b++) {
+                        if (b < 2 && !last)
+                            run<_MM_HINT_T1>(b, panel, k0, count, part + b * kRows * kPanel, next + b * count * 64, 64);
+                        else
+                            run<-1>(b, panel, k0, count, part + b * kRows * kPanel, nullptr, 0);
+                    }
+                }
+        });
+    }
+
+    void many() const {
+        const int64_t slice = std::min(kd, kSliceMany), group = std::max<int64_t>(1, kGroupBytes / (slice * kPanel * 4));
+        const int64_t columns = ceil_div(panels, group), row_groups = ceil_div(blocks.count, kGroupBlocks);
+        parallel(columns * row_groups, [&](int64_t task) {
+            float* part = (float*)scratch(0, kGroupBlocks * group * kRows * kPanel * 4);
+            const int64_t first = task / row_groups * group, end = std::min(panels, first + group);
+            const int64_t top = task % row_groups * kGroupBlocks, bottom = std::min(blocks.count, top + kGroupBlocks);
+            for (int64_t k0 = 0; k0 < kd; k0 += slice)
+                for (int64_t b = top; b < bottom; b++)
+                    for (int64_t panel = first; panel < end; panel++) {
+                        float* place = part + ((b - top) * group + panel - first) * kRows * kPanel;
+                        run<-1>(b, panel, k0, std::min(slice, kd - k0), place, nullptr, 0);
+                    }
+        });
+    }
+
+    static constexpr int64_t kAhead = 2048;  // bytes
+};
+
+// Rows that lie a multiple of 1 KiB apart would fall into the same few sets of L1; rows must also be whole dwords.
+template <typename T>
+const uint32_t* repitch(const Linear& p, int64_t kd, int64_t& pitch) {
+    const int64_t bytes = p.x_stride * sizeof(T);
+    pitch = bytes / 4;
+    const bool whole = p.k % Type<T>::per_dword == 0 && bytes % 4 == 0;
+    if (whole && (p.m == 1 || bytes % 1024 != 0)) return (const uint32_t*)p.x;
+    pitch = ceil_div(kd, 16) * 16 + 16;
+    uint32_t* copy = (uint32_t*)scratch(1, p.m * pitch * 4);
+    const int64_t rows = 64;
+    auto fill = [&](int64_t task) {
+        for (int64_t m = task * rows; m < std::min(p.m, (task + 1) * rows); m++) {
+            copy[m * pitch + kd - 1] = 0;
+            std::memcpy(copy + m * pitch, (const T*)p.x + m * p.x_stride, p.k * sizeof(T));
+        }
+    };
+    if (p.m <= rows)
+        fill(0);
+    else
+        parallel(ceil_div(p.m, rows), fill);
+    return copy;
+}
+
+template <typename T>
+void run_linear(const Linear& p) {
+    const int64_t kd = ceil_div(p.k, Type<T>::per_dword);
+    int64_t pitch;
+    const uint32_t* x = repitch<T>(p, kd, pitch);
+    const Job<T> job{p, x, pitch, kd, ceil_div(p.n, kPanel), Blocks(p.m)};
+    if (job.blocks.count == 1)
+        job.stream();
+    else if (job.blocks.count <= kFewBlocks)
+        job.few();
+    else
+        job.many();
+}
+
+template <typename T>
+void pack(const T* weight, int64_t stride, int64_t n, int64_t k, T* packed) {
+    constexpr int per = Type<T>::per_dword;
+    const int64_t kd = ceil_div(k, per);
+    parallel(ceil_div(n, kPanel), [&](int64_t panel) {
+        T* out = packed + panel * kd * kPanel * per;
+        for (int64_t i = 0; i < kd; i++)
+            for (int64_t c = 0; c < kPanel; c++)
+                for (int e = 0; e < per; e++) {
+                    const int64_t row = panel * kPanel + c, column = i * per + e;
+                    out[(i * kPanel + c) * per + e] = row < n && column < k ? weight[row * stride + column] : T{};
+                }
+    });
+}
+
+template <typename T>
+void gather(const T* packed, int64_t k, const int64_t* ids, int64_t count, T* out) {
+    constexpr int per = Type<T>::per_dword;
+    const int64_t kd = ceil_div(k, per), each = 8;
+    parallel(ceil_div(count, each), [&](int64_t task) {
+        for (int64_t t = task * each; t < std::min(count, (task + 1) * each); t++) {
+            const T* from = packed + (ids[t] / kPanel * kd * kPanel + ids[t] % kPanel) * per;
+            for (int64_t i = 0; i < k; i++) out[t * k + i] = from[i / per * kPanel * per + i % per];
+        }
+    });
+}
+
+}  // namespace
+
+void linear(const Linear& p) { p.is_bf16 ? run_linear<BF16>(p) : run_linear<float>(p); }
+
+void pack_weight(const void* weight, int64_t stride, int64_t n, int64_t k, void* packed, bool is_bf16) {
+    is_bf16 ? pack((const BF16*)weight, stride, n, k, (BF16*)packed) : pack((const float*)weight, stride, n, k, (float*)packed);
+}
+
+void gather_rows(const void* packed, int64_t k, const int64_t* ids, int64_t count, void* out, bool is_bf16) {
+    is_bf16 ? gather((const BF16*)packed, k, ids, count, (BF16*)out) : gather((const float*)packed, k, ids, count, (float*)out);
+}
+
+}  // namespace baton
