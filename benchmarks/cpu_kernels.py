@@ -59,7 +59,7 @@ def table_linear(dtype: torch.dtype) -> None:
             "ours": lambda xs=xs: [cpu.linear(xs[w.k], w) for w in ours],
         }
         if dtype == torch.bfloat16:
-            packed = [torch._C._nn.mkldnn_reorder_linear_weight(w.to_mkldnn(), m) for w in plain]
+            packed = [torch.ops.mkldnn._reorder_linear_weight(w, m) for w in plain]
             point = torch.ops.mkldnn._linear_pointwise
             ways["onednn"] = lambda xs=xs, packed=packed: [point(xs[w.shape[1]], w, None, "none", [], "") for w in packed]
         got = medians(ways, 3 if m >= 128 else 7)
@@ -179,7 +179,7 @@ def table_step(dtype: torch.dtype) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", choices=["linear", "attention", "step"], default=["linear", "attention", "step"])
+    parser.add_argument("tables", nargs="*", help="all when none is named")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
@@ -192,7 +192,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     limits(dtype)
     with torch.inference_mode():
-        for table in arguments.tables:
+        for table in arguments.tables or ("linear", "attention", "step"):
             {"linear": table_linear, "attention": table_attention, "step": table_step}[table](dtype)
 
 
