@@ -106,7 +106,9 @@ def table_attention(dtype: torch.dtype) -> None:
         batch, q, tables, start, lens = paged(dtype, [context] * sequences, new)
         k, v = torch.randn(2, len(q), KV_HEADS, DIM).to(dtype)
 
-        def ours(batch: ForwardBatch = batch, q: torch.Tensor = q, t: torch.Tensor = tables, s: torch.Tensor = start, c: torch.Tensor = lens) -> None:
+        def ours(
+            batch: ForwardBatch = batch, q: torch.Tensor = q, t: torch.Tensor = tables, s: torch.Tensor = start, c: torch.Tensor = lens
+        ) -> None:
             for layer in range(LAYERS):
                 cpu.paged_attention(q, batch.kv, layer, t, s, c, 0, 0, None)
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from baton.kernels.cpu.build import BuildError, build
+from baton.kernels.cpu import build
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ __all__ = [
 @functools.cache
 def _attempt() -> tuple[ModuleType | None, str]:
     try:
-        return build(), ""
-    except BuildError as error:
+        return build.extension(), ""
+    except build.BuildError as error:
         logger.warning("CPU kernels are off, plain torch is used: %s", error)
         return None, str(error)
 

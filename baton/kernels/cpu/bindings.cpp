@@ -213,6 +213,7 @@ PyObject* silu_mul(Arguments& a) {  // gate_up [t, 2i] → [t, i]
 
 KVCache cache(const Tensor& kv, int64_t layer) {
     TORCH_CHECK(kv.dim() == 6 && kv.size(2) == 2 && kv.stride(5) == 1, "kv must be [blocks, layers, 2, kv heads, block size, head dim]");
+    TORCH_CHECK((kv.size(4) & (kv.size(4) - 1)) == 0, "the block size must be a power of two");
     TORCH_CHECK(layer >= 0 && layer < kv.size(1), "no layer ", layer);
     char* data = (char*)kv.data_ptr() + layer * kv.stride(1) * kv.element_size();
     return {data, kv.stride(0), kv.stride(2), kv.stride(3), kv.stride(4), kv.size(4), kv.size(3)};

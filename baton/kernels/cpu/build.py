@@ -76,7 +76,9 @@ def _openmp() -> list[str]:
     return [str(found[0])] if found else ["-fopenmp"]
 
 
-def _fingerprint(compiler: str, sources: list[Path]) -> str:
+def fingerprint() -> str:
+    """Of all that the compiled module depends on."""
+    compiler, sources = _compiler(), sorted((*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")))
     digest = hashlib.sha256()
     for part in (_run([compiler, "--version"]), *_FLAGS, torch.__version__, sys.version, torch.__file__):
         digest.update(part.encode() + b"\0")
@@ -92,7 +94,8 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(target: Path) -> None:
+    compiler = _compiler()
     include = [sysconfig.get_paths()["include"], str(Path(torch.__file__).parent / "include")]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     library = Path(torch.__file__).parent / "lib"
@@ -111,20 +114,18 @@ def _compile(compiler: str, target: Path) -> None:
         (work / target.name).replace(target)
 
 
-def build(folder: Path | None = None) -> ModuleType:
+def extension(folder: Path | None = None) -> ModuleType:
     """The compiled module, from the cache where it is there."""
     if missing := missing_cpu_flags():
         raise BuildError(f"this CPU lacks {', '.join(missing)}")
-    compiler = _compiler()
-    sources = sorted((*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")))
     folder = cache_folder() if folder is None else folder
-    target = folder / f"{NAME}-{_fingerprint(compiler, sources)}.so"
+    target = folder / f"{NAME}-{fingerprint()}.so"
     try:
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _lock(folder / "lock"):
                 if not target.exists():
-                    _compile(compiler, target)
+                    _compile(target)
         spec = importlib.util.spec_from_loader(NAME, importlib.machinery.ExtensionFileLoader(NAME, str(target)))
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -4,8 +4,8 @@
 //
 //     panel[dword][32]      two zmm registers per dword; lane n holds the dword of column n
 //
-// Every output is one accumulator that runs over its dwords in order, so its bits depend on its own row and column only, never on how
-// many rows, columns or threads share the call.
+// Every output is one accumulator that runs over its dwords in order, in slices of a fixed length, so its bits depend on its own row and
+// column only, never on how many rows, columns or threads share the call.
 #pragma once
 
 #include <immintrin.h>
