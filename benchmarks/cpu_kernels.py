@@ -22,6 +22,7 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCAB, BLOCK = 13, 896, 14, 
 QKV = (HEADS + 2 * KV_HEADS) * DIM
 LINEARS = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE)}
 LM_HEAD = (VOCAB, HIDDEN)
+ONEDNN = torch.ops.mkldnn._linear_pointwise
 
 
 def medians(ways: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
@@ -60,8 +61,7 @@ def table_linear(dtype: torch.dtype) -> None:
         }
         if dtype == torch.bfloat16:
             packed = [torch.ops.mkldnn._reorder_linear_weight(w, m) for w in plain]
-            point = torch.ops.mkldnn._linear_pointwise
-            ways["onednn"] = lambda xs=xs, packed=packed: [point(xs[w.shape[1]], w, None, "none", [], "") for w in packed]
+            ways["onednn"] = lambda xs=xs, packed=packed: [ONEDNN(xs[w.shape[1]], w, None, "none", [], "") for w in packed]
         got = medians(ways, 3 if m >= 128 else 7)
 
         def cell(seconds: float, m: int = m) -> str:
@@ -149,7 +149,7 @@ def table_step(dtype: torch.dtype) -> None:
             for layer, weights in enumerate(linears):
                 qkv = cpu.linear(x, weights["qkv"], bias)
                 q = cpu.rope_write(qkv, cos_sin, batch.positions, batch.slots, batch.kv, layer, HEADS)
-                out = cpu.paged_attention(q, batch.kv, layer, tables, start, lens, new, 0, None)
+                out = cpu.paged_attention(q, batch.kv, layer, tables, start, lens, 0, 0, None)
                 x, residual = cpu.add_rms_norm(cpu.linear(out.view(len(q), -1), weights["o"]), residual, norm, 1e-5)
                 x = cpu.linear(cpu.silu_mul(cpu.linear(x, weights["gate_up"])), weights["down"])
                 x, residual = cpu.add_rms_norm(x, residual, norm, 1e-5)

@@ -75,7 +75,7 @@ class TestLinear:
     def test_refuses_what_does_not_fit(self) -> None:
         packed = cpu.pack(torch.randn(8, 64))
         for bad in (torch.randn(2, 62), torch.randn(2, 64).bfloat16(), torch.randn(64)):
-            with pytest.raises(ValueError, match="."):
+            with pytest.raises(ValueError, match=r"do not fit|two-dimensional"):
                 cpu.linear(bad, packed)
         assert cpu.linear(torch.randn(0, 64), packed).shape == (0, 8)
 

@@ -26,10 +26,8 @@ NAME = "baton_cpu_kernels"
 NEEDED = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 _SOURCES = Path(__file__).parent
 # Without contraction each rounding is where the source has it. GCC's own AVX-512 headers set off -Wall's warnings.
-_FLAGS = (
-    "-O3 -std=c++20 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno "
-    "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16"
-).split()
+_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+_FLAGS += [f"-m{flag.replace('_', '')}" for flag in NEEDED]
 
 
 class BuildError(Exception):
@@ -127,7 +125,8 @@ def extension(folder: Path | None = None) -> ModuleType:
                 if not target.exists():
                     _compile(target)
         spec = importlib.util.spec_from_loader(NAME, importlib.machinery.ExtensionFileLoader(NAME, str(target)))
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (OSError, ImportError) as error:
