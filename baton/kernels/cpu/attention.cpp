@@ -59,7 +59,7 @@ class Worker {
         : p_(p), group_(p.num_heads / p.kv.num_heads), rows_(std::max(kQueryRows, group_)), wide_(ceil_div(p.dim, kPanel) * kPanel),
           kd_(p.dim / per) {
         const int64_t floats[] = {rows_ * kd_, kKeys * kd_, rows_ * kKeys, rows_ * kKeys, kKeys * wide_, rows_ * wide_, rows_ * wide_,
-                                  rows_, rows_, rows_, rows_, rows_};
+                                  rows_, rows_ * 16, rows_, rows_, rows_};
         int64_t sum = 0;
         for (int64_t f : floats) sum += ceil_div(f, 16) * 16;
         float* at = (float*)scratch(0, sum * 4);
@@ -77,14 +77,14 @@ class Worker {
             float* to = partial + tile.place;
             for (int64_t r = 0; r < rows_in_use_; r++, to += wide_ + 2) {
                 std::memcpy(to, out_ + r * wide_, wide_ * 4);
-                to[wide_] = top_[r], to[wide_ + 1] = mass_[r];
+                to[wide_] = top_[r], to[wide_ + 1] = mass(r);
             }
             return;
         }
         start_total();
         for (int64_t s = tile.begin / kSpan; s * kSpan < tile.end; s++) {
             span(tile, s, following);
-            for (int64_t r = 0; r < rows_in_use_; r++) join(r, out_ + r * wide_, top_[r], mass_[r]);
+            for (int64_t r = 0; r < rows_in_use_; r++) join(r, out_ + r * wide_, top_[r], mass(r));
         }
         write(tile);
     }
@@ -109,13 +109,14 @@ class Worker {
         std::fill(total_mass_, total_mass_ + rows_in_use_, 0.0f);
     }
 
-    static float scalar_exp(float x) { return _mm512_cvtss_f32(exp(_mm512_set1_ps(x))); }
+    static float scalar_exp2(float x) { return _mm512_cvtss_f32(exp2<false>(_mm512_set1_ps(x))); }
+    float mass(int64_t r) const { return _mm512_reduce_add_ps(_mm512_loadu_ps(mass_ + r * 16)); }
 
     [[gnu::noinline]] void join(int64_t r, const float* out, float top, float mass) {
         if (top == -INFINITY) return;
         float* total = total_ + r * wide_;
         const float highest = std::max(total_top_[r], top);
-        const float a = scalar_exp(total_top_[r] - highest), b = scalar_exp(top - highest);
+        const float a = scalar_exp2(total_top_[r] - highest), b = scalar_exp2(top - highest);
         const __m512 va = _mm512_set1_ps(a), vb = _mm512_set1_ps(b);
         for (int64_t c = 0; c < wide_; c += 16) {
             const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(total + c), va);
@@ -134,12 +135,13 @@ class Worker {
         }
     }
 
-    // Softmax and output of the keys of one span, not normalised: out_, top_ (highest score), mass_ (sum of exponentials).
+    // Softmax and output of the keys of one span, not normalised: out_, top_ (highest score), mass_ (sums of exponentials).
+    // Scores are in units of log2 e, so that powers of two will do.
     void span(const Tile& tile, int64_t index, const Tile* following) {
         const int64_t begin = std::max(tile.begin, index * kSpan), end = std::min(tile.end, (index + 1) * kSpan);
         std::fill(out_, out_ + rows_in_use_ * wide_, 0.0f);
         std::fill(top_, top_ + rows_in_use_, -INFINITY);
-        std::fill(mass_, mass_ + rows_in_use_, 0.0f);
+        std::fill(mass_, mass_ + rows_in_use_ * 16, 0.0f);
         for (int64_t start = begin / kKeys * kKeys; start < end; start += kKeys) {
             const Places now = places(tile, start, begin, end);
             const int64_t after = start + kKeys;
@@ -260,32 +262,42 @@ class Worker {
 
     // scores_ → weights_ [row][kKeys / per] = exp(score - highest so far), in T; decay_: what the output so far is multiplied by.
     [[gnu::noinline]] void soften(const Tile& tile, int64_t start, int64_t begin, int64_t end, int64_t panels) {
-        const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(p_.dim)));
         const int64_t length = p_.query_start[tile.sequence + 1] - p_.query_start[tile.sequence];
         const int64_t offset = p_.context_lens[tile.sequence] - length + tile.first;
-        const __m512 none = _mm512_set1_ps(-INFINITY);
         for (int64_t r = 0; r < rows_in_use_; r++) {
             const int64_t position = offset + r / group_;
             const int64_t from = std::max(begin, p_.window ? position - p_.window + 1 : 0) - start, to = std::min(end, position + 1) - start;
-            __m512 s[4], highest = none;
-            for (int64_t i = 0; i < 2 * panels; i++) {
-                const __mmask16 seen = tail_mask(to - 16 * i) & ~tail_mask(from - 16 * i);
-                s[i] = _mm512_mask_mul_ps(none, seen, _mm512_loadu_ps(scores_ + r * kKeys + 16 * i), scale);
-                highest = _mm512_max_ps(highest, s[i]);
-            }
-            const float top = std::max(top_[r], _mm512_reduce_max_ps(highest));
-            decay_[r] = top == top_[r] ? 1.0f : scalar_exp(top_[r] - top);
-            top_[r] = top;
-            const __m512 base = _mm512_set1_ps(top == -INFINITY ? 0.0f : top);
-            __m512 mass = _mm512_setzero_ps();
-            T* weights = (T*)(weights_ + r * (kKeys / per));
-            for (int64_t i = 0; i < 2 * panels; i++) {
-                const __m512 w = exp(_mm512_sub_ps(s[i], base));
-                mass = _mm512_add_ps(mass, w);
-                Type<T>::store(weights + 16 * i, w);
-            }
-            mass_[r] = mass_[r] * decay_[r] + _mm512_reduce_add_ps(mass);
+            if (from <= 0 && to >= kKeys)
+                soften_row<true>(r, 0, kKeys, 4);
+            else
+                soften_row<false>(r, from, to, int(2 * panels));
         }
+    }
+
+    // Of the row's keys from … to in this tile; ALL: of all 64.
+    template <bool ALL>
+    [[gnu::always_inline]] void soften_row(int64_t r, int64_t from, int64_t to, int vectors) {
+        const __m512 scale = _mm512_set1_ps(1.44269504f / std::sqrt(float(p_.dim))), none = _mm512_set1_ps(-INFINITY);
+        __m512 s[4], highest = none;
+#pragma GCC unroll 4
+        for (int i = 0; i < (ALL ? 4 : vectors); i++) {
+            const __m512 raw = _mm512_loadu_ps(scores_ + r * kKeys + 16 * i);
+            s[i] = ALL ? _mm512_mul_ps(raw, scale) : _mm512_mask_mul_ps(none, tail_mask(to - 16 * i) & ~tail_mask(from - 16 * i), raw, scale);
+            highest = _mm512_max_ps(highest, s[i]);
+        }
+        const float top = std::max(top_[r], _mm512_reduce_max_ps(highest));
+        decay_[r] = top == top_[r] ? 1.0f : scalar_exp2(top_[r] - top);
+        top_[r] = top;
+        const __m512 base = _mm512_set1_ps(top == -INFINITY ? 0.0f : top);
+        __m512 mass = _mm512_mul_ps(_mm512_loadu_ps(mass_ + r * 16), _mm512_set1_ps(decay_[r]));
+        T* weights = (T*)(weights_ + r * (kKeys / per));
+#pragma GCC unroll 4
+        for (int i = 0; i < (ALL ? 4 : vectors); i++) {
+            const __m512 w = exp2<per == 2>(_mm512_sub_ps(s[i], base));
+            mass = _mm512_add_ps(mass, w);
+            Type<T>::store(weights + 16 * i, w);
+        }
+        _mm512_storeu_ps(mass_ + r * 16, mass);
     }
 
     [[gnu::noinline]] void accumulate(int64_t panels) {
