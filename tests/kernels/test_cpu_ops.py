@@ -3,6 +3,7 @@ of the KV cache is poison too."""
 
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -246,6 +247,22 @@ class TestAttention:
         paged = Paged([50], [1], dtype, 16, 4, 2, 32)
         with pytest.raises(ValueError, match="out of range"):
             cpu.paged_attention(paged.q, paged.kv, 1, paged.tables[:, :3], paged.start, torch.tensor([50], dtype=torch.int32), 1, 50, None)
+
+
+@needs_avx512
+def test_own_threads_give_the_same_bits() -> None:
+    x, packed = torch.randn(150, 700).bfloat16(), cpu.pack(torch.randn(1000, 700).bfloat16())
+    expected = cpu.linear(x, packed)
+    try:
+        cpu.own_threads(True)
+        for threads in (2, 4, 1, 3):
+            torch.set_num_threads(threads)
+            for _ in range(200):
+                assert torch.equal(cpu.linear(x[:20], packed), expected[:20])
+            with ThreadPoolExecutor(3) as pool:  # callers that meet do not wait for each other
+                assert all(torch.equal(y, expected) for y in pool.map(lambda _: cpu.linear(x, packed), range(50)))
+    finally:
+        cpu.own_threads(False)
 
 
 @needs_avx512
