@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from baton.kernels import cpu, reference
+from baton.kernels import cpu, reference, torch_ops
 from baton.kernels.cpu import build
 from baton.layers import rotary
 from baton.layers.norm import RMSNorm
@@ -94,9 +94,13 @@ class TestElementwise:
         normed = cpu.rms_norm(x, layer.weight, 1e-5)
         check(normed, reference.rms_norm(x.double(), layer.weight.double(), 1e-5), 3)
         check(normed, layer(x), 3)
+        assert torch.equal(torch_ops.rms_norm(x, layer.weight, 1e-5), layer(x))
         total = residual + x
+        twin = torch_ops.add_rms_norm(x, residual.clone(), layer.weight, 1e-5)
         both, updated = cpu.add_rms_norm(x, residual, layer.weight, 1e-5)
         assert torch.equal(updated, total)
+        assert torch.equal(twin[1], total)
+        check(both, twin[0], 3)
         assert torch.equal(both, cpu.rms_norm(total, layer.weight, 1e-5))
 
     @pytest.mark.parametrize("size", [1, 30, 704, 3072])
@@ -107,6 +111,7 @@ class TestElementwise:
         gate, up = x.double().chunk(2, -1)
         poison(rows, size, dtype=dtype)
         check(cpu.silu_mul(x), functional.silu(gate) * up)
+        check(torch_ops.silu_mul(x), functional.silu(gate) * up)
 
     @pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(16, 4, 4), (32, 4, 1), (64, 14, 2), (128, 8, 2), (80, 2, 2)])
     @pytest.mark.parametrize("normed", [False, True])
@@ -139,6 +144,9 @@ class TestElementwise:
         else:
             assert torch.equal(got, expected_q)
             assert torch.equal(written[:, 0], expected_k[kept])
+        again = torch.full_like(kv, torch.nan)
+        assert torch.equal(torch_ops.rope_write(qkv, table, positions, slots, again, 1, heads, *weights, 1e-6), expected_q)
+        check(kv.nan_to_num(0.0), again.nan_to_num(0.0), 4)
         assert kv[:, 0].isnan().all()
         assert (~kv.isnan()).sum() == 2 * kv_heads * dim * len(kept)
 
@@ -149,6 +157,7 @@ class TestElementwise:
         top = logits.double().max(1, keepdim=True).values
         lowest = (logits.double() == top).long().argmax(1)
         assert torch.equal(cpu.argmax(logits), lowest)
+        assert torch.equal(torch_ops.argmax(logits), lowest)
         assert cpu.argmax(torch.full((rows, size), -torch.inf, dtype=dtype)).tolist() == [0] * rows
 
 
@@ -206,6 +215,9 @@ class TestAttention:
         out = torch.full_like(paged.q, torch.nan)
         assert paged.run(window, out=out) is out
         check(out, paged.exact(window), 1.0)
+        lens = torch.tensor(paged.contexts, dtype=torch.int32)
+        twin = torch_ops.paged_attention(paged.q, paged.kv, 1, paged.tables, paged.start, lens, 150, 700, window)
+        check(out, twin, 2.0)
 
     @pytest.mark.parametrize("window", [None, 300])
     def test_few_long_sequences(self, dtype: torch.dtype, window: int | None) -> None:
