@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from baton.kernels.cpu.build import BuildError, build
+from baton.kernels.cpu import build
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ __all__ = [
     "embedding",
     "linear",
     "load",
+    "own_threads",
     "pack",
     "paged_attention",
     "reason",
@@ -38,8 +39,8 @@ __all__ = [
 @functools.cache
 def _attempt() -> tuple[ModuleType | None, str]:
     try:
-        return build(), ""
-    except BuildError as error:
+        return build.extension(), ""
+    except build.BuildError as error:
         logger.warning("CPU kernels are off, plain torch is used: %s", error)
         return None, str(error)
 
@@ -63,6 +64,16 @@ def _kernels() -> ModuleType:
     module = _attempt()[0]
     assert module is not None, "load() gave no kernels"
     return module
+
+
+def own_threads(on: bool) -> None:
+    """Whether the kernels run on threads of their own, as many as torch is set to, instead of torch's OpenMP threads.
+
+    A call then never waits for a thread that has not begun, and idle threads sleep after 50 µs: faster where other processes share the
+    cores. But OpenMP's threads spin for milliseconds after each parallel operation of torch, on the same cores: start the process with
+    OMP_WAIT_POLICY=passive.
+    """
+    _kernels().own_threads(int(on))
 
 
 @dataclass(frozen=True, slots=True)

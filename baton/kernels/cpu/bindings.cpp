@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 
 #include "kernels.h"
@@ -15,32 +16,11 @@ namespace baton {
 
 int num_threads() { return at::get_num_threads(); }
 
-void run_tasks(int64_t tasks, TaskBody body, void* context) {
-    if (tasks <= 1 || at::get_num_threads() == 1 || at::in_parallel_region()) {
-        for (int64_t i = 0; i < tasks; i++) body(context, i);
-        return;
-    }
+void run_on_torch(int64_t tasks, TaskBody body, void* context) {
     std::atomic<int64_t> next{0};
     at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, i);
     });
-}
-
-void* scratch(int slot, int64_t bytes) {
-    struct Buffer {
-        void* data = nullptr;
-        int64_t size = 0;
-        ~Buffer() { std::free(data); }
-    };
-    static thread_local Buffer buffers[2];
-    Buffer& b = buffers[slot];
-    if (b.size < bytes) {
-        std::free(b.data);
-        b.size = (bytes + bytes / 2 + 4095) / 4096 * 4096;
-        b.data = std::aligned_alloc(4096, b.size);
-        TORCH_CHECK(b.data, "out of memory");
-    }
-    return b.data;
 }
 
 namespace {
@@ -213,6 +193,7 @@ PyObject* silu_mul(Arguments& a) {  // gate_up [t, 2i] → [t, i]
 
 KVCache cache(const Tensor& kv, int64_t layer) {
     TORCH_CHECK(kv.dim() == 6 && kv.size(2) == 2 && kv.stride(5) == 1, "kv must be [blocks, layers, 2, kv heads, block size, head dim]");
+    TORCH_CHECK((kv.size(4) & (kv.size(4) - 1)) == 0, "the block size must be a power of two");
     TORCH_CHECK(layer >= 0 && layer < kv.size(1), "no layer ", layer);
     char* data = (char*)kv.data_ptr() + layer * kv.stride(1) * kv.element_size();
     return {data, kv.stride(0), kv.stride(2), kv.stride(3), kv.stride(4), kv.size(4), kv.size(3)};
@@ -288,9 +269,15 @@ PyObject* argmax(Arguments& a) {  // logits [r, v] → [r] int64
     return THPVariable_Wrap(std::move(out));
 }
 
+PyObject* own_threads(Arguments& a) {  // 0 | 1
+    use_own_threads(a.integer() != 0);
+    Py_RETURN_NONE;
+}
+
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)())guarded<name>, METH_FASTCALL, nullptr}
-PyMethodDef methods[] = {FUNCTION(pack),     FUNCTION(linear),          FUNCTION(gather), FUNCTION(norm), FUNCTION(silu_mul),
-                         FUNCTION(rope_write), FUNCTION(paged_attention), FUNCTION(argmax), {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {FUNCTION(pack),   FUNCTION(linear),     FUNCTION(gather),          FUNCTION(norm),
+                         FUNCTION(silu_mul), FUNCTION(rope_write), FUNCTION(paged_attention), FUNCTION(argmax),
+                         FUNCTION(own_threads), {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "baton_cpu_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

@@ -26,22 +26,8 @@ NAME = "baton_cpu_kernels"
 NEEDED = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 _SOURCES = Path(__file__).parent
 # Without contraction each rounding is where the source has it. GCC's own AVX-512 headers set off -Wall's warnings.
-_FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-fPIC",
-    "-fopenmp",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-mavx2",
-    "-mfma",
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512dq",
-    "-mavx512vl",
-    "-mavx512bf16",
-]
+_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+_FLAGS += [f"-m{flag.replace('_', '')}" for flag in NEEDED]
 
 
 class BuildError(Exception):
@@ -88,7 +74,9 @@ def _openmp() -> list[str]:
     return [str(found[0])] if found else ["-fopenmp"]
 
 
-def _fingerprint(compiler: str, sources: list[Path]) -> str:
+def fingerprint() -> str:
+    """Of all that the compiled module depends on."""
+    compiler, sources = _compiler(), sorted((*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")))
     digest = hashlib.sha256()
     for part in (_run([compiler, "--version"]), *_FLAGS, torch.__version__, sys.version, torch.__file__):
         digest.update(part.encode() + b"\0")
@@ -104,7 +92,8 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(target: Path) -> None:
+    compiler = _compiler()
     include = [sysconfig.get_paths()["include"], str(Path(torch.__file__).parent / "include")]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     library = Path(torch.__file__).parent / "lib"
@@ -123,22 +112,21 @@ def _compile(compiler: str, target: Path) -> None:
         (work / target.name).replace(target)
 
 
-def build(folder: Path | None = None) -> ModuleType:
+def extension(folder: Path | None = None) -> ModuleType:
     """The compiled module, from the cache where it is there."""
     if missing := missing_cpu_flags():
         raise BuildError(f"this CPU lacks {', '.join(missing)}")
-    compiler = _compiler()
-    sources = sorted((*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")))
     folder = cache_folder() if folder is None else folder
-    target = folder / f"{NAME}-{_fingerprint(compiler, sources)}.so"
+    target = folder / f"{NAME}-{fingerprint()}.so"
     try:
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _lock(folder / "lock"):
                 if not target.exists():
-                    _compile(compiler, target)
+                    _compile(target)
         spec = importlib.util.spec_from_loader(NAME, importlib.machinery.ExtensionFileLoader(NAME, str(target)))
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (OSError, ImportError) as error:

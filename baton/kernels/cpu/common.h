@@ -4,8 +4,8 @@
 //
 //     panel[dword][32]      two zmm registers per dword; lane n holds the dword of column n
 //
-// Every output is one accumulator that runs over its dwords in order, so its bits depend on its own row and column only, never on how
-// many rows, columns or threads share the call.
+// Every output is one accumulator that runs over its dwords in order, in slices of a fixed length, so its bits depend on its own row and
+// column only, never on how many rows, columns or threads share the call.
 #pragma once
 
 #include <immintrin.h>
@@ -62,10 +62,12 @@ struct Type<float> {
 inline __mmask16 tail_mask(int64_t count) { return count >= 16 ? __mmask16(0xffff) : __mmask16((1u << (count > 0 ? count : 0)) - 1); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs body(task) for 0 … tasks - 1 on torch's threads; each thread takes the next task when it is done with one.
+// Runs body(task) for 0 … tasks - 1 on torch's threads or on our own; each thread takes the next task when it is done with one.
 using TaskBody = void (*)(void* context, int64_t task);
 void run_tasks(int64_t tasks, TaskBody body, void* context);
-int num_threads();
+void run_on_torch(int64_t tasks, TaskBody body, void* context);
+void use_own_threads(bool on);
+int num_threads();  // torch's setting
 
 template <typename F>
 inline void parallel(int64_t tasks, F&& body) {

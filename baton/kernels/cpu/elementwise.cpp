@@ -8,7 +8,7 @@
 namespace baton {
 namespace {
 
-constexpr int64_t kSerial = 32768;  // elements below which threads cost more than they save
+constexpr int64_t kSerial = 8192;  // elements below which threads cost more than they save
 
 // Rows in pieces that are worth a task each.
 template <typename F>
@@ -74,7 +74,8 @@ void silu(const T* gate_up, int64_t stride, T* out, int64_t rows, int64_t size) 
         for (int64_t i = 0; i < size; i += 16) {
             const __mmask16 m = tail_mask(size - i);
             const __m512 g = Type<T>::load(gate + i, m);
-            const __m512 s = Type<T>::round(_mm512_div_ps(g, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), g)))));
+            const __m512 e = Type<T>::per_dword == 2 ? exp2<true>(_mm512_mul_ps(g, _mm512_set1_ps(-1.44269504f))) : exp(_mm512_sub_ps(_mm512_setzero_ps(), g));
+            const __m512 s = Type<T>::round(_mm512_div_ps(g, _mm512_add_ps(one, e)));
             Type<T>::store(out + row * size + i, _mm512_mul_ps(s, Type<T>::load(up + i, m)), m);
         }
     });

@@ -9,11 +9,10 @@
 namespace baton {
 namespace {
 
-constexpr int64_t kSliceFew = 2048;    // dwords of a slice of K, by the number of rows
-constexpr int64_t kSliceMany = 512;
+constexpr int64_t kSlice = 512;  // dwords of K that are summed by themselves, which keeps the sums of long rows exact
 constexpr int64_t kGroupBytes = 512 << 10;  // of panels that stay in L2
-constexpr int64_t kFewBlocks = 8;      // row blocks up to which panels are the only axis of tasks
-constexpr int64_t kGroupBlocks = 8;    // row blocks of a task beyond that
+constexpr int64_t kFewBlocks = 8;           // row blocks up to which panels are the only axis of tasks
+constexpr int64_t kGroupBlocks = 8;         // row blocks of a task beyond that
 
 struct Blocks {  // of rows, all of nearly the same size
     int64_t rows, count;
@@ -29,7 +28,7 @@ struct Job {
     int64_t kd, panels;
     Blocks blocks;
 
-    // One register tile over the dwords k0 … k0 + count of a panel; partial sums live in `part` (row pitch kPanel) when K is sliced.
+    // One register tile over a slice of a panel; the sums of the slices before it lie in `part` [rows][kPanel].
     template <int HINT>
     void run(int64_t block, int64_t panel, int64_t k0, int64_t count, float* part, const char* ahead, int64_t step) const {
         const int64_t row = blocks.start(block);
@@ -38,11 +37,18 @@ struct Job {
             __m512 sum[MR][2];
 #pragma GCC unroll 12
             for (int m = 0; m < MR; m++) {
-                sum[m][0] = k0 ? _mm512_loadu_ps(part + m * kPanel) : _mm512_setzero_ps();
-                sum[m][1] = k0 ? _mm512_loadu_ps(part + m * kPanel + 16) : _mm512_setzero_ps();
+                sum[m][0] = _mm512_setzero_ps();
+                sum[m][1] = _mm512_setzero_ps();
             }
             const uint32_t* w = (const uint32_t*)p.weight + (panel * kd + k0) * kPanel;
             tile<T, MR, HINT>(x + row * pitch + k0, pitch, w, count, sum, ahead, step);
+            if (k0) {
+#pragma GCC unroll 12
+                for (int m = 0; m < MR; m++) {
+                    sum[m][0] = _mm512_add_ps(_mm512_loadu_ps(part + m * kPanel), sum[m][0]);
+                    sum[m][1] = _mm512_add_ps(_mm512_loadu_ps(part + m * kPanel + 16), sum[m][1]);
+                }
+            }
             if (k0 + count < kd) {
 #pragma GCC unroll 12
                 for (int m = 0; m < MR; m++) {
@@ -68,10 +74,12 @@ struct Job {
         const int64_t chunk = std::max<int64_t>(1, panels / (num_threads() * 4));
         parallel(ceil_div(panels, chunk), [&](int64_t task) {
             const int64_t end = std::min(panels, (task + 1) * chunk);
-            for (int64_t panel = task * chunk; panel < end; panel++) {
-                const char* w = (const char*)p.weight + panel * kd * kPanel * 4;
-                run<_MM_HINT_T0>(0, panel, 0, kd, nullptr, w + kAhead, 0);
-            }
+            float part[kRows * kPanel];
+            for (int64_t panel = task * chunk; panel < end; panel++)
+                for (int64_t k0 = 0; k0 < kd; k0 += kSlice) {
+                    const char* w = (const char*)p.weight + (panel * kd + k0) * kPanel * 4;
+                    run<_MM_HINT_T0>(0, panel, k0, std::min(kSlice, kd - k0), part, w + kAhead, 0);
+                }
         });
     }
 
@@ -81,8 +89,8 @@ struct Job {
             float* part = (float*)scratch(0, kFewBlocks * kRows * kPanel * 4);
             const int64_t end = std::min(panels, (task + 1) * chunk);
             for (int64_t panel = task * chunk; panel < end; panel++)
-                for (int64_t k0 = 0; k0 < kd; k0 += kSliceFew) {
-                    const int64_t count = std::min(kSliceFew, kd - k0);
+                for (int64_t k0 = 0; k0 < kd; k0 += kSlice) {
+                    const int64_t count = std::min(kSlice, kd - k0);
                     const bool last = panel + 1 == end && k0 + count == kd;
                     const char* next = (const char*)p.weight + ((panel * kd + k0 + count) * kPanel) * 4;
                     for (int64_t b = 0; b < blocks.count; b++) {
@@ -96,7 +104,7 @@ struct Job {
     }
 
     void many() const {
-        const int64_t slice = std::min(kd, kSliceMany), group = std::max<int64_t>(1, kGroupBytes / (slice * kPanel * 4));
+        const int64_t slice = std::min(kd, kSlice), group = std::max<int64_t>(1, kGroupBytes / (slice * kPanel * 4));
         const int64_t columns = ceil_div(panels, group), row_groups = ceil_div(blocks.count, kGroupBlocks);
         parallel(columns * row_groups, [&](int64_t task) {
             float* part = (float*)scratch(0, kGroupBlocks * group * kRows * kPanel * 4);
