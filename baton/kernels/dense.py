@@ -22,8 +22,6 @@ def _gather_kernel(
     start, kv_head = tl.program_id(0) * TILE, tl.program_id(1)
     keys, columns = tl.arange(0, TILE), tl.arange(0, DIM)
     inside = (start + keys < length)[:, None]
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
     block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < length, other=0).to(tl.int64)
     source = kv_ptr + block * block_stride + kv_head * head_stride + (start % BLOCK_SIZE + keys)[:, None] * DIM + columns[None, :]
     target = ((start + keys)[:, None] * KV_HEADS + kv_head) * DIM + columns[None, :]
@@ -46,7 +44,7 @@ def attend(q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, out: torch
     tile = min(block_size, 64)
     _gather_kernel[(padded // tile, kv_heads)](
         cache, table, k, v, length, cache.stride(0), cache.stride(1), cache.stride(2), kv_heads, dim, block_size, tile,
-        num_warps=4, launch_pdl=True,
+        num_warps=4,
     )  # fmt: skip
     if length < padded:
         wider = torch.empty(padded, heads, dim, dtype=q.dtype, device=q.device)
