@@ -9,7 +9,7 @@ Qwen2 of 160 million parameters: 13 layers, hidden 896, 14 / 2 heads of 64, inte
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn import functional
@@ -38,6 +38,12 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str,
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
+def each(function: Callable[..., object], arguments: Iterable[tuple[object, ...]]) -> None:
+    """Calls it with each; results are dropped at once, as a model does."""
+    for one in arguments:
+        function(*one)
+
+
 def limits(dtype: torch.dtype) -> None:
     """What the machine itself does: reading memory, and torch's best matrix product."""
     data = torch.ones(2**28, dtype=torch.float32)
@@ -56,13 +62,13 @@ def table_linear(dtype: torch.dtype) -> None:
     for m in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 512, 1000):
         xs = {k: torch.randn(m, k).to(dtype) for k in (HIDDEN, INTERMEDIATE)}
         ways: dict[str, Callable[[], object]] = {
-            "plain": lambda xs=xs: [functional.linear(xs[w.shape[1]], w) for w in plain],
-            "ours": lambda xs=xs: [cpu.linear(xs[w.k], w) for w in ours],
+            "plain": lambda xs=xs: each(functional.linear, ((xs[w.shape[1]], w) for w in plain)),
+            "ours": lambda xs=xs: each(cpu.linear, ((xs[w.k], w) for w in ours)),
         }
         if dtype == torch.bfloat16:
             packed = [torch.ops.mkldnn._reorder_linear_weight(w, m) for w in plain]
-            ways["onednn"] = lambda xs=xs, packed=packed: [ONEDNN(xs[w.shape[1]], w, None, "none", [], "") for w in packed]
-        got = medians(ways, 3 if m >= 128 else 7)
+            ways["onednn"] = lambda xs=xs, packed=packed: each(ONEDNN, ((xs[w.shape[1]], w, None, "none", [], "") for w in packed))
+        got = medians(ways, 5 if m >= 128 else 9)
 
         def cell(seconds: float, m: int = m) -> str:
             return f"{seconds * 1e3:.2f} ms, {size / seconds / 1e9:.1f}, {m * size / plain[0].itemsize * 2 / seconds / 1e9:.0f}"
@@ -183,12 +189,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help="all when none is named")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--own-threads", action="store_true", help="with OMP_WAIT_POLICY=passive; see cpu.own_threads")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if cpu.load() is None:
         raise SystemExit(f"no CPU kernels here: {cpu.reason()}")
+    cpu.own_threads(arguments.own_threads)
     dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")

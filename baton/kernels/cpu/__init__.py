@@ -126,7 +126,7 @@ def rope_write(
     num_heads: int,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
+    eps: float = 1e-6,
 ) -> torch.Tensor:
     """Rotates q and k of qkv [T, (Hq + 2 Hkv) · D], after their RMSNorm where weights [D] are given; writes k and v to their slots [T]
     (negative: nowhere) of kv [blocks, layers, 2, Hkv, block_size, D]. cos_sin [P, D] fp32: by position, cos then sin. → q [T, Hq, D]."""
@@ -142,7 +142,7 @@ def paged_attention(
     context_lens: torch.Tensor,
     max_query_len: int,
     max_context_len: int,
-    window: int | None,
+    window: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [T, Hq, D] → [T, Hq, D]. Sequence s owns rows query_start[s] : query_start[s + 1] (int32), the last of its context_lens[s] tokens,
