@@ -15,8 +15,7 @@ import torch
 from torch.nn import functional
 
 from baton.forward import ForwardBatch
-from baton.kernels import cpu
-from baton.layers.attention import TorchAttention
+from baton.kernels import cpu, torch_ops
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCAB, BLOCK = 13, 896, 14, 2, 64, 3072, 32000, 16
 QKV = (HEADS + 2 * KV_HEADS) * DIM
@@ -91,15 +90,17 @@ def paged(dtype: torch.dtype, lens: list[int], new: int) -> tuple[ForwardBatch, 
         token_ids=positions,
         positions=positions,
         slots=tables[owner, positions // BLOCK] * BLOCK + positions % BLOCK,
-        query_start=tuple(range(0, len(lens) * new + 1, new)),
-        context_lens=tuple(lens),
-        block_tables=tables,
-        logits_rows=positions,
+        query_start=torch.arange(0, len(lens) * new + 1, new, dtype=torch.int32),
+        context_lens=torch.tensor(lens, dtype=torch.int32),
+        block_tables=tables.int(),
+        logits_rows=None,
+        max_query_len=new,
+        max_context_len=max(lens),
+        lengths=None,
         kv=kv,
     )
     q = torch.randn(len(positions), HEADS, DIM).to(dtype)
-    start = torch.tensor(batch.query_start, dtype=torch.int32)
-    return batch, q, tables.int(), start, torch.tensor(lens, dtype=torch.int32)
+    return batch, q, batch.block_tables, batch.query_start, batch.context_lens
 
 
 def table_attention(dtype: torch.dtype) -> None:
@@ -110,7 +111,6 @@ def table_attention(dtype: torch.dtype) -> None:
         (1, 1000, 1000), (1, 4096, 512), (4, 512, 512),
     ):  # fmt: skip
         batch, q, tables, start, lens = paged(dtype, [context] * sequences, new)
-        k, v = torch.randn(2, len(q), KV_HEADS, DIM).to(dtype)
 
         def ours(
             batch: ForwardBatch = batch, q: torch.Tensor = q, t: torch.Tensor = tables, s: torch.Tensor = start, c: torch.Tensor = lens
@@ -118,11 +118,11 @@ def table_attention(dtype: torch.dtype) -> None:
             for layer in range(LAYERS):
                 cpu.paged_attention(q, batch.kv, layer, t, s, c, 0, 0, None)
 
-        def theirs(batch: ForwardBatch = batch, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
-            backend = TorchAttention()
-            backend.begin(batch)
+        def theirs(
+            batch: ForwardBatch = batch, q: torch.Tensor = q, t: torch.Tensor = tables, s: torch.Tensor = start, c: torch.Tensor = lens
+        ) -> None:
             for layer in range(LAYERS):
-                backend.attend(layer, q, k, v, None)
+                torch_ops.paged_attention(q, batch.kv, layer, t, s, c, 0, 0, None)
 
         got = medians({"torch": theirs, "ours": ours}, 5)
         size = sequences * context * KV_HEADS * DIM * 2 * q.itemsize * LAYERS

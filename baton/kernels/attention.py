@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels import dense
-from baton.kernels.scratch import OVERLAP_ROWS, counters, num_processors
+from baton.kernels.scratch import counters, num_processors
 
 MIN_BLOCK_SIZE = 16
 _LOG2E = 1.4426950408889634
@@ -212,8 +212,8 @@ def paged_attention(
     if max_query_len > 1 and len(whole) < sequences:
         query_tile = 32 if wide else 128 if max_query_len > 2048 or dim < 128 else 64
         _prefill_kernel[(triton.cdiv(max_query_len, query_tile), heads, sequences)](
-            q, memory, block_tables, query_start, context_lens, out, q.stride(0), *common, dense.LEAST if whole else 1 << 30, scale, heads, group, dim,
-            block_size, query_tile, tile, window or 0, 2, num_warps=4, launch_pdl=rows <= OVERLAP_ROWS,
+            q, memory, block_tables, query_start, context_lens, out, q.stride(0), *common, dense.LEAST if whole else 1 << 30, scale,
+            heads, group, dim, block_size, query_tile, tile, window or 0, 2, num_warps=4, launch_pdl=True,
         )  # fmt: skip
     if lengths is not None and all(count > 1 for count, _ in lengths):
         return out
@@ -228,7 +228,7 @@ def paged_attention(
     _decode_kernel[(sequences, kv_heads, splits)](
         q, memory, block_tables, query_start, context_lens, out, parts, sums, counts, q.stride(0), *common, splits, scale,
         heads, group, max(16, triton.next_power_of_2(group)), dim, block_size, tile, window or 0, _LEAST,
-        2 if wide or pairs >= processors else 6 if dim <= 128 else 3, num_warps=4, launch_pdl=rows <= OVERLAP_ROWS,
+        2 if wide or pairs >= processors else 6 if dim <= 128 else 3, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return out
 

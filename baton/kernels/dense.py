@@ -1,7 +1,7 @@
-"""Attention of whole prompts on CUDA through cuDNN (torch's scaled_dot_product_attention), which on Hopper is faster than what Triton makes.
+"""Attention of whole prompts on CUDA through cuDNN, as torch has it: on Hopper it is faster than what Triton makes.
 
-It takes K and V as plain tensors, so they are gathered from their blocks; and it plans each new length for tens of milliseconds, so lengths are
-padded to a few, which `warm_up` plans. Behind causality padding is not seen.
+It takes K and V as plain tensors, so they are gathered from their blocks; and it plans each new length for tens of milliseconds, so
+lengths are padded to a few, which `warm_up` plans. Causality hides the padding.
 """
 
 import bisect

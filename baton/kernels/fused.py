@@ -7,8 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.scratch import OVERLAP_ROWS
-
 
 @triton.jit
 def _norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
@@ -36,7 +34,7 @@ def _norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, 
         warps = max(1, min(16, block // 512))
         _norm_kernel[(rows,)](
             x, x if residual is None else residual, weight, out, x.stride(0), size, eps, residual is not None, block,
-            num_warps=warps, launch_pdl=rows <= OVERLAP_ROWS,
+            num_warps=warps, launch_pdl=True,
         )  # fmt: skip
     return out
 
@@ -71,7 +69,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         block = 1024
-        _silu_mul_kernel[(rows, triton.cdiv(size, block))](gate_up, out, gate_up.stride(0), size, block, num_warps=4, launch_pdl=rows <= OVERLAP_ROWS)
+        _silu_mul_kernel[(rows, triton.cdiv(size, block))](gate_up, out, gate_up.stride(0), size, block, num_warps=4, launch_pdl=True)
     return out
 
 
@@ -134,8 +132,8 @@ def rope_write(
     if rows:
         tile = 8
         _rope_write_kernel[(rows, triton.cdiv(num_heads + 2 * kv_heads, tile))](
-            qkv, cos_sin, positions, slots, cache, out, q_weight if q_weight is not None else qkv, k_weight if k_weight is not None else qkv,
+            qkv, cos_sin, positions, slots, cache, out, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight,
             qkv.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), eps,
-            num_heads, kv_heads, block_size, dim, q_weight is not None, tile, num_warps=2, launch_pdl=rows <= OVERLAP_ROWS,
+            num_heads, kv_heads, block_size, dim, q_weight is not None, tile, num_warps=2, launch_pdl=True,
         )  # fmt: skip
     return out

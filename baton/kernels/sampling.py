@@ -10,7 +10,9 @@ _CHUNK = 8192
 
 
 @triton.jit
-def _argmax_kernel(logits_ptr, best_ptr, ids_ptr, counts_ptr, out_ptr, stride, size, CHUNKS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def _argmax_kernel(
+    logits_ptr, best_ptr, ids_ptr, counts_ptr, out_ptr, stride, size, CHUNKS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
     tl.extra.cuda.gdc_wait()

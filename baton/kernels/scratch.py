@@ -5,7 +5,6 @@ import functools
 import torch
 
 _COUNT = 1 << 16
-OVERLAP_ROWS = 256  # with more rows than that, kernels are not started before the one before has ended: it costs more than it saves
 
 
 @functools.cache

@@ -75,13 +75,13 @@ def paged_attention(
     lengths: Sequence[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """q [T, Hq, D] → [T, Hq, D]. Sequence s owns rows query_start[s] : query_start[s + 1] (int32), the last of its context_lens[s] tokens,
-    whose KV lies in blocks block_tables[s] (int32). Causal; with a window a token sees itself and window - 1 before it. `lengths`: query
-    and context length of each sequence, where the host knows them.
+    whose KV lies in blocks block_tables[s] (int32). Causal; with a window a token sees itself and window - 1 before it. Rows of no
+    sequence, or without context, are 0. `lengths`: query and context length of each sequence, where the host knows them.
 
     Gathers each sequence's blocks and calls torch's scaled_dot_product_attention; sequences with one row go together."""
-    out = torch.zeros_like(q) if out is None else out
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out.zero_()
     starts, lens = query_start.tolist(), context_lens.tolist()
-    counts = [end - start for start, end in itertools.pairwise(starts)]
+    counts = [end - start if length else 0 for (start, end), length in zip(itertools.pairwise(starts), lens, strict=True)]
     cache = kv[:, layer]
     single = [s for s, count in enumerate(counts) if count == 1]
     if single:
@@ -104,8 +104,10 @@ def _attend(q: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, position
     kv_heads = cache.shape[2]
     # Query heads that share a KV head are stacked along the query axis, so that no head of K or V is repeated.
     q = q.view(sequences, length, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4).reshape(sequences, kv_heads, -1, dim)
-    kv = cache[blocks].permute(2, 0, 3, 1, 4, 5).reshape(2, sequences, kv_heads, -1, dim)
-    distance = positions[:, :, None] - torch.arange(kv.shape[3], device=q.device)
+    kv = cache[blocks.clamp(0, len(cache) - 1)].permute(2, 0, 3, 1, 4, 5).reshape(2, sequences, kv_heads, -1, dim)
+    keys = torch.arange(kv.shape[3], device=q.device)
+    kv = kv.masked_fill((keys > positions[:, -1:])[:, None, :, None], 0)  # what lies behind the context may be anything
+    distance = positions[:, :, None] - keys
     mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     out = functional.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask[:, None].repeat(1, 1, heads // kv_heads, 1))
     out = out.view(sequences, kv_heads, heads // kv_heads, length, dim).permute(0, 3, 1, 2, 4)

@@ -1,4 +1,4 @@
-"""Products with a weight, and rows of it. Both hold the weight as loaded until `prepare` hands it to the kernels, in whose form it is then."""
+"""Products with a weight, and rows of it. Both hold the weight as it was loaded until `prepare` hands it to the kernels."""
 
 from typing import Any
 

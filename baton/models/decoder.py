@@ -6,6 +6,9 @@ q, k, v and gate, up merged so that each is one product.
 Knows of no quantization, adapters, sampling or scheduling.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -92,7 +95,7 @@ class Decoder(nn.Module):
         kernels, cos_sin = self._kernels, self._cos_sin
         residual = self.model.embed_tokens(batch.token_ids)
         update: torch.Tensor | None = None  # of the residual stream, still to be added
-        for layer in self.model.layers:
+        for layer in cast(Iterable[Layer], self.model.layers):
             normed, residual = self._norm(layer.input_layernorm, update, residual)
             update = layer.self_attn(normed, batch, cos_sin, kernels)
             normed, residual = self._norm(layer.post_attention_layernorm, update, residual)

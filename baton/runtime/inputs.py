@@ -50,8 +50,8 @@ class InputBuilder:
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // self._size))
 
     def arrays(self, plan: StepPlan, drawn: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """What a ForwardBatch is made of, in its words, but for `logits_rows`. A pending token is given as -1 - drawn[request_id], the row of
-        the step before that draws it."""
+        """What a ForwardBatch is made of, in its words, but for `logits_rows`. A pending token is given as -1 - drawn[request_id], the
+        row of the step before that draws it."""
         items = plan.scheduled
         counts = np.fromiter((item.num_new_tokens for item in items), np.int64, len(items))
         starts = np.fromiter((item.start for item in items), np.int64, len(items))

@@ -12,7 +12,6 @@ from torch.nn import functional
 from baton.kernels import cpu, reference, torch_ops
 from baton.kernels.cpu import build
 from baton.layers import rotary
-from baton.layers.norm import RMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16]
 needs_avx512 = pytest.mark.skipif(bool(build.missing_cpu_flags()), reason="the kernels are for CPUs with AVX-512 BF16")
@@ -81,6 +80,11 @@ class TestLinear:
         assert cpu.linear(torch.randn(0, 64), packed).shape == (0, 8)
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
 @needs_avx512
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestElementwise:
@@ -88,20 +92,18 @@ class TestElementwise:
     @pytest.mark.parametrize("rows", [1, 3, 50])
     def test_norms(self, dtype: torch.dtype, size: int, rows: int) -> None:
         x, residual = torch.randn(rows, 2 * size).to(dtype)[:, :size] * 3, torch.randn(rows, size).to(dtype)
-        layer = RMSNorm(size, 1e-5).to(dtype)
-        layer.weight.copy_(torch.randn(size))
+        weight = torch.randn(size).to(dtype)
         poison(rows, size, dtype=dtype)
-        normed = cpu.rms_norm(x, layer.weight, 1e-5)
-        check(normed, reference.rms_norm(x.double(), layer.weight.double(), 1e-5), 3)
-        check(normed, layer(x), 3)
-        assert torch.equal(torch_ops.rms_norm(x, layer.weight, 1e-5), layer(x))
+        normed = cpu.rms_norm(x, weight, 1e-5)
+        check(normed, reference.rms_norm(x.double(), weight.double(), 1e-5), 3)
+        check(normed, torch_ops.rms_norm(x, weight, 1e-5), 3)
         total = residual + x
-        twin = torch_ops.add_rms_norm(x, residual.clone(), layer.weight, 1e-5)
-        both, updated = cpu.add_rms_norm(x, residual, layer.weight, 1e-5)
+        twin = torch_ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
+        both, updated = cpu.add_rms_norm(x, residual, weight, 1e-5)
         assert torch.equal(updated, total)
         assert torch.equal(twin[1], total)
         check(both, twin[0], 3)
-        assert torch.equal(both, cpu.rms_norm(total, layer.weight, 1e-5))
+        assert torch.equal(both, cpu.rms_norm(total, weight, 1e-5))
 
     @pytest.mark.parametrize("size", [1, 30, 704, 3072])
     @pytest.mark.parametrize("rows", [1, 40])
@@ -124,17 +126,15 @@ class TestElementwise:
         positions, slots = torch.randint(100, (tokens,)), torch.randperm(blocks * block_size)[:tokens]
         slots[4] = -1
         kv = torch.full((blocks, layers, 2, kv_heads, block_size, dim), torch.nan, dtype=dtype)
-        norms = [RMSNorm(dim, 1e-6).to(dtype) for _ in range(2)]
-        for layer in norms:
-            layer.weight.copy_(torch.randn(dim))
-        weights = [layer.weight if normed else None for layer in norms]
+        norms = [torch.randn(dim).to(dtype) for _ in range(2)]
+        weights = [weight if normed else None for weight in norms]
         got = cpu.rope_write(qkv, table, positions, slots, kv, 1, heads, *weights, 1e-6)
 
         q, k, v = qkv.unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
         if normed:
-            q, k = norms[0](q), norms[1](k)
+            q, k = (torch_ops.rms_norm(part, weight, 1e-6) for part, weight in zip((q, k), norms, strict=True))
         cos, sin = table[positions][:, None].to(dtype).chunk(2, -1)
-        expected_q, expected_k = rotary.rotate(q, cos, sin), rotary.rotate(k, cos, sin)
+        expected_q, expected_k = rotate(q, cos, sin), rotate(k, cos, sin)
         kept = torch.tensor([t for t in range(tokens) if t != 4])
         written = kv[slots[kept] // block_size, 1, :, :, slots[kept] % block_size]
         assert torch.equal(written[:, 1], v[kept])

@@ -1,4 +1,4 @@
-"""The whole engine on a GPU, with captured decode steps and steps in flight: greedy tokens are those of transformers on the CPU, in fp32."""
+"""The whole engine on a GPU, with captured steps and steps in flight: greedy tokens are those of transformers on the CPU, in fp32."""
 
 import asyncio
 from pathlib import Path
