@@ -37,6 +37,15 @@ def complete(cluster: RunningCluster, prompt: str = "hello", **fields: object) -
     return httpx.post(f"{cluster.url}/v1/completions", json={"prompt": prompt, "max_tokens": 5, "temperature": 0, **fields}, timeout=60)
 
 
+def restarts_after(cluster: RunningCluster, name: str, number: signal.Signals) -> None:
+    before = cluster.children()[name].pid
+    cluster.signal(name, number)
+    deadline = time.monotonic() + 30
+    while (child := cluster.children().get(name)) is None or child.pid == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_unified_worker_without_etcd_serves(unified: RunningCluster) -> None:
     answer = complete(unified)
     assert answer.status_code == 200
@@ -45,12 +54,7 @@ def test_a_unified_worker_without_etcd_serves(unified: RunningCluster) -> None:
 
 
 def test_a_worker_that_dies_is_started_again_under_its_name(unified: RunningCluster) -> None:
-    before = unified.children()["unified-0"].pid
-    unified.signal("unified-0", signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while unified.children().get("unified-0") is None or unified.children()["unified-0"].pid == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    restarts_after(unified, "unified-0", signal.SIGKILL)
     unified.wait_ready()
     assert complete(unified).status_code == 200
 
@@ -129,12 +133,7 @@ def test_an_etcd_that_runs_already(tiny_model: Path, tmp_path: Path) -> None:
 def test_an_etcd_that_ends_with_the_exit_code_of_a_wrong_configuration_is_started_again(tiny_model: Path) -> None:
     """So do its panics; our own services say by it that trying again is of no use."""
     with running_cluster(model=tiny_model, unified=1, kvstore=0) as cluster:
-        before = cluster.children()["etcd"].pid
-        cluster.signal("etcd", signal.SIGQUIT)
-        deadline = time.monotonic() + 20
-        while cluster.children().get("etcd") is None or cluster.children()["etcd"].pid == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        restarts_after(cluster, "etcd", signal.SIGQUIT)
         assert complete(cluster).status_code == 200
 
 
