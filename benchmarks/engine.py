@@ -1,17 +1,22 @@
 """The engine alone on one GPU: milliseconds per decode step and per prefill, on random weights of a model's shape in bf16.
 
     python benchmarks/engine.py [--model llama-3.1-8b|qwen3-8b] [--json FILE] [--profile]
+    python benchmarks/engine.py --first-token FOLDER     seconds until a checkpoint's first token, from the start of the process
 
 A decode step is (time of 1 + n tokens - time of 1 token) / n; a prefill is the time to the first token. Best of several, after warming up.
 The prefix cache is off. `benchmarks/engine_peer.py` does the same with vLLM, and prints both side by side.
 """
 
 import argparse
+import time
+
+STARTED = time.perf_counter()
+
 import asyncio
 import json
 import random
 import tempfile
-import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from baton.config import EngineConfig
@@ -36,7 +41,7 @@ MODELS = {
         "bos_token_id": 151643, "eos_token_id": 151645,
     },
 }  # fmt: skip
-DECODES = ((1, 128, 256), (8, 128, 256), (32, 128, 256), (128, 128, 256), (256, 128, 256), (8, 4096, 128), (64, 4096, 128))
+DECODES = ((1, 128, 256), (8, 128, 256), (32, 128, 256), (128, 128, 256), (256, 128, 256), (8, 4096, 256), (64, 4096, 256))
 PREFILLS = ((1, 512), (1, 2048), (1, 8192), (16, 2048), (8, 8192))
 MAX_MODEL_LEN = 16384
 
@@ -73,17 +78,18 @@ class Driver:
             pass
 
 
-async def measure(driver: Driver) -> dict[str, float]:
+async def measure(run: Callable[[int, int, int], Awaitable[float]]) -> dict[str, float]:
+    """Milliseconds by case. `run(batch, length, new_tokens)` gives seconds until all random prompts have their new tokens."""
     found: dict[str, float] = {}
-    await driver.run(8, 128, 16)
+    await run(8, 128, 16)
     for batch, length, steps in DECODES:
-        await driver.run(batch, 128, 8)
-        short = min([await driver.run(batch, length, 1) for _ in range(2)])
-        long = min([await driver.run(batch, length, 1 + steps) for _ in range(2)])
+        await run(batch, 128, 8)
+        short = min([await run(batch, length, 1) for _ in range(3)])
+        long = min([await run(batch, length, 1 + steps) for _ in range(3)])
         found[f"decode {batch} x {length}"] = (long - short) / steps * 1e3
-        print(f"decode batch={batch} context={length}: {found[f'decode {batch} x {length}']:.3f} ms/step", flush=True)
+        print(f"decode batch={batch} context={length}: {(long - short) / steps * 1e3:.3f} ms/step", flush=True)
     for batch, length in PREFILLS:
-        best = min([await driver.run(batch, length, 1) for _ in range(3)])
+        best = min([await run(batch, length, 1) for _ in range(4)])
         found[f"prefill {batch} x {length}"] = best * 1e3
         print(f"prefill batch={batch} length={length}: {best * 1e3:.1f} ms {batch * length / best:.0f} tok/s", flush=True)
     return found
@@ -136,7 +142,7 @@ async def main() -> None:
     print(f"start-up: {time.perf_counter() - started:.1f} s, {loaded.pool.num_blocks} blocks", flush=True)
     driver = Driver(engine, loaded.config.vocab_size)
     try:
-        found = await measure(driver)
+        found = await measure(driver.run)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=1))
         if arguments.profile:
