@@ -1,8 +1,8 @@
 """vLLM on the work of `benchmarks/engine.py`, and both side by side. Needs vLLM importable, which nothing else here does.
 
-    python benchmarks/engine.py --json ours.json && python benchmarks/engine_peer.py --ours ours.json
-    python benchmarks/engine_peer.py --first-token FOLDER     seconds until a checkpoint's first token, from the start of the process
-    python benchmarks/engine_peer.py --write FOLDER           a random checkpoint for that
+python benchmarks/engine.py --json ours.json && python benchmarks/engine_peer.py --ours ours.json
+python benchmarks/engine_peer.py --first-token FOLDER     seconds until a checkpoint's first token, from the start of the process
+python benchmarks/engine_peer.py --write FOLDER           a random checkpoint for that
 """
 
 import argparse
@@ -61,7 +61,11 @@ def write(name: str, folder: Path) -> None:
     shape = ours.MODELS[name]
     hidden, inner, dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
     q, kv = shape["num_attention_heads"] * dim, shape["num_key_value_heads"] * dim
-    sizes = {"model.embed_tokens.weight": (shape["vocab_size"], hidden), "lm_head.weight": (shape["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    sizes = {
+        "model.embed_tokens.weight": (shape["vocab_size"], hidden),
+        "lm_head.weight": (shape["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
     for layer in range(shape["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         sizes |= {f"{at}.self_attn.{part}_proj.weight": (rows, hidden) for part, rows in (("q", q), ("k", kv), ("v", kv))}
