@@ -131,17 +131,23 @@ async def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--first-token", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
-    started = time.perf_counter()
     settings = EngineConfig(
-        device="cuda", load_format="dummy", max_model_len=MAX_MODEL_LEN, prefix_caching=False, gpu_memory_utilization=0.85
+        device="cuda",
+        load_format="safetensors" if arguments.first_token else "dummy",
+        max_model_len=MAX_MODEL_LEN,
+        gpu_memory_utilization=0.85,
     )
-    loaded = load(write_config(arguments.model), settings)
+    loaded = load(arguments.first_token or write_config(arguments.model), settings)
     engine = build_engine(loaded, NoTransfer(), budget_s=2, prefix_caching=False)
     engine.start()
-    print(f"start-up: {time.perf_counter() - started:.1f} s, {loaded.pool.num_blocks} blocks", flush=True)
     driver = Driver(engine, loaded.config.vocab_size)
+    await driver.run(1, 128, 1)
+    print(f"first token after {time.perf_counter() - STARTED:.1f} s; {loaded.pool.num_blocks} KV blocks", flush=True)
     try:
+        if arguments.first_token:
+            return
         found = await measure(driver.run)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=1))
