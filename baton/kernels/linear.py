@@ -1,136 +1,175 @@
-"""Products with weights on CUDA. With few rows they are bound by reading the weight: own kernels (Triton) whose start overlaps the end of
-the kernel before (programmatic dependent launch), which cuBLAS's do not; with many rows, cuBLAS.
+"""Products with a weight, x · weightᵀ, for the few rows of a decode step. Weights stay as checkpoints have them: [N, K], row-major."""
 
-A weight's tile is the left operand, so that its rows fill the tensor core's 64 and the few rows of x its 16 or more columns. Where its rows
-give too few programs the columns are split, too; the parts are added in order by the last program to end, so results repeat.
-Choices were measured on an H200 (benchmarks/results/engine-h200.md).
-"""
-
-from dataclasses import dataclass, field
+import ctypes
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch.nn import functional
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels import fused
-from baton.kernels.scratch import counters
+from baton.kernels.nvrtc import Kernel, TensorMap, compile_source, tensor_map
 
-_MAX_ROWS = 64  # of x; cuBLAS is faster beyond
-_MAX_SIZE_OUT = 32768  # and where the weight alone fills every processor for long
-_TILE_IN = 128
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Weight:
-    """[size_out, size_in], as loaded."""
-
-    tensor: torch.Tensor
-    _descriptors: dict[int, TensorDescriptor] = field(default_factory=dict[int, TensorDescriptor])
-
-    def descriptor(self, tile_out: int) -> TensorDescriptor:
-        if tile_out not in self._descriptors:
-            self._descriptors[tile_out] = TensorDescriptor.from_tensor(self.tensor, [tile_out, _TILE_IN])
-        return self._descriptors[tile_out]
+SHARED = 203 * 1024  # of an SM's 227 KiB, so that the small kernels between two products fit beside
+OVERLAP = True  # launches may start before the kernel before them has ended; they wait for it themselves
+SOURCE = Path(__file__).with_name("skinny.cu")
 
 
-def pack(weight: torch.Tensor) -> Weight:
-    return Weight(weight.detach())
+class Config(NamedTuple):
+    """The macros of skinny.cu; see there."""
+
+    rows: int
+    tokens: int
+    warps_n: int
+    warps_k: int
+    block_k: int
+    split: int = 1
+    alias: int = 1
+    stages: int = 0
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.block_k * 2 * (self.rows + self.tokens)
+
+    @property
+    def sums_bytes(self) -> int:
+        return self.warps_k * self.tokens * (self.rows + 4) * 4
+
+    @property
+    def depth(self) -> int:
+        return self.stages or min(16, (SHARED - (0 if self.alias else self.sums_bytes)) // self.stage_bytes)
+
+    @property
+    def shared(self) -> int:
+        ring = self.depth * self.stage_bytes
+        return max(ring, self.sums_bytes) if self.alias else ring + self.sums_bytes
 
 
-def embedding(weight: Weight, token_ids: torch.Tensor) -> torch.Tensor:
-    """Rows token_ids [T] of the weight → [T, size_in]."""
-    return functional.embedding(token_ids, weight.tensor)
+@cache
+def _kernel(config: Config, pair: bool, bias: bool, half: bool, device: int) -> Kernel:
+    macros = {
+        "ROWS": config.rows, "TOKENS": config.tokens, "WARPS_N": config.warps_n, "WARPS_K": config.warps_k, "BLOCK_K": config.block_k,
+        "STAGES": config.depth, "SPLIT": config.split, "ALIAS": config.alias, "PAIR": int(pair), "BIAS": int(bias), "HALF": int(half),
+    }  # fmt: skip
+    return Kernel(compile_source(SOURCE.read_text(), macros, "sm_90a"), "skinny", config.shared)
 
 
-@triton.jit
-def _linear_kernel(
-    x_ptr, weight, bias_ptr, out_ptr, parts_ptr, counts_ptr, num_rows, size_out, size_in, x_stride, per_split,
-    ROWS: tl.constexpr, TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
-    columns, rows, depth = tile * TILE_OUT + tl.arange(0, TILE_OUT), tl.arange(0, ROWS), tl.arange(0, TILE_IN)
-    inside = (rows < num_rows)[None, :] & (columns < size_out)[:, None]
-    tl.extra.cuda.gdc_wait()
-    acc = tl.zeros([TILE_OUT, ROWS], tl.float32)
-    for at in tl.range(split * per_split, (split + 1) * per_split, TILE_IN, num_stages=STAGES):
-        w = weight.load([tile * TILE_OUT, at])
-        x = tl.load(x_ptr + rows[:, None] * x_stride + at + depth[None, :], mask=(rows < num_rows)[:, None], other=0.0)
-        acc = tl.dot(w, x.T, acc)
-    tl.extra.cuda.gdc_launch_dependents()
-    place = rows[None, :] * size_out + columns[:, None]
-    if SPLITS > 1:
-        tl.store(parts_ptr + split * num_rows * size_out + place, acc, mask=inside)
-        tl.debug_barrier()
-        if tl.atomic_add(counts_ptr + tile, 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
-            return
-        tl.store(counts_ptr + tile, 0)
-        acc = tl.zeros([TILE_OUT, ROWS], tl.float32)
-        for index in tl.static_range(SPLITS):
-            acc += tl.load(parts_ptr + index * num_rows * size_out + place, mask=inside, other=0.0, volatile=True)
-    if BIAS:
-        acc += tl.load(bias_ptr + columns, mask=columns < size_out, other=0.0).to(tl.float32)[:, None]
-    tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
+@lru_cache(maxsize=8192)
+def _map(address: int, half: bool, rows: int, columns: int, row_bytes: int, box_rows: int) -> TensorMap:
+    return tensor_map(address, half, rows, columns, row_bytes, box_rows)
 
 
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, size_in], rows contiguous · weightᵀ + bias [size_out] → [T, size_out]."""
-    rows, (size_out, size_in) = x.shape[0], weight.tensor.shape
-    if not _is_ours(x, rows, size_in) or size_out > _MAX_SIZE_OUT:
-        return functional.linear(x, weight.tensor, bias)
-    tile_out = 128 if size_out >= 16384 and rows <= 16 else 64
-    tiles = triton.cdiv(size_out, tile_out)
-    most = 4 if rows <= 16 else 2
-    splits = next(s for s in (4, 2, 1) if s <= most and (tiles * s <= 400 or s == 1) and size_in % (s * _TILE_IN) == 0)
-    out = torch.empty(rows, size_out, dtype=x.dtype, device=x.device)
-    parts = torch.empty(splits, rows, size_out, dtype=torch.float32, device=x.device) if splits > 1 else out
-    _linear_kernel[(tiles, splits)](
-        x, weight.descriptor(tile_out), x if bias is None else bias, out, parts, counters(x.device, tiles), rows, size_out, size_in,
-        x.stride(0), size_in // splits, max(16, triton.next_power_of_2(rows)), tile_out, _TILE_IN, splits, bias is not None,
-        3 if tiles >= 96 else 5 if rows <= 32 else 4, num_warps=4, launch_pdl=True,
-    )  # fmt: skip
-    return out
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
-def _gated_kernel(
-    x_ptr, weight, out_ptr, num_rows, size, size_in, x_stride,
-    ROWS: tl.constexpr, TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(0)
-    columns, rows, depth = tile * TILE_OUT + tl.arange(0, TILE_OUT), tl.arange(0, ROWS), tl.arange(0, TILE_IN)
-    tl.extra.cuda.gdc_wait()
-    gate = tl.zeros([TILE_OUT, ROWS], tl.float32)
-    up = tl.zeros([TILE_OUT, ROWS], tl.float32)
-    for at in tl.range(0, size_in, TILE_IN, num_stages=STAGES):
-        x = tl.load(x_ptr + rows[:, None] * x_stride + at + depth[None, :], mask=(rows < num_rows)[:, None], other=0.0).T
-        gate = tl.dot(weight.load([tile * TILE_OUT, at]), x, gate)
-        up = tl.dot(weight.load([size + tile * TILE_OUT, at]), x, up)
-    tl.extra.cuda.gdc_launch_dependents()
-    dtype = out_ptr.dtype.element_ty
-    wide = gate.to(dtype).to(tl.float32)
-    activated = (wide / (1 + tl.exp(-wide))).to(dtype).to(tl.float32)
-    tl.store(
-        out_ptr + rows[None, :] * size + columns[:, None],
-        (activated * up.to(dtype).to(tl.float32)).to(dtype),
-        mask=(rows < num_rows)[None, :],
+def run(config: Config, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, pair: bool = False) -> None:
+    """x [M, K], weight [N, K], out [M, N] or, for a pair, [M, N / 2]."""
+    tokens, depth = x.shape
+    outputs, half, device = out.shape[1], x.dtype == torch.float16, x.device.index
+    out_rows = config.rows // 2 if pair else config.rows
+    tiles = -(-outputs // out_rows)
+    grid = tiles * config.split if config.alias else min(tiles, _processors(device))
+    args = (
+        _map(weight.data_ptr(), half, weight.shape[0], weight.shape[1], weight.stride(0) * 2, out_rows),
+        _map(x.data_ptr(), half, tokens, depth, x.stride(0) * 2, config.tokens),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_void_p(bias.data_ptr() if bias is not None else 0),
+        ctypes.c_int(tokens),
+        ctypes.c_int(outputs),
+        ctypes.c_int(depth),
+    )
+    kernel = _kernel(config, pair, bias is not None, half, device)
+    kernel.launch(
+        grid, (config.warps_n * config.warps_k + 1) * 32, args, torch.cuda.current_stream(device).cuda_stream, config.split, OVERLAP
     )
 
 
-def gated(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """silu(gate) · up of x [T, size_in] · weight [2I, size_in]ᵀ + bias [2I] → [T, I]."""
-    rows, (size_out, size_in) = x.shape[0], weight.tensor.shape
-    size = size_out // 2
-    if bias is not None or size % 64 or not _is_ours(x, rows, size_in):
-        return fused.silu_mul(linear(x, weight, bias))
-    out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    _gated_kernel[(size // 64,)](
-        x, weight.descriptor(64), out, rows, size, size_in, x.stride(0), max(16, triton.next_power_of_2(rows)), 64, _TILE_IN,
-        3 if rows <= 16 else 4, num_warps=4, launch_pdl=True,
-    )  # fmt: skip
+# Rows of the weight a block takes → how its warps share a tile: (warps over rows, warps over K, K per stage).
+SHAPES = {
+    16: (1, 8, 512),
+    32: (2, 4, 256),
+    48: (3, 4, 128),
+    64: (4, 2, 128),
+    96: (6, 2, 128),
+    112: (7, 1, 64),
+    128: (8, 1, 64),
+    192: (6, 1, 64),
+    224: (7, 1, 64),
+}
+MAX_TOKENS = 64
+
+
+@cache
+def plan(tokens: int, outputs: int, depth: int, pair: bool, processors: int) -> Config | None:
+    """The block shape for [tokens, depth] x [outputs, depth]ᵀ, or None where the library's product is the better one.
+
+    A block per SM that gets an equal share of the rows needs no sum across blocks: 6144 = 128 · 48, 4096 = 128 · 32, 28672 = 128 · 224.
+    """
+    if tokens > MAX_TOKENS or depth % 8 or depth < 64 or outputs < 16:
+        return None
+    width = next(t for t in (8, 16, 32, 64) if tokens <= t)
+    best: tuple[float, Config] | None = None
+    for rows, (wn, wk, block) in SHAPES.items():
+        if pair and rows < 32:
+            continue
+        for split in (1, 2):
+            if (split == 2 and (pair or width < 64 or wk == 1)) or (wn * wk == 7 and width > 64):
+                continue
+            tiles = -(-outputs // rows)
+            waves = -(-tiles * split // processors)
+            if split > 1 and waves > 1:
+                continue
+            config = Config(rows, width, wn, wk, block, split, int(waves == 1))
+            if config.depth < 3:
+                continue
+            # rows through the fullest SM, something for each change of tile, and for x where its bytes (from L2) come near the weight's
+            cost = waves * (rows / split + 2) * (1 + 0.6 * max(0.0, width / rows - 0.75)) * (1.08 if split > 1 else 1.0)
+            if best is None or cost < best[0]:
+                best = cost, config
+    return best[1] if best else None
+
+
+def planned(x: torch.Tensor, weight: torch.Tensor, pair: bool) -> Config | None:
+    """How x [M, K] · weight [N, K]ᵀ would run here; None: by the library."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype or x.dim() != 2 or x.shape[0] == 0:
+        return None
+    if torch.cuda.get_device_capability(x.device)[0] != 9 or not weight.is_contiguous() or weight.data_ptr() % 16:
+        return None
+    return plan(x.shape[0], weight.shape[0], weight.shape[1], pair, _processors(x.device.index))
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, K], weight [N, K], bias [N] → [M, N]."""
+    config = planned(x, weight, False)
+    if config is None:
+        return functional.linear(x, weight, bias)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    run(config, _rows(x), weight, bias, out)
     return out
 
 
-def _is_ours(x: torch.Tensor, rows: int, size_in: int) -> bool:
-    return 0 < rows <= _MAX_ROWS and x.dtype is torch.bfloat16 and size_in % _TILE_IN == 0
+def gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, K], weight [2I, K] gate then up, bias [2I] → [M, I] silu(gate) · up, each rounded to x's dtype as if they were stored."""
+    config = planned(x, weight, True)
+    if config is None:
+        return fused.silu_mul(linear(x, weight, bias))
+    out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
+    run(config, _rows(x), weight, bias, out, pair=True)
+    return out
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """As it is."""
+    return weight.detach()
+
+
+def embedding(weight: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Rows token_ids [T] of weight [N, K] → [T, K]."""
+    return functional.embedding(token_ids, weight)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()

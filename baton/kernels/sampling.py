@@ -1,49 +1,54 @@
-"""Small kernels on CUDA (Triton) around the draw."""
+"""Choosing tokens on the GPU."""
 
 import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.scratch import counters
-
-_CHUNK = 8192
+BLOCK = 8192
 
 
 @triton.jit
-def _argmax_kernel(
-    logits_ptr, best_ptr, ids_ptr, counts_ptr, out_ptr, stride, size, CHUNKS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = chunk * CHUNK + tl.arange(0, CHUNK)
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-    values = tl.load(logits_ptr + row * stride + columns, mask=columns < size, other=float("-inf")).to(tl.float32)
-    best, index = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(best_ptr + row * CHUNKS + chunk, best)
-    tl.store(ids_ptr + row * CHUNKS + chunk, chunk * CHUNK + index)
-    tl.debug_barrier()
-    if tl.atomic_add(counts_ptr + row, 1, sem="acq_rel", scope="gpu") < CHUNKS - 1:
-        return
-    tl.store(counts_ptr + row, 0)
-    chunks = tl.arange(0, PADDED)
-    inside = chunks < CHUNKS
-    values = tl.load(best_ptr + row * CHUNKS + chunks, mask=inside, other=float("-inf"), volatile=True)
-    _, winner = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(out_ptr + row, tl.load(ids_ptr + row * CHUNKS + winner, volatile=True).to(tl.int64))
+def _argmax_parts(logits, values, ids, stride, vocab, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    row, part = tl.program_id(0), tl.program_id(1)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("-inf"))
+    top = tl.max(x, 0)
+    tl.store(values + row * parts + part, top)
+    tl.store(ids + row * parts + part, tl.min(tl.where((x == top) & (at < vocab), at, 2147483647), 0))
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """logits [R, V], rows contiguous → [R] int64; the lowest id among equals."""
-    rows, size = logits.shape
+@triton.jit
+def _argmax_rows(values, ids, out, parts, PARTS: tl.constexpr, OVERLAP: tl.constexpr):
+    row = tl.program_id(0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    at = tl.arange(0, PARTS)
+    x = tl.load(values + row * parts + at, mask=at < parts, other=float("-inf"))
+    best = tl.load(ids + row * parts + at, mask=at < parts, other=2147483647)
+    tl.store(out + row, tl.min(tl.where(x == tl.max(x, 0), best, 2147483647), 0).to(tl.int64))
+
+
+def argmax(logits: torch.Tensor, overlap: bool = True) -> torch.Tensor:
+    """logits [M, V] → [M] int64, the lowest id among equals; NaN is never chosen before a number.
+
+    overlap: the launches wait for the kernel before them themselves (programmatic dependent launch).
+    """
+    rows, vocab = logits.shape
+    parts = triton.cdiv(vocab, BLOCK)
+    values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    if rows:
-        chunks = triton.cdiv(size, _CHUNK)
-        best = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
-        ids = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
-        _argmax_kernel[(rows, chunks)](
-            logits, best, ids, counters(logits.device, rows), out, logits.stride(0), size, chunks, triton.next_power_of_2(chunks), _CHUNK,
-            num_warps=4, launch_pdl=True,
-        )  # fmt: skip
+    if rows == 0:
+        return out
+    _argmax_parts[(rows, parts)](
+        logits, values, ids, logits.stride(0), vocab, parts, BLOCK=BLOCK, OVERLAP=overlap, num_warps=8, launch_pdl=overlap
+    )
+    _argmax_rows[(rows,)](values, ids, out, parts, PARTS=triton.next_power_of_2(parts), OVERLAP=overlap, num_warps=1, launch_pdl=overlap)
     return out
 
 
