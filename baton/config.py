@@ -64,7 +64,7 @@ class EngineConfig(Strict):
     max_num_seqs: int | None = Field(default=None, ge=1)  # None: CPU 64, CUDA 256
     prefix_caching: bool = True
     num_threads: int | None = Field(default=None, ge=1)  # of torch on CPU
-    step_timeout_s: float = Field(default=300.0, gt=0)  # an engine that is silent for longer is stuck: the process ends, its requests move
+    step_timeout_s: float = Field(default=300.0, ge=5)  # an engine that is silent for longer is stuck: the process ends, its requests move
 
 
 class PoolConfig(Strict):

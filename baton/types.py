@@ -179,3 +179,4 @@ class StateUpdate:
     load: Load
     events: tuple[KVEvent, ...] = ()
     snapshot: bool = False
+    repeated_load: bool = False  # the engine is in a long step; `load` is from before

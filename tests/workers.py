@@ -79,7 +79,9 @@ class Worker:
 
 
 @asynccontextmanager
-async def worker(role: Role, pool: Pool, *, fingerprint: str = "f", pool_available: bool = True) -> AsyncIterator[Worker]:
+async def worker(
+    role: Role, pool: Pool, *, fingerprint: str = "f", pool_available: bool = True, name: str = "w", port: int = 0
+) -> AsyncIterator[Worker]:
     runner = SlowRunner(NUM_BLOCKS)
     engine = Engine(
         Scheduler(KVCache(NUM_BLOCKS, BLOCK_SIZE), max_num_batched_tokens=16, max_num_seqs=8),
@@ -94,8 +96,10 @@ async def worker(role: Role, pool: Pool, *, fingerprint: str = "f", pool_availab
     intake, channels = Intake(engine), Channels(LEASE_S)
     metrics = WorkerMetrics("toy", str(role), lambda: engine.load, dict)
     server = grpc.aio.server(options=server_options(LEASE_S))
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(intake, lambda: Member(id="w", role=role, address=address)), server)
+    address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
+    worker_pb2_grpc.add_WorkerServicer_to_server(
+        WorkerServicer(intake, lambda: Member(id=name, role=role, address=address), lease_s=LEASE_S), server
+    )
     if role is Role.PREFILL:
         prefill_pb2_grpc.add_PrefillServicer_to_server(PrefillServicer(intake, fingerprint, metrics, heartbeat_s=LEASE_S / 4), server)
     else:

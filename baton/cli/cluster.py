@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -214,7 +215,7 @@ class Cluster:
             child.process = None
             try:
                 await self._spawn(child)
-            except OSError as error:
+            except (OSError, subprocess.SubprocessError, RuntimeError) as error:
                 logger.warning("%s cannot be started now: %s", child.name, error)
 
     async def _end(self, child: Child) -> None:
@@ -300,7 +301,10 @@ def _free_port() -> int:
 
 
 def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    except OSError as error:
+        return f"(its log cannot be read: {error})"
 
 
 def _die_with(parent: int) -> Any:

@@ -143,7 +143,7 @@ class EtcdMembership:
     async def _reset(self) -> None:
         client, self._client = self._client, None
         if client is not None:
-            with contextlib.suppress(*_FAILURES):
+            with contextlib.suppress(Exception):
                 await asyncio.wait_for(client.close(), 1.0)
 
     # -- watching

@@ -19,11 +19,10 @@ from baton.metrics import WorkerMetrics
 from baton.rpc import convert
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc
-from baton.types import GenerateRequest, Member, MemberState
+from baton.types import GenerateRequest, Member, MemberState, StateUpdate
 
 logger = logging.getLogger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Worker"].full_name
-_STATE_INTERVAL_S = 1.0
 _EX_SOFTWARE = 70
 Context = Any  # grpc.aio.ServicerContext, whose type parameters nobody can name
 
@@ -71,8 +70,8 @@ class Intake:
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, intake: Intake, member: Callable[[], Member]) -> None:
-        self._intake, self._member = intake, member
+    def __init__(self, intake: Intake, member: Callable[[], Member], *, lease_s: float) -> None:
+        self._intake, self._member, self._interval_s = intake, member, min(lease_s / 4, 1.0)
 
     async def GetMember(self, request: pb.GetMemberRequest, context: Context) -> pb.Member:
         return convert.member_to_proto(self._current())
@@ -80,8 +79,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     async def WatchState(self, request: pb.WatchStateRequest, context: Context) -> AsyncIterator[pb.StateUpdate]:
         """During a long step the engine says nothing; then the last load is repeated, so the numbering is the stream's own."""
         sequence, last = 0, None
-        async for news in with_heartbeat(self._intake.engine.watch(), _STATE_INTERVAL_S):
-            update = news or (last and dataclasses.replace(last, events=(), snapshot=False))
+        async for news in with_heartbeat(self._intake.engine.watch(), self._interval_s):
+            update = news or (last and dataclasses.replace(last, events=(), snapshot=False, repeated_load=True))
             if update is None:  # the snapshot has not come yet
                 continue
             yield convert.state_to_proto(dataclasses.replace(update, sequence=sequence, state=self._current().state))
@@ -122,13 +121,23 @@ class guarded:
 async def end_if_stuck(engine: Engine, limit_s: float) -> None:
     """Ends the process when its engine has been silent for `limit_s`: peers see broken streams, and a supervisor starts it again."""
     updates = engine.watch()
-    while True:
-        try:
-            async with asyncio.timeout(limit_s):
-                await anext(updates)
-        except TimeoutError:
-            logger.critical("the engine has been stuck in a step for %g s (engine.step_timeout_s); ending this process", limit_s)
-            os._exit(_EX_SOFTWARE)
+    tick_s, silent_s = min(limit_s / 5, 1.0), 0.0  # in ticks, so that a pause of the whole process counts as one
+    pending = asyncio.ensure_future(_next(updates))
+    try:
+        while silent_s < limit_s:
+            done, _ = await asyncio.wait([pending], timeout=tick_s)
+            silent_s = 0.0 if done else silent_s + tick_s
+            if done:
+                pending.result()
+                pending = asyncio.ensure_future(_next(updates))
+    finally:
+        pending.cancel()
+    logger.critical("the engine has been stuck in a step for %g s (engine.step_timeout_s); ending this process", limit_s)
+    os._exit(_EX_SOFTWARE)
+
+
+async def _next(updates: AsyncIterator[StateUpdate]) -> StateUpdate:
+    return await anext(updates)
 
 
 async def host_worker(
@@ -142,7 +151,9 @@ async def host_worker(
     engine.start()
     intake = Intake(engine)
     host = Host(config.server, config.cluster, member, metrics)
-    cast(Any, worker_pb2_grpc).add_WorkerServicer_to_server(WorkerServicer(intake, lambda: host.member), host.grpc)
+    cast(Any, worker_pb2_grpc).add_WorkerServicer_to_server(
+        WorkerServicer(intake, lambda: host.member, lease_s=config.cluster.lease_s), host.grpc
+    )
     services = add_services(host, intake)
 
     async def drain() -> None:

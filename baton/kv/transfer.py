@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 5.0
-STALLED_S = 1.0  # a call in hand for longer hangs
+STALLED_S = 3.0  # a call in hand for longer hangs; a store gives up a node that is stopped after 2
 MAX_QUEUED = 1024  # calls per thread; more are misses at once
 
 
@@ -50,6 +50,7 @@ class _Breaker:
         self._kind = kind
         self._backoff = 0.0
         self._until = 0.0
+        self.in_hand = 0  # calls made and not answered yet
 
     @property
     def open(self) -> bool:
@@ -182,9 +183,9 @@ class KVTransfer:
 
     def _submit(self, lane: _Lane, breaker: _Breaker, call: Callable[[], T], miss: T, done: Callable[[T], None]) -> None:
         with self._lock:  # nothing enters a lane behind its end
-            patience = 0.0 if breaker.probing else STALLED_S
-            left_alone = self._closed or breaker.open or lane.busy_s > patience
+            left_alone = self._closed or breaker.open or (breaker.probing and breaker.in_hand) or lane.busy_s > STALLED_S
             if not left_alone and lane.submit(lambda: done(self._make(breaker, call, miss))):
+                breaker.in_hand += 1
                 return
         self._skip(miss, done)
 
@@ -197,6 +198,7 @@ class KVTransfer:
         if self._closed or breaker.open:
             with self._lock:
                 self.stats.skipped += 1
+                breaker.in_hand -= 1
             return miss
         try:
             result = call()
@@ -205,9 +207,12 @@ class KVTransfer:
                 logger.exception("the KV store failed in a way that its adapter does not know")
             with self._lock:
                 self.stats.failures += 1
-            breaker.failed(error)
+                breaker.failed(error)
+                breaker.in_hand -= 1
             return miss
-        breaker.worked()
+        with self._lock:
+            breaker.worked()
+            breaker.in_hand -= 1
         return result
 
 

@@ -142,6 +142,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             else:
                 feeding.decide("", "no prefill worker managed it, computed here")
             self._metrics.prefill("fallback")
+        except Exception as error:
+            logger.exception("having %s prefilled failed in a way that is not known here", request.request_id)
+            feeding.decide("", f"{type(error).__name__} while asking for a prefill, computed here")
+            self._metrics.prefill("fallback")
         finally:
             sequence.release()
 

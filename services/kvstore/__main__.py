@@ -44,13 +44,16 @@ async def serve(config: KVStoreConfig) -> None:
         supervisor = MasterSupervisor(config.server.host, config.master_port, config.master_metrics_port, config.client_ttl_s)
         metrics.gauge("kvstore_master_restarts", "How often mooncake_master was started again", lambda: supervisor.num_restarts)
         supervisor.start()
+    served = False
     try:
         await host.run([kvstore_pb2.DESCRIPTOR.services_by_name["KVStore"].full_name], lambda: memory.drain(config.drain_grace_s))
+        served = True
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await _leave(store, admin)
+        if served:  # else it ends with its error, and the master forgets it
+            await _leave(store, admin)
         await admin.close()
         if supervisor is not None:
             await supervisor.stop()
@@ -60,7 +63,9 @@ async def _poll(admin: MasterAdmin, metrics: KVStoreMetrics) -> None:
     while True:
         try:
             metrics.state = await admin.state()
-        except StoreError:
+        except Exception as error:
+            if not isinstance(error, StoreError):
+                logger.exception("the pool's state cannot be read")
             metrics.state = dataclasses.replace(metrics.state, capacity_bytes=0, used_bytes=0, num_keys=0, segments=())
         await asyncio.sleep(_POLL_S)
 

@@ -35,7 +35,9 @@ class LentMemory:
                 logger.info("joined the pool, lending %d bytes", self._nbytes)
                 if self._nbytes:
                     await self._touch()
-            except StoreError as error:
+            except Exception as error:
+                if not isinstance(error, StoreError):
+                    logger.exception("joining the pool failed in a way that is not known here")
                 attempts += 1
                 if attempts == _PATIENCE or self._joined:
                     logger.warning("%s%s", error, "" if self._joined else "; trying on")

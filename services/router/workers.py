@@ -120,8 +120,10 @@ class Workers:
         async for view in self._membership.watch():
             self.others = {name: member for name, member in view.items() if member.role not in SERVING}
             serving = {name: member for name, member in view.items() if member.role in SERVING}
-            for worker in [worker for name, worker in self._workers.items() if name not in serving]:
+            absent = [worker for name, worker in self._workers.items() if name not in serving]
+            for worker in absent:
                 worker.gone = True
+            for worker in absent:
                 if worker.state is None:
                     await self._forget(worker)
             for name, member in serving.items():
@@ -139,6 +141,8 @@ class Workers:
 
     async def _forget(self, worker: Worker) -> None:
         name = worker.member.id
+        if self._workers.get(name) is not worker:  # forgotten already
+            return
         del self._workers[name]
         if worker.watcher is not None and worker.watcher is not asyncio.current_task():
             worker.watcher.cancel()
@@ -178,6 +182,9 @@ class Workers:
         )
         expected: int | None = None
         try:
+            there = await stub.GetMember(worker_pb2.GetMemberRequest(), timeout=self._lease_s)
+            if there.id != worker.member.id:  # a successor has its address
+                return
             while True:
                 async with asyncio.timeout(self._lease_s):
                     message = await call.read()
@@ -190,7 +197,8 @@ class Workers:
                 self.index.apply(worker.member.id, update.events, snapshot=update.snapshot)
                 changed = worker.state is not update.state
                 worker.state, worker.load = update.state, update.load
-                worker.routed_requests = worker.routed_tokens = 0
+                if not update.repeated_load:
+                    worker.routed_requests = worker.routed_tokens = 0
                 if changed:
                     await self._notify()
         finally:

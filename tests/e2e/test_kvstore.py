@@ -72,6 +72,8 @@ class Pool:
     def signal_mooncake_master(self, number: signal.Signals) -> None:
         (child,) = psutil.Process(self.processes["master"].pid).children()
         child.send_signal(number)
+        while number is signal.SIGSTOP and child.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
 
     def stop(self) -> None:
         for process in self.processes.values():
@@ -297,3 +299,21 @@ def test_nobody_waits_for_a_master_that_is_not_there() -> None:
     with pytest.raises(StoreError, match="no mooncake_master"):
         store.contains(["x"])
     assert time.monotonic() - started < 2
+
+
+def test_a_service_that_cannot_start_says_why() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [
+            sys.executable,
+            "-m",
+            "services.kvstore",
+            "mode=node",
+            f"pool.master=127.0.0.1:{free_port()}",
+            f"server.grpc_port={port}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr

@@ -39,18 +39,37 @@ async def until(condition: Callable[[], bool], within_s: float = 3 * LEASE_S) ->
 
 async def test_a_successor_at_the_same_address_outlives_its_predecessors_lease() -> None:
     """A worker without a fixed id, started again at a fixed port: for a while both names are members."""
-    async with worker(Role.UNIFIED, {}) as w:
-        hub = {"old": member("old", w.address, pid=1)}
-        async with view(hub) as workers:
-            await until(lambda: usable(workers) == ["old"])
-            hub["new"] = member("new", w.address, pid=2)
-            await until(lambda: usable(workers) == ["new", "old"])
-            del hub["old"]
+    hub: dict[str, Member] = {}
+    async with view(hub) as workers, worker(Role.UNIFIED, {}, name="old") as old:
+        hub["old"] = member("old", old.address, pid=1)
+        await until(lambda: usable(workers) == ["old"])
+        await old.server.stop(0)
+        async with worker(Role.UNIFIED, {}, name="new", port=int(old.address.rpartition(":")[2])) as new:
+            hub["new"] = member("new", new.address, pid=2)
             await until(lambda: usable(workers) == ["new"])
-            watched = next(each for each in workers.all() if each.member.id == "new")
+            del hub["old"]
+            await until(lambda: list(workers._workers) == ["new"])
+            watched = workers._workers["new"]
             seen = watched.load
-            stream = call(w, prompt(200, max_tokens=1))  # changes its load
+            stream = call(new, prompt(200, max_tokens=1))  # changes its load
             await until(lambda: watched.load != seen)
+            stream.cancel()
+
+
+async def test_what_was_routed_stays_counted_during_a_long_step() -> None:
+    async with worker(Role.UNIFIED, {}) as w:
+        hub = {"w": member("w", w.address)}
+        async with view(hub) as workers:
+            await until(lambda: usable(workers) == ["w"])
+            w.runner.step_s = 3 * LEASE_S
+            stream = call(w, prompt(8, max_tokens=1))
+            while not w.runner.num_steps:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(LEASE_S / 2)
+            workers.routed("w", 100)
+            await asyncio.sleep(1.5 * LEASE_S)
+            assert usable(workers) == ["w"]
+            assert workers._workers["w"].routed_tokens == 100
             stream.cancel()
 
 

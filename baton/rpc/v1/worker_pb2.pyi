@@ -95,18 +95,20 @@ class KVEvent(_message.Message):
     def __init__(self, removed: _Optional[bool] = ..., tier: _Optional[_Union[Tier, str]] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
 
 class StateUpdate(_message.Message):
-    __slots__ = ("sequence", "state", "load", "events", "snapshot")
+    __slots__ = ("sequence", "state", "load", "events", "snapshot", "repeated_load")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_LOAD_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     state: MemberState
     load: Load
     events: _containers.RepeatedCompositeFieldContainer[KVEvent]
     snapshot: bool
-    def __init__(self, sequence: _Optional[int] = ..., state: _Optional[_Union[MemberState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., events: _Optional[_Iterable[_Union[KVEvent, _Mapping]]] = ..., snapshot: _Optional[bool] = ...) -> None: ...
+    repeated_load: bool
+    def __init__(self, sequence: _Optional[int] = ..., state: _Optional[_Union[MemberState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., events: _Optional[_Iterable[_Union[KVEvent, _Mapping]]] = ..., snapshot: _Optional[bool] = ..., repeated_load: _Optional[bool] = ...) -> None: ...
 
 class GetMemberRequest(_message.Message):
     __slots__ = ()
