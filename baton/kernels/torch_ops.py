@@ -46,7 +46,7 @@ def rope_write(
     the rotation. Returns q [T, Hq, D].
     """
     kv_heads, size, dim = kv.shape[3:]
-    q, k, v = qkv.view(qkv.shape[0], -1, dim).split((num_heads, kv_heads, kv_heads), dim=1)
+    q, k, v = qkv.unflatten(1, (-1, dim)).split((num_heads, kv_heads, kv_heads), dim=1)
     if q_weight is not None:
         q = rms_norm(q, q_weight, eps)
     if k_weight is not None:
