@@ -12,6 +12,7 @@ sequence's real length exits at once.
 """
 
 from functools import cache
+from typing import Any
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalSubscript=false
 import torch
@@ -20,6 +21,8 @@ import triton.language as tl
 
 _DECODE_ROWS = 16  # the fewest rows that tensor cores multiply
 _MAX_CHUNKS = 64
+_LEAST_CHUNK = 128  # tokens
+_PROGRAMS_AT_ONCE = 3  # of _decode, on one multiprocessor
 
 
 @triton.jit
@@ -66,12 +69,43 @@ def _attend(
     return acc, peak, total
 
 
+@triton.jit
+def _merge(
+    area, sums, out, count, active, stride_out, stride_out_head,
+    GROUP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr, SHARE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Writes `count` tokens' GROUP heads from `active` partial results: area [chunks, ROWS, COLUMNS], sums [chunks, ROWS]. Read past the
+    first-level cache, which other programs' writes do not reach."""
+    heads, every, columns = tl.arange(0, SHARE), tl.arange(0, MOST), tl.arange(0, COLUMNS)
+    real_heads, real_columns = heads < GROUP, columns < DIM
+    for number in range(count):
+        row = number * GROUP + heads
+        known = (every < active)[:, None] & real_heads[None, :]
+        logs = tl.load(sums + every[:, None] * ROWS + row[None, :], mask=known, other=-float("inf"), cache_modifier=".cg")
+        peak = tl.max(logs, 0)
+        anchor = tl.where(peak == -float("inf"), 0.0, peak)
+        total = tl.sum(tl.exp2(logs - anchor[None, :]), 0)
+        merged = tl.zeros((SHARE, COLUMNS), tl.float32)
+        for start in range(0, active, AT_ONCE):
+            part = start + tl.arange(0, AT_ONCE)
+            there = (part < active)[:, None] & real_heads[None, :]
+            shares = tl.load(sums + part[:, None] * ROWS + row[None, :], mask=there, other=-float("inf"), cache_modifier=".cg")
+            place = part[:, None, None] * (ROWS * COLUMNS) + row[None, :, None] * COLUMNS + columns[None, None, :]
+            values = tl.load(area + place, mask=there[:, :, None] & real_columns[None, None, :], other=0.0, cache_modifier=".cg")
+            merged += tl.sum(values * tl.exp2(shares - anchor[None, :])[:, :, None], 0)
+        merged = merged / tl.where(total > 0, total, 1.0)[:, None]
+        target = out + number * stride_out + heads[:, None] * stride_out_head + columns[None, :]
+        tl.store(target, merged.to(out.dtype.element_ty), mask=real_heads[:, None] & real_columns[None, :])
+
+
 @triton.jit(do_not_specialize=["window", "chunks", "stride_table"])
 def _decode(
     q, kv, out, partial, counters, tables, starts, lens, scale, window, stride_q, stride_q_head, stride_out, stride_out_head,
     stride_table, stride_block, stride_value, stride_head, chunks,
     GROUP: tl.constexpr, FEW: tl.constexpr, WINDOW: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, MOST: tl.constexpr,
+    SHARE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV heads, chunks, sequences). partial: [sequences, KV heads, chunks, ROWS, COLUMNS + 1] fp32, the last column log2 of the sum;
     counters [sequences, KV heads] int32, zero before and after."""
@@ -123,22 +157,10 @@ def _decode(
         return
     tl.debug_barrier()
     tl.store(counters + pair, 0)
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    peak, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    for other in range(0, active, AT_ONCE):
-        for step in tl.static_range(AT_ONCE):
-            real = other + step < active
-            part_place = area + (other + step) * (ROWS * COLUMNS) + rows[:, None] * COLUMNS + columns[None, :]
-            part = tl.load(part_place, mask=inside & real, other=0.0, cache_modifier=".cg")
-            weight = tl.load(sums + (other + step) * ROWS + rows, mask=(rows < ROWS) & real, other=-float("inf"), cache_modifier=".cg")
-            new_peak = tl.maximum(peak, weight)
-            anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-            shrink, share = tl.exp2(peak - anchor), tl.exp2(weight - anchor)
-            acc = acc * shrink[:, None] + part * share[:, None]
-            total = total * shrink + share
-            peak = new_peak
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
+    _merge(
+        area, sums, out + first.to(tl.int64) * stride_out + head.to(tl.int64) * GROUP * stride_out_head, count, active, stride_out,
+        stride_out_head, GROUP, DIM, COLUMNS, ROWS, MOST, SHARE, AT_ONCE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["window", "sequences", "stride_table"])
@@ -201,22 +223,31 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _chunks(pairs: int, longest: int, device: torch.device) -> tuple[int, int]:
-    """Most chunks that a context is cut into, and a chunk's fewest tokens, for so many pairs of sequence and KV head: enough programs to
-    fill the chip several times over, so that the tail is short."""
-    least = 128 if pairs < 2 * _multiprocessors(device) else 256
-    wanted = triton.cdiv(16 * _multiprocessors(device), pairs)
-    return max(1, min(wanted, _MAX_CHUNKS, triton.cdiv(longest, least))), least
+@cache
+def _chunks(pairs: int, most: int, slots: int) -> int:
+    """How many chunks (at most `most`) a context is cut into, so that programs of (pair of sequence and KV head, chunk) fill the chip's
+    slots in nearly whole rounds."""
+
+    def waste(chunks: int) -> float:
+        return triton.cdiv(pairs * chunks, slots) * slots / (pairs * chunks)
+
+    counts = range(1, most + 1)
+    return next((chunks for chunks in counts if waste(chunks) <= 1.06), min(counts, key=waste))
+
+
+def _decode_chunks(pairs: int, longest: int, device: torch.device) -> int:
+    most = max(1, min(_MAX_CHUNKS, triton.cdiv(longest, _LEAST_CHUNK)))
+    return _chunks(pairs, most, _PROGRAMS_AT_ONCE * _multiprocessors(device))
 
 
 def _decode_options(wide: bool, columns: int) -> dict[str, int]:
-    return {"TOKENS": 32 if wide or columns > 128 else 64, "STAGES": 3, "num_warps": 4}
+    return {"TOKENS": 32 if wide else 128 if columns <= 128 else 64, "STAGES": 3, "num_warps": 4}
 
 
 def _prefill_options(wide: bool, columns: int) -> dict[str, int]:
     if wide:
         return {"ROWS": 32, "TOKENS": 32, "STAGES": 2, "num_warps": 4}
-    return {"ROWS": 128, "TOKENS": 32 if columns > 128 else 64, "STAGES": 3, "num_warps": 8}
+    return {"ROWS": 128, "TOKENS": 32 if columns > 128 else 128, "STAGES": 2, "num_warps": 8}
 
 
 def _counters(pairs: int) -> int:
@@ -227,8 +258,84 @@ def _counters(pairs: int) -> int:
 def decode_workspace(sequences: int, kv_heads: int, head_dim: int, device: torch.device) -> torch.Tensor:
     """fp32 zeros for paged_attention's `workspace` with at most so many sequences; calls that may run at once must not share it."""
     columns = triton.next_power_of_2(head_dim)
-    parts = max(s * kv_heads * _chunks(s * kv_heads, 1 << 30, device)[0] for s in range(1, sequences + 1))
+    parts = max(s * kv_heads * _decode_chunks(s * kv_heads, 1 << 30, device) for s in range(1, sequences + 1))
     return torch.zeros(_counters(sequences * kv_heads) + parts * _DECODE_ROWS * (columns + 1), dtype=torch.float32, device=device)
+
+
+def few_queries(q: torch.Tensor, kv: torch.Tensor) -> int:
+    """Most query rows of a sequence that attend_few serves."""
+    return max(1, _DECODE_ROWS * kv.shape[3] // q.shape[1])
+
+
+def _common(
+    q: torch.Tensor, kv: torch.Tensor, block_tables: torch.Tensor, window: int | None, out: torch.Tensor
+) -> tuple[list[Any], dict[str, Any]]:
+    """What both kernels take: the scalars and strides, the constants."""
+    (heads, dim), (kv_heads, size) = q.shape[1:], kv.shape[3:5]
+    scalars = [dim**-0.5 * 1.4426950408889634, window or 0, q.stride(0), q.stride(1), out.stride(0), out.stride(1)]
+    strides = [block_tables.stride(0), kv.stride(0), kv.stride(2), kv.stride(3)]
+    constants = {
+        "GROUP": heads // kv_heads,
+        "FEW": few_queries(q, kv),
+        "WINDOW": window is not None,
+        "SIZE": size,
+        "DIM": dim,
+        "COLUMNS": triton.next_power_of_2(dim),
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
+    return scalars + strides, constants
+
+
+def attend_few(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    layer: int,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_context_len: int,
+    window: int | None,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """paged_attention for those sequences that have at most few_queries rows; the others' rows stay as they are."""
+    sequences, kv_heads = context_lens.shape[0], kv.shape[3]
+    scalars, constants = _common(q, kv, block_tables, window, out)
+    group, columns = constants["GROUP"], constants["COLUMNS"]
+    pairs, rows = sequences * kv_heads, max(_DECODE_ROWS, triton.next_power_of_2(group))
+    chunks = _decode_chunks(pairs, max_context_len, q.device)
+    if workspace is None:
+        needed = _counters(pairs) + pairs * chunks * rows * (columns + 1) if chunks > 1 else 0
+        workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
+        workspace[:pairs].zero_()
+    partial, counters = workspace[_counters(pairs) :], workspace[: _counters(pairs)].view(torch.int32)
+    share = triton.next_power_of_2(group)
+    _decode[(kv_heads, chunks, sequences)](
+        q, kv[:, layer], out, partial, counters, block_tables, query_start, context_lens, *scalars, chunks, **constants,
+        ROWS=rows, LEAST=_LEAST_CHUNK, MOST=_MAX_CHUNKS, SHARE=share, AT_ONCE=max(1, min(_MAX_CHUNKS, 8192 // (share * columns))),
+        **_decode_options(q.dtype == torch.float32, columns),
+    )  # fmt: skip
+
+
+def attend_many(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    layer: int,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """paged_attention for those sequences that have more than few_queries rows; the others' rows stay as they are."""
+    sequences, kv_heads = context_lens.shape[0], kv.shape[3]
+    scalars, constants = _common(q, kv, block_tables, window, out)
+    options = _prefill_options(q.dtype == torch.float32, constants["COLUMNS"])
+    options["ROWS"] = max(options["ROWS"], triton.next_power_of_2(constants["GROUP"]))
+    tiles = q.shape[0] // (options["ROWS"] // constants["GROUP"]) + sequences
+    _prefill[(tiles, kv_heads)](
+        q, kv[:, layer], out, block_tables, query_start, context_lens, *scalars, sequences, **constants, SEARCH=64, **options
+    )  # fmt: skip
 
 
 def paged_attention(
@@ -249,42 +356,13 @@ def paged_attention(
     Heads and rows of q and out may lie apart; max_query_len and max_context_len are upper bounds. workspace: from decode_workspace, kept by
     the caller; without one, memory is taken and zeroed in each call that needs it.
     """
-    (rows, heads, dim), (kv_heads, size) = q.shape, kv.shape[3:5]
-    sequences, group = context_lens.shape[0], heads // kv_heads
-    result = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
-    if not rows or not sequences:
+    result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    sequences, few = context_lens.shape[0], few_queries(q, kv)
+    if not q.shape[0] or not sequences:
         return result
-    cache_of_layer = kv[:, layer]
-    few = max(1, _DECODE_ROWS // group)
-    columns = triton.next_power_of_2(dim)
-    shared = (q, cache_of_layer, result)
-    lists = (block_tables, query_start, context_lens, dim**-0.5 * 1.4426950408889634, window or 0)
-    strides = (
-        q.stride(0), q.stride(1), result.stride(0), result.stride(1),
-        block_tables.stride(0), kv.stride(0), kv.stride(2), kv.stride(3),
-    )  # fmt: skip
-    wide = q.dtype == torch.float32
-    common = {
-        "GROUP": group, "FEW": few, "WINDOW": window is not None, "SIZE": size, "DIM": dim, "COLUMNS": columns, "PRECISION": "ieee" if wide else "tf32"
-    }  # fmt: skip
-
+    lists = (block_tables, query_start, context_lens)
     if max_query_len <= few or sequences > 1:
-        pairs, tile_rows = sequences * kv_heads, max(_DECODE_ROWS, triton.next_power_of_2(group))
-        chunks, least = _chunks(pairs, max_context_len, q.device)
-        if workspace is None and chunks > 1:
-            needed = _counters(pairs) + pairs * chunks * tile_rows * (columns + 1)
-            workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
-            workspace[:pairs].zero_()
-        if workspace is None:
-            workspace = torch.empty(0, dtype=torch.float32, device=q.device)
-        partial, counters = workspace[_counters(pairs) :], workspace[: _counters(pairs)].view(torch.int32)
-        _decode[(kv_heads, chunks, sequences)](
-            *shared, partial, counters, *lists, *strides, chunks, **common,
-            ROWS=tile_rows, LEAST=least, AT_ONCE=4, **_decode_options(wide, columns),
-        )  # fmt: skip
+        attend_few(q, kv, layer, *lists, max_context_len, window, result, workspace)
     if max_query_len > few:
-        options = _prefill_options(wide, columns)
-        options["ROWS"] = max(options["ROWS"], triton.next_power_of_2(group))
-        tiles = rows // (options["ROWS"] // group) + sequences
-        _prefill[(tiles, kv_heads)](*shared, *lists, *strides, sequences, **common, SEARCH=64, **options)
+        attend_many(q, kv, layer, *lists, window, result)
     return result

@@ -102,6 +102,25 @@ def test_captured_graph_serves_other_lengths() -> None:
         assert_near(out, case.expected(None))
 
 
+def test_prefill_through_flash_attention() -> None:
+    """Mixed batches: prompts through the package, single tokens through the project's kernel, and no NaN from anybody's neighbours."""
+    from baton.kernels import flash
+
+    if flash.unavailable():
+        pytest.skip(f"{flash.unavailable()}")
+    contexts, new = [130, 1, 1000, 257, 64, 2049, 300], [130, 1, 999, 1, 17, 700, 3]
+    for heads, kv_heads, dim, size in ((8, 2, 128, 16), (14, 2, 64, 64)):
+        case = paged_case(contexts, new, heads, kv_heads, dim, size, torch.bfloat16)
+        lists = (case.block_tables, case.query_start, case.context_lens, case.max_query_len, case.max_context_len)
+        assert_near(flash.flash_paged_attention(case.q, case.kv, LAYER, *lists), case.expected(None))
+        out = poison(tuple(case.q.shape), torch.bfloat16)
+        few = flash.few_queries(case.q, case.kv)
+        keys = flash.dense_keys(case.query_start, case.context_lens, few, sum(contexts))
+        assert flash.flash_paged_attention(case.q, case.kv, LAYER, *lists, out=out, keys=keys) is out
+        assert_near(out, case.expected(None))
+        assert_near(flash.flash_paged_attention(case.q, case.kv, LAYER, *lists, window=37), case.expected(37))
+
+
 def test_repeated_calls_agree() -> None:
     """The order in which a sequence's parts arrive does not show."""
     case = paged_case([4999, 3000], [1, 1], 32, 8, 128, 16, torch.bfloat16)
