@@ -21,7 +21,7 @@ import triton.language as tl
 
 _DECODE_ROWS = 16  # the fewest rows that tensor cores multiply
 _MAX_CHUNKS = 64
-_LEAST_CHUNK = 128  # tokens
+_LEAST_CHUNK = 256  # tokens
 _PROGRAMS_AT_ONCE = 3  # of _decode, on one multiprocessor
 
 

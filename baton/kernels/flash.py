@@ -22,16 +22,17 @@ _WORTH_IT = 64  # new tokens, below which the copy costs more than it saves
 
 
 @cache
-def _package() -> Callable[..., torch.Tensor] | str:
-    """The function that attends, or why there is none."""
+def _package() -> Callable[..., tuple[torch.Tensor, ...]] | str:
+    """The packages' forward operator (both have the same), or why there is none."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return "no Hopper GPU"
-    for name in ("flash_attn_interface", "fa3_fwd_interface"):
+    for name in ("flash_attn_3", "fa3_fwd"):
         try:
-            return import_module(name).flash_attn_varlen_func
+            import_module(f"{name}._C")
+            return getattr(torch.ops, name).fwd.default
         except (ImportError, OSError, AttributeError):
             continue
-    return "neither fa3-fwd nor flash-attn-3 can be imported"
+    return "neither flash-attn-3 nor fa3-fwd can be imported"
 
 
 def unavailable() -> str | None:
@@ -117,12 +118,10 @@ def flash_paged_attention(
     if served and not isinstance(found, str):
         keys = keys or dense_keys(query_start, context_lens, few, sequences * max_context_len)
         dense = gather_keys(kv, layer, block_tables, keys).transpose(1, 2)
-        result = found(
-            q, dense[0], dense[1], query_start, keys.starts, max_query_len, max_context_len, seqused_k=keys.lens, causal=True
+        result, *_ = found(
+            q, dense[0], dense[1], out=out, cu_seqlens_q=query_start, cu_seqlens_k=keys.starts, seqused_k=keys.lens,
+            max_seqlen_q=max_query_len, max_seqlen_k=max_context_len, softmax_scale=q.shape[2] ** -0.5, is_causal=True, num_splits=1,
         )  # fmt: skip
-        result = result[0] if isinstance(result, tuple) else result
-        if out is not None:
-            result = out.copy_(result)
     else:
         result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         if max_query_len > few:
