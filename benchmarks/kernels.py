@@ -65,14 +65,14 @@ def fused_rows(tokens: int) -> list[Row]:
     x, residual, weight = random(tokens, HIDDEN), random(tokens, HIDDEN), random(HIDDEN)
     gate_up, qkv = random(tokens, 2 * INTERMEDIATE), random(tokens, (HEADS + 2 * KV_HEADS) * DIM)
     kv, table = random(-(-tokens // 16), 2, 2, KV_HEADS, 16, DIM), torch.randn(tokens, DIM, device="cuda")
-    where, unit = torch.arange(tokens, device="cuda"), tokens * 2
+    where, unit, rope = torch.arange(tokens, device="cuda"), tokens * 2, fused.rope_write
     return [
         (f"rms_norm, {tokens:,} tokens", lambda i: fused.rms_norm(x, weight, 1e-5), unit * HIDDEN * 2, 0),
         (f"add_rms_norm, {tokens:,} tokens", lambda i: fused.add_rms_norm(x, residual, weight, 1e-5), unit * HIDDEN * 4, 0),
         (f"silu_mul, {tokens:,} tokens", lambda i: fused.silu_mul(gate_up), unit * INTERMEDIATE * 3, 0),
         (
             f"rope_write, {tokens:,} tokens",
-            lambda i: fused.rope_write(qkv, table, where, where, kv, i % 2, HEADS),
+            lambda i: rope(qkv, table, where, where, kv, i % 2, HEADS),
             unit * qkv.shape[1] * 2,
             0,
         ),
