@@ -12,6 +12,8 @@ sequence's real length exits at once.
 """
 
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalSubscript=false
@@ -219,6 +221,15 @@ def _prefill(
 
 
 @cache
+def _hopper() -> ModuleType | None:
+    """The module for Hopper, where Triton is new enough for it."""
+    try:
+        return import_module("baton.kernels.hopper")
+    except ImportError:
+        return None
+
+
+@cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
@@ -328,6 +339,10 @@ def attend_many(
     out: torch.Tensor,
 ) -> None:
     """paged_attention for those sequences that have more than few_queries rows; the others' rows stay as they are."""
+    hopper = _hopper()
+    if hopper and hopper.serves(q, kv):
+        hopper.attend_many(q, kv, layer, block_tables, query_start, context_lens, few_queries(q, kv), window, out)
+        return
     sequences, kv_heads = context_lens.shape[0], kv.shape[3]
     scalars, constants = _common(q, kv, block_tables, window, out)
     options = _prefill_options(q.dtype == torch.float32, constants["COLUMNS"])

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -102,7 +101,9 @@ def _scores(queries, keys, full, j, STAGES: gl.constexpr, DIM: gl.constexpr, lay
 
 
 @gluon.jit
-def _softmax(scores, peak, total, tile, full_tiles, seen_from, positions, scale, WINDOW: gl.constexpr, TOKENS: gl.constexpr, layout: gl.constexpr):
+def _softmax(
+    scores, peak, total, tile, full_tiles, seen_from, positions, scale, WINDOW: gl.constexpr, TOKENS: gl.constexpr, layout: gl.constexpr
+):
     if (tile >= full_tiles) | WINDOW:
         tokens = tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
         seen = tokens[None, :] <= positions[:, None]
@@ -267,10 +268,11 @@ def _prefill(
 
 def serves(q: torch.Tensor, kv: torch.Tensor) -> bool:
     """Whether attend_many can do it."""
-    size, dim = kv.shape[4:]
-    if q.dtype != torch.bfloat16 or dim not in (64, 128) or not 8 <= size <= _TOKENS or not kv.is_contiguous() or kv.numel() // dim >= 2**31:
+    (kv_heads, size, dim), numbers = kv.shape[3:], q.shape[1] // kv.shape[3]
+    shapes = dim in (64, 128) and 8 <= size <= _TOKENS and numbers <= ROWS and kv_heads * numbers == q.shape[1]
+    if not (q.is_cuda and q.dtype == kv.dtype == torch.bfloat16 and shapes and kv.is_contiguous() and kv.numel() // dim < 2**31):
         return False
-    return q.shape[1] // kv.shape[3] <= ROWS and torch.cuda.get_device_capability(q.device)[0] == 9
+    return torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def attend_many(

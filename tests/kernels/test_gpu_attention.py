@@ -45,6 +45,16 @@ def test_prompts_and_chunks(heads: int, kv_heads: int, dim: int, size: int, dtyp
         assert_near(attend(case, window), case.expected(window))
 
 
+def test_prefill_without_the_hopper_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from baton.kernels import attention
+
+    monkeypatch.setattr(attention, "_hopper", lambda: None)
+    for heads, kv_heads, dim, size in ((8, 2, 128, 16), (7, 1, 64, 64)):
+        case = paged_case([1, 130, 257, 1000, 2049], [1, 29, 257, 999, 700], heads, kv_heads, dim, size, torch.bfloat16)
+        for window in (None, 37):
+            assert_near(attend(case, window), case.expected(window))
+
+
 def test_one_prompt_alone() -> None:
     for length in (17, 128, 513, 5000):
         case = paged_case([length], [length], 8, 2, 128, 16, torch.bfloat16)
@@ -108,7 +118,7 @@ def test_prefill_through_flash_attention() -> None:
 
     if flash.unavailable():
         pytest.skip(f"{flash.unavailable()}")
-    contexts, new = [130, 1, 1000, 257, 64, 2049, 300], [130, 1, 999, 1, 17, 700, 3]
+    contexts, new = [130, 1, 1100, 257, 64, 2049, 300], [130, 1, 1099, 1, 17, 700, 3]
     for heads, kv_heads, dim, size in ((8, 2, 128, 16), (14, 2, 64, 64)):
         case = paged_case(contexts, new, heads, kv_heads, dim, size, torch.bfloat16)
         lists = (case.block_tables, case.query_start, case.context_lens, case.max_query_len, case.max_context_len)
