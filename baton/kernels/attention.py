@@ -5,7 +5,7 @@ Two kernels, and a batch may need both; each leaves the other's sequences alone,
 - `_decode`: sequences with few query rows. One program has one chunk of one KV head's context, and all query rows that share the head
   (Flash-Decoding, Dao et al. 2023). Of a sequence's programs the last to finish merges the partial results.
 - `_prefill`: sequences with many. One program has a tile of (token, query head) rows that share a KV head and walks the context
-  (FlashAttention-2, Dao 2023).
+  (FlashAttention-2, Dao 2023). On Hopper, hopper.py does it for bf16.
 
 Nothing of a launch depends on the tensors' contents, so launches can be captured: with max_context_len an upper bound, what is beyond a
 sequence's real length exits at once.
@@ -16,7 +16,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalSubscript=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 import torch
 import triton
 import triton.language as tl

@@ -4,7 +4,7 @@ FlashAttention-3 is at its best on keys that lie one after the other, so the blo
 together; that costs 2 % of an 8,192-token prompt's attention. Sequences with few new tokens go to the project's own kernel.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

@@ -3,7 +3,7 @@
 Each reads and writes every element once; sums run in fp32, and roundings to the tensors' dtype come where the torch twins have them.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalSubscript=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 import torch
 import triton
 import triton.language as tl

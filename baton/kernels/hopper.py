@@ -5,7 +5,7 @@ a warp of its own fetches keys and values, block by block, with the bulk copy en
 group, and its own next product, hide its softmax.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
