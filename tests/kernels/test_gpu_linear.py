@@ -1,0 +1,112 @@
+"""Products for few rows and the greedy choice, against fp64, on a Hopper GPU: `python -m pytest tests/kernels`."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+linear = pytest.importorskip("baton.kernels.linear")
+sampling = pytest.importorskip("baton.kernels.sampling", reason="needs Triton")
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
+# N, K: Llama-3.1-8B's, Qwen2.5-0.5B's, and sizes that no tile divides.
+SHAPES = [(6144, 4096), (4096, 14336), (1152, 896), (896, 4864), (333, 72), (17, 200), (4097, 1000), (20001, 264)]
+
+
+def inputs(m, n, k, dtype, seed=0):
+    torch.manual_seed(seed + m * 7 + n)
+    x = torch.randn(m, k, device="cuda").to(dtype)
+    weight = (torch.randn(n, k, device="cuda") * k**-0.5).to(dtype)
+    return x, weight, torch.randn(n, device="cuda").to(dtype)
+
+
+def close(out, reference, dtype):
+    error = (out.double() - reference).norm() / reference.norm()
+    assert error < TOLERANCE[dtype], error
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Results are made in memory full of NaN."""
+    real = torch.empty
+
+    def empty(*size, **kw):
+        made = real(*size, **kw)
+        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(1 << 30)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_linear_is_the_product(n, k, dtype, poisoned):
+    for m in (1, 2, 3, 8, 9, 16, 31, 33, 64, 65, 130, 256):
+        x, weight, bias = inputs(m, n, k, dtype)
+        reference = x.double() @ weight.double().t()
+        close(linear.linear(x, weight), reference, dtype)
+        close(linear.linear(x, weight, bias), reference + bias.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (9728, 896), (2 * 1000, 264), (2 * 171, 72)])
+def test_gate_up_silu_rounds_as_separate_steps_do(n, k, dtype, poisoned):
+    for m in (1, 5, 16, 24, 64, 100):
+        x, weight, bias = inputs(m, n, k, dtype)
+        for b in (None, bias):
+            both = x.double() @ weight.double().t() + (0 if b is None else b.double())
+            gate, up = both.to(dtype).chunk(2, dim=-1)
+            close(linear.gate_up_silu(x, weight, b), (functional.silu(gate) * up).double(), dtype)
+
+
+@pytest.mark.parametrize("config", [(64, 2), (96, 2), (128, 4), (32, 1), (224, 1)])
+def test_every_way_to_share_the_work(config, poisoned):
+    rows, split = config
+    for width in (8, 16, 32, 64):
+        for n, k in ((4096, 4096), (1000, 776)):
+            m = width - 1
+            x, weight, bias = inputs(m, n, k, torch.bfloat16)
+            wn, wk, block = linear.SHAPES[rows]
+            chosen = linear.Config(rows, width, wn, wk, block, split)
+            out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+            if chosen.depth >= 2:
+                linear.run(chosen, x, weight, bias, out)
+                close(out, x.double() @ weight.double().t() + bias.double(), torch.bfloat16)
+
+
+def test_rows_of_a_wider_tensor_and_of_odd_addresses():
+    x, weight, _ = inputs(12, 512, 256, torch.bfloat16)
+    wide = torch.full((12, 700), float("nan"), device="cuda", dtype=torch.bfloat16)
+    for start in (0, 8, 3):
+        wide[:, start : start + 256] = x
+        close(linear.linear(wide[:, start : start + 256], weight), x.double() @ weight.double().t(), torch.bfloat16)
+
+
+def test_the_same_bits_again_and_in_a_graph():
+    for m, n, k in ((1, 6144, 4096), (8, 4096, 14336), (40, 4096, 4096)):
+        x, weight, _ = inputs(m, n, k, torch.bfloat16)
+        first = linear.linear(x, weight)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            middle = functional.relu(linear.linear(x, weight))
+            outs = [linear.linear(x, weight) for _ in range(20)] + [linear.linear(middle, weight)] * (n == k)
+        for _ in range(5):
+            graph.replay()
+            assert all(torch.equal(out, first) for out in outs[:20])
+            if n == k:
+                assert torch.equal(outs[20], linear.linear(functional.relu(first), weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocab", [1, 7, 8192, 50257, 151936])
+def test_argmax_takes_the_lowest_of_equals(vocab, dtype):
+    for m in (1, 3, 64):
+        logits = torch.randn(m, vocab + 5, device="cuda").to(dtype)[:, :vocab]
+        expected = (logits.cpu().float() == logits.cpu().float().max(1, keepdim=True).values).int().argmax(1)
+        assert sampling.argmax(logits).tolist() == expected.tolist()
+    flat = torch.zeros(4, vocab, device="cuda", dtype=dtype)
+    flat[1] = float("-inf")
+    flat[2, -1] = 1
+    flat[3] = float("nan")
+    flat[3, vocab // 2] = -3
+    assert sampling.argmax(flat).tolist() == [0, 0, vocab - 1, vocab // 2]
