@@ -26,7 +26,6 @@ class Config(NamedTuple):
     split: int = 1
     alias: int = 1
     stages: int = 0
-    packed: int = 0
 
     @property
     def stage_bytes(self) -> int:
@@ -52,8 +51,6 @@ def _kernel(config: Config, pair: bool, bias: bool, half: bool, device: int) -> 
         "ROWS": config.rows, "TOKENS": config.tokens, "WARPS_N": config.warps_n, "WARPS_K": config.warps_k, "BLOCK_K": config.block_k,
         "STAGES": config.depth, "SPLIT": config.split, "ALIAS": config.alias, "PAIR": int(pair), "BIAS": int(bias), "HALF": int(half),
     }  # fmt: skip
-    if config.packed:
-        macros["PACKED"] = 1
     return Kernel(compile_source(SOURCE.read_text(), macros, "sm_90a"), "skinny", config.shared)
 
 
@@ -74,8 +71,6 @@ def run(config: Config, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     out_rows = config.rows // 2 if pair else config.rows
     tiles = -(-outputs // out_rows)
     grid = tiles * config.split if config.alias else min(tiles, _processors(device))
-    if config.packed:
-        weight = weight.view(-1, 64)
     args = (
         _map(weight.data_ptr(), half, weight.shape[0], weight.shape[1], weight.stride(0) * 2, out_rows),
         _map(x.data_ptr(), half, tokens, depth, x.stride(0) * 2, config.tokens),
@@ -105,7 +100,7 @@ def plan(tokens: int, outputs: int, depth: int, pair: bool, processors: int) -> 
     width = next(t for t in (8, 16, 32, 64) if tokens <= t)
     best: tuple[float, Config] | None = None
     for rows, (wn, wk, block) in SHAPES.items():
-        if pair and rows % 32:
+        if pair and rows < 32:
             continue
         for split in (1, 2):
             if (split == 2 and (pair or width < 64 or wk == 1)) or (wn * wk == 7 and width > 64):

@@ -136,43 +136,39 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     const u32 ring = shared_address(memory), full = shared_address(bars), empty = full + 8 * STAGES;
     float* sums = (float*)(memory + (ALIAS ? 0 : STAGES * STAGE));
     asm volatile("griddepcontrol.launch_dependents;");
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, WARPS);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-
     const int rank = blockIdx.x % SPLIT, first = blockIdx.x / SPLIT, stride = gridDim.x / SPLIT;
     const int tiles = (outputs + OUT_ROWS - 1) / OUT_ROWS;
     const int blocks = (depth + BLOCK_K - 1) / BLOCK_K;
     const int begin = rank * blocks / SPLIT, length = (rank + 1) * blocks / SPLIT - begin;
 
     if (warp == WARPS) {
+        const int mine = (first < tiles ? (tiles - first + stride - 1) / stride : 0) * length;
+        const int ahead = min(mine, STAGES);
+        auto load_weight = [&](int i) {
+            const int slot = i % STAGES, row = (first + i / length * stride) * OUT_ROWS, column = (begin + i % length) * BLOCK_K;
+            const u32 to = ring + slot * STAGE, bar = full + 8 * slot;
+            barrier_expect(bar, STAGE);
+            for (int b = 0; b < BOXES; ++b) {
+                copy_box(to + b * W_BOX, &weight, column + 64 * b, row, bar, EVICT_FIRST);
+                if (PAIR) copy_box(to + b * W_BOX + W_BOX / 2, &weight, column + 64 * b, outputs + row, bar, EVICT_FIRST);
+            }
+        };
+        auto load_x = [&](int i) {
+            const int slot = i % STAGES, column = (begin + i % length) * BLOCK_K;
+            const u32 to = ring + slot * STAGE + BOXES * W_BOX;
+            for (int b = 0; b < BOXES; ++b) copy_box(to + b * X_BOX, &x, column + 64 * b, 0, full + 8 * slot, EVICT_LAST);
+        };
         if (lane == 0) {
-            const int mine = (first < tiles ? (tiles - first + stride - 1) / stride : 0) * length;
-            const int ahead = min(mine, STAGES);
-            auto load_weight = [&](int i) {
-                const int slot = i % STAGES, row = (first + i / length * stride) * OUT_ROWS, column = (begin + i % length) * BLOCK_K;
-                const u32 to = ring + slot * STAGE, bar = full + 8 * slot;
-                barrier_expect(bar, STAGE);
-                for (int b = 0; b < BOXES; ++b) {
-#ifdef PACKED
-                    copy_box(to + b * W_BOX, &weight, 0, (row / OUT_ROWS * ((depth + 63) / 64) + column / 64 + b) * ROWS, bar, EVICT_FIRST);
-                    continue;
-#endif
-                    copy_box(to + b * W_BOX, &weight, column + 64 * b, row, bar, EVICT_FIRST);
-                    if (PAIR) copy_box(to + b * W_BOX + W_BOX / 2, &weight, column + 64 * b, outputs + row, bar, EVICT_FIRST);
-                }
-            };
-            auto load_x = [&](int i) {
-                const int slot = i % STAGES, column = (begin + i % length) * BLOCK_K;
-                const u32 to = ring + slot * STAGE + BOXES * W_BOX;
-                for (int b = 0; b < BOXES; ++b) copy_box(to + b * X_BOX, &x, column + 64 * b, 0, full + 8 * slot, EVICT_LAST);
-            };
+            for (int i = 0; i < STAGES; ++i) {
+                barrier_init(full + 8 * i, 1);
+                barrier_init(empty + 8 * i, WARPS);
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
             for (int i = 0; i < ahead; ++i) load_weight(i);
+        }
+        __syncwarp();
+        __syncthreads();
+        if (lane == 0) {
             asm volatile("griddepcontrol.wait;" ::: "memory");
             for (int i = 0; i < ahead; ++i) load_x(i);
             for (int i = ahead; i < mine; ++i) {
@@ -188,6 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         }
         return;
     }
+    __syncthreads();
 
     const int wn = warp % WARPS_N, wk = warp / WARPS_N;
     const int a_row = lane & 15, a_chunk = lane >> 4;

@@ -21,9 +21,9 @@ def inputs(m, n, k, dtype, seed=0):
     return x, weight, torch.randn(n, device="cuda").to(dtype)
 
 
-def close(out, reference, dtype):
+def close(out, reference, dtype, roundings=1):
     error = (out.double() - reference).norm() / reference.norm()
-    assert error < TOLERANCE[dtype], error
+    assert error < TOLERANCE[dtype] * roundings, error
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_gate_up_silu_rounds_as_separate_steps_do(n, k, dtype, poisoned):
         for b in (None, bias):
             both = x.double() @ weight.double().t() + (0 if b is None else b.double())
             gate, up = both.to(dtype).chunk(2, dim=-1)
-            close(linear.gate_up_silu(x, weight, b), (functional.silu(gate) * up).double(), dtype)
+            close(linear.gate_up_silu(x, weight, b), (functional.silu(gate) * up).double(), dtype, roundings=2)
 
 
 @pytest.mark.parametrize("config", [(64, 2), (96, 2), (128, 4), (32, 1), (224, 1)])
