@@ -1,14 +1,19 @@
-"""A decode step's linears and small kernels, without attention's reading of KV: 32 layers of Llama-3.1-8B (random weights, bf16) in one CUDA graph.
+"""A decode step without attention's reading of KV: 32 layers of Llama-3.1-8B (random weights, bf16) in one CUDA graph.
 
     PYTHONPATH=. python benchmarks/decode_step.py [batch ...]
 
-`library`: F.linear, each kernel after the one before. `own, in turn`: baton.kernels.linear, likewise. `own`: every kernel may start before the one
-before it has ended, so that weights are asked for early. Rope and attention are stand-ins that only pass their rows on.
+`library`: F.linear, each kernel after the one before. `own, in turn`: baton.kernels.linear, likewise. `own`: every kernel may start
+before the one before it has ended, so that weights are asked for early. Rope and attention are stand-ins that only pass their rows on.
 """
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# ruff: noqa: ANN001, ANN202
 
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import torch
 import triton
@@ -49,11 +54,11 @@ def _pass_on(x, out, stride, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.c
 
 
 @triton.jit
-def _silu_mul(x, out, I: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul(x, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(x + row * 2 * I + at).to(tl.float32)
-    up = tl.load(x + row * 2 * I + I + at)
-    tl.store(out + row * I + at, (gate * tl.sigmoid(gate)).to(up.dtype) * up)
+    gate = tl.load(x + row * 2 * SIZE + at).to(tl.float32)
+    up = tl.load(x + row * 2 * SIZE + SIZE + at)
+    tl.store(out + row * SIZE + at, (gate * tl.sigmoid(gate)).to(up.dtype) * up)
 
 
 class Step:
@@ -64,7 +69,8 @@ class Step:
             return torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
 
         self.layers = [
-            (weight(QKV, HIDDEN), weight(HIDDEN, HIDDEN), weight(2 * INTERMEDIATE, HIDDEN), weight(HIDDEN, INTERMEDIATE)) for _ in range(LAYERS)
+            (weight(QKV, HIDDEN), weight(HIDDEN, HIDDEN), weight(2 * INTERMEDIATE, HIDDEN), weight(HIDDEN, INTERMEDIATE))
+            for _ in range(LAYERS)
         ]
         self.head, self.scale = weight(VOCAB, HIDDEN), torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
         self.bytes = 2 * (sum(w.numel() for layer in self.layers for w in layer) + self.head.numel())
@@ -87,7 +93,7 @@ class Step:
             return kernels.gate_up_silu(x, w)
         both = functional.linear(x, w)
         out = torch.empty(len(x), INTERMEDIATE, device="cuda", dtype=x.dtype)
-        _silu_mul[(len(x), INTERMEDIATE // 1024)](both, out, I=INTERMEDIATE, BLOCK=1024, num_warps=4)
+        _silu_mul[(len(x), INTERMEDIATE // 1024)](both, out, SIZE=INTERMEDIATE, BLOCK=1024, num_warps=4)
         return out
 
     def __call__(self, embedded: torch.Tensor, own: bool, overlap: bool) -> torch.Tensor:
@@ -113,7 +119,7 @@ def time_graph(step: Callable[[], torch.Tensor], repeats: int = 21) -> tuple[flo
         event.record()
         graph.replay()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events[3:-1], events[4:], strict=True)), out
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events[3:])), out
 
 
 def main() -> None:
@@ -126,7 +132,7 @@ def main() -> None:
         cells, tokens = [], []
         for own, overlap in variants.values():
             kernels.OVERLAP = overlap
-            took, out = time_graph(lambda own=own, overlap=overlap: step(embedded, own, overlap))
+            took, out = time_graph(partial(step, embedded, own, overlap))
             cells.append(f"{took:.3f} ({step.bytes / took / 1e6:.0f})")
             tokens.append(out.tolist())
         same = sum(a == b for a, b in zip(tokens[0], tokens[-1], strict=True))

@@ -1,5 +1,8 @@
 """Choosing tokens on the GPU."""
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# ruff: noqa: ANN001, ANN202
+
 import torch
 import triton
 import triton.language as tl
@@ -45,6 +48,8 @@ def argmax(logits: torch.Tensor, overlap: bool = True) -> torch.Tensor:
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return out
-    _argmax_parts[(rows, parts)](logits, values, ids, logits.stride(0), vocab, parts, BLOCK=BLOCK, OVERLAP=overlap, num_warps=8, launch_pdl=overlap)
+    _argmax_parts[(rows, parts)](
+        logits, values, ids, logits.stride(0), vocab, parts, BLOCK=BLOCK, OVERLAP=overlap, num_warps=8, launch_pdl=overlap
+    )
     _argmax_rows[(rows,)](values, ids, out, parts, PARTS=triton.next_power_of_2(parts), OVERLAP=overlap, num_warps=1, launch_pdl=overlap)
     return out

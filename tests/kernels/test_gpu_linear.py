@@ -59,19 +59,28 @@ def test_gate_up_silu_rounds_as_separate_steps_do(n, k, dtype, poisoned):
             close(linear.gate_up_silu(x, weight, b), (functional.silu(gate) * up).double(), dtype, roundings=2)
 
 
-@pytest.mark.parametrize("config", [(64, 2), (96, 2), (128, 4), (32, 1), (224, 1)])
-def test_every_way_to_share_the_work(config, poisoned):
-    rows, split = config
-    for width in (8, 16, 32, 64):
-        for n, k in ((4096, 4096), (1000, 776)):
-            m = width - 1
-            x, weight, bias = inputs(m, n, k, torch.bfloat16)
-            wn, wk, block = linear.SHAPES[rows]
-            chosen = linear.Config(rows, width, wn, wk, block, split)
-            out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-            if chosen.depth >= 2:
-                linear.run(chosen, x, weight, bias, out)
-                close(out, x.double() @ weight.double().t() + bias.double(), torch.bfloat16)
+@pytest.mark.parametrize("rows", linear.SHAPES)
+def test_every_shape_of_few_rows(rows, poisoned):
+    for tokens in (8, 16, 32):
+        for n, k in ((rows * 132, 776), (rows * 140 + 1, 264)):
+            config = linear.Skinny(rows, tokens, *linear.SHAPES[rows], alias=int(n == rows * 132))
+            check(config, tokens - 1, n, k)
+
+
+@pytest.mark.parametrize("rows", linear.WIDE_ROWS)
+def test_every_shape_of_many_rows(rows, poisoned):
+    for tokens in (64, 128, 192, 256):
+        for boxes in (1, 2, 4):
+            config = linear.Wide(rows, tokens, boxes)
+            if rows * tokens <= 224 * 128 and config.depth >= 3:
+                check(config, tokens - 1, rows * 140 + 1, 264)
+
+
+def check(config, m, n, k):
+    x, weight, bias = inputs(m, n, k, torch.bfloat16)
+    out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    linear.run(config, x, weight, bias, out)
+    close(out, x.double() @ weight.double().t() + bias.double(), torch.bfloat16)
 
 
 def test_rows_of_a_wider_tensor_and_of_odd_addresses():
