@@ -56,12 +56,3 @@ __device__ __forceinline__ u16 silu_mul(float gate, float up) {
     gate = widen(narrow(gate));
     return narrow(widen(narrow(gate / (1 + __expf(-gate)))) * widen(narrow(up)));
 }
-
-// Asks a tile's LINES lines of 128 bytes from `column` on into L2: what comes after the ring's first filling, while the block waits for its turn.
-template <int LINES, int THREADS>
-__device__ __forceinline__ void ask_ahead(const u16* weight, int row, int rows, bool pair, int column, int outputs, int depth) {
-    for (int i = threadIdx.x; i < LINES * rows * (pair ? 2 : 1); i += THREADS) {
-        const int at = i / LINES, up = at >= rows, r = row + at - up * rows, k = column + i % LINES * 64;
-        if (r < outputs && k < depth) asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + (u64)(r + up * outputs) * depth + k));
-    }
-}

@@ -15,7 +15,6 @@ from torch.nn import functional
 from baton.kernels.nvrtc import CudaError, Kernel, TensorMap, compile_source, tensor_map
 
 SHARED = 203 * 1024  # bytes of an SM's 227 KiB for the ring, so that the small kernels between two products fit beside
-PREFETCH = 64 * 1024  # bytes a block asks into L2, beyond its ring, while it waits for its turn
 OVERLAP = True  # launches may start before the kernel before them has ended; they wait for it themselves
 SOURCES, ARCH = Path(__file__).parent, "sm_90a"
 
@@ -147,7 +146,7 @@ def _multiply(columns: int, half: bool) -> str:
 
 @cache
 def _kernel(config: Skinny | Wide, pair: bool, bias: bool, half: bool, device: int) -> Kernel:
-    macros = {"ROWS": config.rows, "TOKENS": config.tokens, "STAGES": config.depth, "PREFETCH": PREFETCH}
+    macros = {"ROWS": config.rows, "TOKENS": config.tokens, "STAGES": config.depth}
     macros |= {"PAIR": int(pair), "BIAS": int(bias), "HALF": int(half)}
     source = (SOURCES / "common.cuh").read_text()
     if isinstance(config, Wide):
@@ -181,7 +180,6 @@ def run(
     args = (
         _map(weight.data_ptr(), half, weight.shape[0], depth, depth * 2, out_rows),
         _map(x.data_ptr(), half, tokens, depth, x.stride(0) * 2, config.tokens),
-        ctypes.c_void_p(weight.data_ptr()),
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else 0),
         ctypes.c_int(tokens),

@@ -4,7 +4,7 @@
 // tensor copy engine; WARPS_N × WARPS_K warps multiply them, weights as the 16-row operand of mma.m16n8k16. The weights' first tiles are
 // asked for before the previous kernel has ended (they depend on no kernel), x only after griddepcontrol.wait.
 // PAIR: the weight is [gate; up], each N / 2 rows; the block takes ROWS / 2 of each and stores silu(gate) · up.
-// Compiled at run time after common.cuh, with: ROWS TOKENS WARPS_N WARPS_K BLOCK_K STAGES PREFETCH PAIR BIAS HALF ALIAS (macros, integers).
+// Compiled at run time after common.cuh, with: ROWS TOKENS WARPS_N WARPS_K BLOCK_K STAGES PAIR BIAS HALF ALIAS (macros, integers).
 
 constexpr int WARPS = WARPS_N * WARPS_K;
 constexpr int THREADS = WARPS * 32;
@@ -57,7 +57,7 @@ __device__ __forceinline__ u16 finished(const float* sums, int token, int row, i
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
-    skinny(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, const u16* w, u16* out, const u16* bias, int tokens, int outputs, int depth) {
+    skinny(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, u16* out, const u16* bias, int tokens, int outputs, int depth) {
     extern __shared__ __align__(1024) char memory[];
     __shared__ alignas(8) u64 bars[2 * STAGES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -107,7 +107,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         return;
     }
     __syncthreads();
-    ask_ahead<PREFETCH / (ROWS * 128), THREADS>(w, first * OUT_ROWS, OUT_ROWS, PAIR, min(length, STAGES) * BLOCK_K, outputs, depth);
 
     const int wn = warp % WARPS_N, wk = warp / WARPS_N;
     const int a_row = lane & 15, a_chunk = lane >> 4;

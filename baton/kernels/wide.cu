@@ -4,7 +4,7 @@
 // into equal shares for the SMs. One warp copies tiles into a ring of STAGES buffers, the weight's first ones before the previous kernel
 // has ended.
 // PAIR: the weight is [gate; up]; the block takes ROWS / 2 of each and stores silu(gate) · up.
-// Compiled at run time after common.cuh and multiply(): ROWS TOKENS BOXES STAGES PREFETCH PAIR BIAS HALF (macros, integers).
+// Compiled at run time after common.cuh and multiply(): ROWS TOKENS BOXES STAGES PAIR BIAS HALF (macros, integers).
 
 constexpr int GROUPS = TOKENS / 64, WARPS = GROUPS * 4;
 constexpr u32 W_BOX = ROWS * 128, X_BOX = TOKENS * 128, STAGE = BOXES * (W_BOX + X_BOX);
@@ -16,7 +16,7 @@ static_assert(ROWS % (PAIR ? 16 : 8) == 0 && ROWS <= 256 && TOKENS % 64 == 0 && 
 __device__ __forceinline__ u64 tile_descriptor(u32 address) { return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1)
-    wide(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, const u16* w, u16* out, const u16* bias, int tokens, int outputs, int depth) {
+    wide(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, u16* out, const u16* bias, int tokens, int outputs, int depth) {
     extern __shared__ __align__(1024) char memory[];
     __shared__ alignas(8) u64 bars[2 * STAGES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -64,7 +64,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 1)
         return;
     }
     __syncthreads();
-    ask_ahead<PREFETCH / (ROWS * 128), WARPS * 32>(w, blockIdx.x * OUT_ROWS, OUT_ROWS, PAIR, min(length, STAGES) * 64 * BOXES, outputs, depth);
 
     const int group = warp / 4;
     auto release = [&](int slot) {

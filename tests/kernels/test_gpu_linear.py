@@ -69,11 +69,10 @@ def test_every_shape_of_few_rows(rows, poisoned):
 
 @pytest.mark.parametrize("rows", linear.WIDE_ROWS)
 def test_every_shape_of_many_rows(rows, poisoned):
-    for tokens in (64, 128, 192, 256):
-        for boxes in (1, 2, 4):
-            config = linear.Wide(rows, tokens, boxes)
-            if rows * tokens <= 224 * 128 and config.depth >= 3:
-                check(config, tokens - 1, rows * 140 + 1, 264)
+    for tokens, boxes in ((64, 1), (64, 4), (128, 1), (192, 1), (256, 1)):
+        config = linear.Wide(rows, tokens, boxes)
+        if rows * tokens <= 224 * 128 and config.depth >= 3:
+            check(config, tokens - 1, rows * 140 + 1, 264)
 
 
 def check(config, m, n, k):
