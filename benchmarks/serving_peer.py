@@ -7,7 +7,11 @@ python benchmarks/serving_peer.py http://127.0.0.1:8000 http://127.0.0.1:8111 [-
 
 import argparse
 import asyncio
+import contextlib
 import statistics
+from collections.abc import Iterator
+
+import psutil
 
 from baton.cli.bench import Load, _drive, summarise
 
@@ -22,11 +26,27 @@ def measure(url: str, load: Load) -> tuple[float, float]:
     return result["output_tokens_per_s"], result["ttft_ms"]["p50"]
 
 
+@contextlib.contextmanager
+def paused(pid: int | None) -> Iterator[None]:
+    """Stops a process and all that it started."""
+    processes = [] if pid is None else [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ours")
     parser.add_argument("peer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--peer-pid", type=int, help="the second one's first process: it is stopped while the first is measured, for idle servers that spin"
+    )
     parser.add_argument("--quick", action="store_true", help="half of the requests")
     arguments = parser.parse_args()
     print("| in / out, concurrency | ours tok/s, TTFT ms | peer tok/s, TTFT ms | tok/s ÷ | TTFT ÷ |\n|---|---|---|---|---|")
@@ -46,7 +66,8 @@ def main() -> None:
                     repeat_prompts=1,
                     seed=seed,
                 )
-                results.append(measure(url, load))
+                with paused(arguments.peer_pid if url == arguments.ours else None):
+                    results.append(measure(url, load))
         (rate, ttft), (peer_rate, peer_ttft) = (
             tuple(statistics.median(column) for column in zip(*results, strict=True)) for results in seen.values()
         )
