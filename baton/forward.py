@@ -1,6 +1,6 @@
 """ForwardBatch: all that a forward pass may read. Built by `runtime.inputs`, read by models and kernels; nothing else crosses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,28 @@ class ForwardBatch:
     context_lens: torch.Tensor  # [S] int32
     block_tables: torch.Tensor  # [S, most blocks of any sequence] int32, padded with 0
     logits_rows: torch.Tensor | None  # [R] int64: rows whose logits are wanted; None: all
+    logits_owners: torch.Tensor | None  # [R] int64: the sequences that they belong to; None: of some sequence more than one is wanted
     max_query_len: int
     max_context_len: int
     lengths: tuple[tuple[int, int], ...] | None  # S pairs: query and context length; None: they are known on the device alone
     kv: torch.Tensor  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+
+    def wanted(self) -> "ForwardBatch":
+        """The rows whose logits are wanted, each as a sequence of its own with one new token: what is left to compute once all KV is
+        written. Of a batch that has `logits_owners`."""
+        assert self.logits_rows is not None
+        assert self.logits_owners is not None
+        positions = self.positions[self.logits_rows]
+        return replace(
+            self,
+            token_ids=self.token_ids[self.logits_rows],
+            positions=positions,
+            slots=self.slots[self.logits_rows],
+            query_start=torch.arange(len(positions) + 1, dtype=torch.int32, device=positions.device),
+            context_lens=(positions + 1).int(),
+            block_tables=self.block_tables[self.logits_owners],
+            logits_rows=None,
+            logits_owners=None,
+            max_query_len=1,
+            lengths=None,
+        )

@@ -29,7 +29,10 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "", know
     """
     hashes = list(known)
     previous = hashes[-1] if hashes else root_hash(salt)
-    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        previous = block_hash(previous, token_ids[start : start + block_size])
+    start = len(hashes) * block_size
+    end = len(token_ids) - len(token_ids) % block_size
+    words = pack(f"<{max(end - start, 0)}I", *token_ids[start:end])
+    for at in range(0, len(words), 4 * block_size):
+        previous = hashlib.sha256(previous + words[at : at + 4 * block_size]).digest()[:HASH_BYTES]
         hashes.append(previous)
     return hashes

@@ -3,8 +3,9 @@
     python benchmarks/engine.py [--model llama-3.1-8b|qwen3-8b] [--json FILE] [--profile]
     python benchmarks/engine.py --first-token FOLDER     seconds until a checkpoint's first token, from the start of the process
 
-A decode step is (time of 1 + n tokens - time of 1 token) / n; a prefill is the time to the first token. Best of several, after warming up.
-The prefix cache is off. `benchmarks/engine_peer.py` does the same with vLLM, and prints both side by side.
+A decode step is measured from the first to the last token of the request that comes last, while all others still run; a prefill is the
+time until all have their first token. Best of several, after warming up. The prefix cache is off. `benchmarks/engine_peer.py` does the
+same with vLLM, and prints both side by side.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import random
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from baton.config import EngineConfig
 from baton.kv.transfer import NoTransfer
@@ -53,43 +55,58 @@ def write_config(name: str) -> Path:
     return folder
 
 
+class Times(NamedTuple):
+    """Seconds: until all requests have all their tokens; of a decode step."""
+
+    all: float
+    step: float
+
+
+def tokens_of(index: int, batch: int, new_tokens: int) -> int:
+    """How many tokens the index-th request wants: those before the last go on until it has ended."""
+    return new_tokens if new_tokens == 1 or index == batch - 1 else new_tokens + 48
+
+
 class Driver:
     def __init__(self, engine: Engine, vocab: int) -> None:
         self.engine, self._vocab, self._rng, self._count = engine, vocab, random.Random(0), 0
 
-    async def run(self, batch: int, length: int, new_tokens: int) -> float:
-        """Seconds until all of `batch` random prompts of `length` tokens have their new tokens."""
+    async def run(self, batch: int, length: int, new_tokens: int) -> Times:
+        """Of `batch` random prompts of `length` tokens."""
         requests = [
             GenerateRequest(
                 request_id=f"r{self._count + i}",
                 prompt_token_ids=tuple(self._rng.randrange(10, self._vocab - 300) for _ in range(length)),
-                sampling=SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True),
+                sampling=SamplingParams(max_tokens=tokens_of(i, batch, new_tokens), temperature=0, ignore_eos=True),
             )
             for i in range(batch)
         ]
         self._count += batch
         started = time.perf_counter()
         sequences = [self.engine.submit(request) for request in requests]
-        await asyncio.gather(*(self._drain(sequence) for sequence in sequences))
-        return time.perf_counter() - started
+        *_, (first, last) = await asyncio.gather(*(self._drain(sequence) for sequence in sequences))
+        return Times(time.perf_counter() - started, (last - first) / max(new_tokens - 1, 1))
 
-    async def _drain(self, sequence: object) -> None:
+    async def _drain(self, sequence: object) -> tuple[float, float]:
+        """When the first token came, and the last."""
+        first = last = 0.0
         async for _ in sequence:  # type: ignore[attr-defined]
-            pass
+            last = time.perf_counter()
+            first = first or last
+        return first, last
 
 
-async def measure(run: Callable[[int, int, int], Awaitable[float]]) -> dict[str, float]:
-    """Milliseconds by case. `run(batch, length, new_tokens)` gives seconds until all random prompts have their new tokens."""
+async def measure(run: Callable[[int, int, int], Awaitable[Times]]) -> dict[str, float]:
+    """Milliseconds by case."""
     found: dict[str, float] = {}
     await run(8, 128, 16)
     for batch, length, steps in DECODES:
         await run(batch, 128, 8)
-        short = min([await run(batch, length, 1) for _ in range(3)])
-        long = min([await run(batch, length, 1 + steps) for _ in range(3)])
-        found[f"decode {batch} x {length}"] = (long - short) / steps * 1e3
-        print(f"decode batch={batch} context={length}: {(long - short) / steps * 1e3:.3f} ms/step", flush=True)
+        best = min([(await run(batch, length, 1 + steps)).step for _ in range(3)]) * 1e3
+        found[f"decode {batch} x {length}"] = best
+        print(f"decode batch={batch} context={length}: {best:.3f} ms/step", flush=True)
     for batch, length in PREFILLS:
-        best = min([await run(batch, length, 1) for _ in range(4)])
+        best = min([(await run(batch, length, 1)).all for _ in range(4)])
         found[f"prefill {batch} x {length}"] = best * 1e3
         print(f"prefill batch={batch} length={length}: {best * 1e3:.1f} ms {batch * length / best:.0f} tok/s", flush=True)
     return found
@@ -98,7 +115,7 @@ async def measure(run: Callable[[int, int, int], Awaitable[float]]) -> dict[str,
 async def steps(driver: Driver, batch: int, length: int) -> None:
     seen: list[str] = []
     driver.engine.on_step = lambda plan, seconds: seen.append(f"{plan.num_tokens} tokens {seconds * 1e3:.1f} ms")
-    took = await driver.run(batch, length, 1)
+    took = (await driver.run(batch, length, 1)).all
     print(f"\n-- steps of {batch} x {length}, {took * 1e3:.1f} ms in all: {'; '.join(seen)}")
 
 
@@ -107,7 +124,7 @@ async def profile(driver: Driver, batch: int, length: int, new_tokens: int) -> N
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        took = await driver.run(batch, length, new_tokens)
+        took = (await driver.run(batch, length, new_tokens)).all
     print(f"\n-- profile: {batch} x {length} tokens, {new_tokens} new, {took * 1e3:.1f} ms")
     for event in sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:12]:
         total = event.self_device_time_total

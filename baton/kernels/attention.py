@@ -2,9 +2,10 @@
 
     one new token a sequence: each context is split among programs (Flash-Decoding: Dao et al. 2023), and the last one to end merges the
     parts; the query heads of one KV head share a tile, so K and V are read once
-    many new tokens: tiles of queries against the context up to them (FlashAttention-2: Dao 2023)
+    many new tokens: through FlashAttention-3's package where there is one and prompts are long (`flash`), else the kernel in Gluon
+    (`hopper`), else, for fp32 and heads of other sizes, tiles of queries against the context up to them (FlashAttention-2: Dao 2023)
 
-K and V come through the tensor memory accelerator, one block or a part of it at a time. Grids follow from shapes and the maxima alone, so a
+K and V come through the tensor memory accelerator, one block or a part of it at a time, but for the last part of a context in decode. Grids follow from shapes and the maxima alone, so a
 captured graph serves any content; a program without work ends at once.
 """
 
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from baton.kernels import dense
+from baton.kernels import flash, hopper
 from baton.kernels.scratch import counters, num_processors
 
 MIN_BLOCK_SIZE = 16
@@ -23,9 +24,9 @@ _LOG2E = 1.4426950408889634
 _LEAST = 256  # tokens that a split has at least
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def _decode_kernel(
-    q_ptr, kv, tables_ptr, query_start_ptr, context_lens_ptr, out_ptr, parts_ptr, sums_ptr, counts_ptr,
+    q_ptr, kv, kv_ptr, tables_ptr, query_start_ptr, context_lens_ptr, out_ptr, parts_ptr, sums_ptr, counts_ptr,
     q_stride, table_stride, block_rows, layer_row, half_rows, num_splits, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     WINDOW: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr,
@@ -74,12 +75,12 @@ def _decode_kernel(
         v = kv.load([kv_row + half_rows, 0])
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         best = now
-    for at in tl.range(whole_end, end, TILE, num_stages=2):
+    for at in tl.range(whole_end, end, TILE, num_stages=1):  # what lies behind the context may be anything: not read
         kv_row = tl.load(table + at // BLOCK_SIZE) * block_rows + head_row + at % BLOCK_SIZE
-        k = kv.load([kv_row, 0])
-        v = kv.load([kv_row + half_rows, 0])
         seen = at + keys < end
-        v = tl.where(seen[:, None], v, 0.0)  # what lies behind the context may be anything
+        place = kv_ptr + (kv_row.to(tl.int64) + keys)[:, None] * DIM + columns[None, :]
+        k = tl.load(place, mask=seen[:, None], other=0.0)
+        v = tl.load(place + half_rows * DIM, mask=seen[:, None], other=0.0)
         if WINDOW > 0:
             seen = seen & (at + keys >= length - WINDOW)
         scores = tl.where(seen[None, :], tl.dot(q, k.T, input_precision="ieee") * scale, -1e30)
@@ -117,10 +118,10 @@ def _decode_kernel(
     tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
     q_ptr, kv, tables_ptr, query_start_ptr, context_lens_ptr, out_ptr,
-    q_stride, table_stride, block_rows, layer_row, half_rows, whole_least, scale,
+    q_stride, table_stride, block_rows, layer_row, half_rows, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -132,8 +133,6 @@ def _prefill_kernel(
     if (tile * ROWS >= count) | (count == 1):
         return
     length = tl.load(context_lens_ptr + sequence)
-    if (count == length) & (count >= whole_least):
-        return
     before = length - count  # tokens that were there before the new ones
     rows, columns, keys = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
     real = rows < count
@@ -205,14 +204,15 @@ def paged_attention(
     half_rows = kv_heads * block_size
     common = (block_tables.stride(0), layers * 2 * half_rows, layer * 2 * half_rows, half_rows)
     memory = TensorDescriptor.from_tensor(kv.view(-1, dim), [tile, dim])
-    whole = _whole_prompts(q, window, lengths)
-    for sequence, row in whole:
-        count = lengths[sequence][0]
-        dense.attend(q[row : row + count], kv[:, layer], block_tables[sequence], out[row : row + count])
-    if max_query_len > 1 and len(whole) < sequences:
+    lists = (block_tables, query_start, context_lens)
+    if max_query_len > 1 and flash.serves(q, window, lengths):
+        flash.attend(q, kv, layer, *lists, lengths, out)
+    elif max_query_len > 1 and hopper.serves(q, kv):
+        hopper.attend(q, kv, layer, *lists, window, out)
+    elif max_query_len > 1:
         query_tile = 32 if wide else 128 if max_query_len > 2048 or dim < 128 else 64
         _prefill_kernel[(triton.cdiv(max_query_len, query_tile), heads, sequences)](
-            q, memory, block_tables, query_start, context_lens, out, q.stride(0), *common, dense.LEAST if whole else 1 << 30, scale,
+            q, memory, *lists, out, q.stride(0), *common, scale,
             heads, group, dim, block_size, query_tile, tile, window or 0, 2, num_warps=4, launch_pdl=True,
         )  # fmt: skip
     if lengths is not None and all(count > 1 for count, _ in lengths):
@@ -226,24 +226,18 @@ def paged_attention(
         sums = torch.empty(sequences, heads, splits, 2, dtype=torch.float32, device=q.device)
         counts = counters(q.device, pairs)
     _decode_kernel[(sequences, kv_heads, splits)](
-        q, memory, block_tables, query_start, context_lens, out, parts, sums, counts, q.stride(0), *common, splits, scale,
+        q, memory, kv, block_tables, query_start, context_lens, out, parts, sums, counts, q.stride(0), *common, splits, scale,
         heads, group, max(16, triton.next_power_of_2(group)), dim, block_size, tile, window or 0, _LEAST,
-        2 if wide or pairs >= processors else 6 if dim <= 128 else 3, num_warps=4, launch_pdl=True,
+        2 if wide or pairs >= processors else 6 if dim <= 128 else 3, num_warps=2 if dim <= 128 else 4, launch_pdl=True,
     )  # fmt: skip
     return out
 
 
-def _whole_prompts(q: torch.Tensor, window: int | None, lengths: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
-    """Sequences that `dense` takes, with their first rows: those of at least its LEAST tokens, all of them new; none where one is too
-    long."""
-    if lengths is None or window is not None or not dense.supports(q.dtype, q.shape[2]):
-        return []
-    found: list[tuple[int, int]] = []
-    row = 0
-    for sequence, (count, length) in enumerate(lengths):
-        if count == length >= dense.LEAST:
-            if count > dense.LENGTHS[-1]:
-                return []
-            found.append((sequence, row))
-        row += count
-    return found
+def describe(dtype: torch.dtype, head_dim: int) -> str:
+    """What prompts are attended by, and why."""
+    if dtype is not torch.bfloat16 or head_dim not in hopper.DIMS:
+        return f"Triton, since the faster ones take bf16 and heads of {' or '.join(map(str, hopper.DIMS))}"
+    found = flash.package()
+    return (
+        "Gluon, since neither flash_attn_3 nor fa3-fwd is installed" if found is None else f"{found[0]} from {flash.WORTH_IT} tokens, Gluon"
+    )

@@ -9,16 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, size, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
-    if ADD:
-        x = (x.to(tl.float32) + tl.load(residual_ptr + row * size + columns, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-        tl.store(residual_ptr + row * size + columns, x, mask=inside)
     tl.extra.cuda.gdc_launch_dependents()
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / size + eps)
@@ -26,27 +23,15 @@ def _norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, size, eps, 
     tl.store(out_ptr + row * size + columns, (normed.to(tl.float32) * weight.to(tl.float32)).to(x.dtype), mask=inside)
 
 
-def _norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, H], rows contiguous → the same; rounded to x's dtype before the product with weight [H]."""
     rows, size = x.shape
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
     if rows:
         block = triton.next_power_of_2(size)
         warps = max(1, min(16, block // 512))
-        _norm_kernel[(rows,)](
-            x, x if residual is None else residual, weight, out, x.stride(0), size, eps, residual is not None, block,
-            num_warps=warps, launch_pdl=True,
-        )  # fmt: skip
+        _norm_kernel[(rows,)](x, weight, out, x.stride(0), size, eps, block, num_warps=warps, launch_pdl=True)
     return out
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [T, H], rows contiguous → the same; rounded to x's dtype before the product with weight [H]."""
-    return _norm(x, None, weight, eps)
-
-
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm of residual + x, residual + x); the sum is written over residual, which is contiguous."""
-    return _norm(x, residual, weight, eps), residual
 
 
 @triton.jit

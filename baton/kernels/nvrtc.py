@@ -17,7 +17,7 @@ import torch
 
 from baton.kernels.cpu.build import cache_folder
 
-CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
+PROGRAMMATIC_SERIALIZATION = 6  # CUlaunchAttributeID
 MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 
 
@@ -114,18 +114,11 @@ class Kernel:
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), "cuModuleGetFunction")
         _check(driver.cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, shared), f"{shared} bytes of shared memory")
 
-    def launch(self, grid: int, block: int, args: Sequence[Any], stream: int, cluster: int = 1, overlap: bool = True) -> None:
+    def launch(self, grid: int, block: int, args: Sequence[Any], stream: int, overlap: bool = True) -> None:
         """args: ctypes values. overlap: may start before the kernel before it has ended (the source waits for it itself)."""
-        attributes = (_Attribute * 2)()
-        count = 0
-        if overlap:
-            attributes[count].id, attributes[count].value[0] = PROGRAMMATIC_SERIALIZATION, 1
-            count += 1
-        if cluster > 1:
-            attributes[count].id = CLUSTER_DIMENSION
-            attributes[count].value[0], attributes[count].value[1], attributes[count].value[2] = cluster, 1, 1
-            count += 1
-        config = _LaunchConfig((grid, 1, 1), (block, 1, 1), self._shared, stream, attributes, count)
+        attribute = _Attribute(PROGRAMMATIC_SERIALIZATION)
+        attribute.value[0] = 1
+        config = _LaunchConfig((grid, 1, 1), (block, 1, 1), self._shared, stream, ctypes.pointer(attribute), int(overlap))
         pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(a) for a in args))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "cuLaunchKernelEx")
 

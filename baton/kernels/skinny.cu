@@ -3,14 +3,9 @@
 // A block owns ROWS rows of the weight and all M (≤ TOKENS) rows of x. One warp copies tiles of both into a ring of STAGES buffers with the
 // tensor copy engine; WARPS_N × WARPS_K warps multiply them, weights as the 16-row operand of mma.m16n8k16. The weights' first tiles are
 // asked for before the previous kernel has ended (they depend on no kernel), x only after griddepcontrol.wait.
-// SPLIT > 1: a cluster of SPLIT blocks shares the rows and cuts K; the parts are added through distributed shared memory in rank order.
 // PAIR: the weight is [gate; up], each N / 2 rows; the block takes ROWS / 2 of each and stores silu(gate) · up.
-// Compiled at run time with: ROWS TOKENS WARPS_N WARPS_K BLOCK_K STAGES SPLIT PAIR BIAS HALF ALIAS (macros, integers).
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-struct alignas(64) TensorMap { char bytes[128]; };
+// ADD: what out holds is added.
+// Compiled at run time after common.cuh, with: ROWS TOKENS WARPS_N WARPS_K BLOCK_K STAGES PAIR ADD BIAS HALF ALIAS (macros, integers).
 
 constexpr int WARPS = WARPS_N * WARPS_K;
 constexpr int THREADS = WARPS * 32;
@@ -22,35 +17,9 @@ constexpr u32 W_BOX = ROWS * 128, X_BOX = TOKENS * 128;
 constexpr u32 STAGE = BOXES * (W_BOX + X_BOX);
 constexpr int PITCH = ROWS + 4;
 constexpr int OUT_ROWS = PAIR ? ROWS / 2 : ROWS;
-constexpr int RANK_ROWS = OUT_ROWS / SPLIT;
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull, EVICT_LAST = 0x14F0000000000000ull;
 static_assert(ROWS % (16 * WARPS_N) == 0 && BLOCK_K % (16 * WARPS_K) == 0 && BLOCK_K % 64 == 0 && TOKENS % 8 == 0);
 static_assert(TOKENS == 8 || TOKENS % 16 == 0);
-static_assert(RANK_ROWS % 2 == 0 && (SPLIT == 1 || ALIAS));
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count)); }
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
-
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}" ::"r"(bar),
-        "r"(parity)
-        : "memory");
-}
-
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row, u32 bar, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-        "l"(map), "r"(column), "r"(row), "r"(bar), "l"(policy)
-        : "memory");
-}
+static_assert(OUT_ROWS % 8 == 0);
 
 __device__ __forceinline__ void load4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
@@ -70,62 +39,23 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ u16 narrow(float x) {
-    u16 r;
-#if HALF
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
-#endif
-    return r;
-}
-
-__device__ __forceinline__ float widen(u16 x) {
-#if HALF
-    float r;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
-    return r;
-#else
-    return __uint_as_float((u32)x << 16);
-#endif
-}
-
-__device__ __forceinline__ float remote(u32 address, u32 rank) {
-    u32 there;
-    float value;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 __device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
-// The sum of all parts of one element: of the K-warps of this block, or (their sums made before) of the blocks of the cluster.
 __device__ __forceinline__ float total(const float* sums, int token, int row) {
     float sum = 0;
-    const float* at = sums + token * PITCH + row;
-    if (SPLIT > 1) {
 #pragma unroll
-        for (int rank = 0; rank < SPLIT; ++rank) sum += remote(shared_address(at), rank);
-    } else {
-#pragma unroll
-        for (int part = 0; part < WARPS_K; ++part) sum += at[part * TOKENS * PITCH];
-    }
+    for (int part = 0; part < WARPS_K; ++part) sum += sums[(part * TOKENS + token) * PITCH + row];
     return sum;
 }
 
-__device__ __forceinline__ u16 finished(const float* sums, int token, int row, int n, int outputs, const u16* bias) {
+__device__ __forceinline__ u16 finished(const float* sums, int token, int row, int n, int outputs, const u16* bias, const u16* before) {
     float value = total(sums, token, row);
     if (BIAS) value += widen(bias[n]);
+    if (ADD) value += widen(*before);
     if (!PAIR) return narrow(value);
     float up = total(sums, token, ROWS / 2 + row);
     if (BIAS) up += widen(bias[outputs + n]);
-    const float gate = widen(narrow(value));
-    return narrow(widen(narrow(gate / (1 + __expf(-gate)))) * widen(narrow(up)));
+    return silu_mul(value, up);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
@@ -136,16 +66,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     const u32 ring = shared_address(memory), full = shared_address(bars), empty = full + 8 * STAGES;
     float* sums = (float*)(memory + (ALIAS ? 0 : STAGES * STAGE));
     asm volatile("griddepcontrol.launch_dependents;");
-    const int rank = blockIdx.x % SPLIT, first = blockIdx.x / SPLIT, stride = gridDim.x / SPLIT;
+    const int first = blockIdx.x, stride = gridDim.x;
     const int tiles = (outputs + OUT_ROWS - 1) / OUT_ROWS;
-    const int blocks = (depth + BLOCK_K - 1) / BLOCK_K;
-    const int begin = rank * blocks / SPLIT, length = (rank + 1) * blocks / SPLIT - begin;
+    const int length = (depth + BLOCK_K - 1) / BLOCK_K;
 
     if (warp == WARPS) {
         const int mine = (first < tiles ? (tiles - first + stride - 1) / stride : 0) * length;
         const int ahead = min(mine, STAGES);
         auto load_weight = [&](int i) {
-            const int slot = i % STAGES, row = (first + i / length * stride) * OUT_ROWS, column = (begin + i % length) * BLOCK_K;
+            const int slot = i % STAGES, row = (first + i / length * stride) * OUT_ROWS, column = i % length * BLOCK_K;
             const u32 to = ring + slot * STAGE, bar = full + 8 * slot;
             barrier_expect(bar, STAGE);
             for (int b = 0; b < BOXES; ++b) {
@@ -154,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             }
         };
         auto load_x = [&](int i) {
-            const int slot = i % STAGES, column = (begin + i % length) * BLOCK_K;
+            const int slot = i % STAGES, column = i % length * BLOCK_K;
             const u32 to = ring + slot * STAGE + BOXES * W_BOX;
             for (int b = 0; b < BOXES; ++b) copy_box(to + b * X_BOX, &x, column + 64 * b, 0, full + 8 * slot, EVICT_LAST);
         };
@@ -176,11 +105,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
                 load_weight(i);
                 load_x(i);
             }
-        }
-        __syncwarp();
-        if (SPLIT > 1) {
-            cluster_sync();
-            cluster_sync();
         }
         return;
     }
@@ -227,6 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         }
 
         if (ALIAS) consumers_sync();  // the sums lie where tiles were
+        if (ADD) asm volatile("griddepcontrol.wait;" ::: "memory");
 #pragma unroll
         for (int j = 0; j < SLABS; ++j)
 #pragma unroll
@@ -235,31 +160,22 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
                 at[0] = c[j][k][0], at[PITCH] = c[j][k][1], at[8] = c[j][k][2], at[PITCH + 8] = c[j][k][3];
             }
         consumers_sync();
-        if (SPLIT > 1) {
-            if (WARPS_K > 1) {
-                for (int e = threadIdx.x; e < TOKENS * PITCH; e += THREADS)
-#pragma unroll
-                    for (int part = 1; part < WARPS_K; ++part) sums[e] += sums[part * TOKENS * PITCH + e];
-            }
-            cluster_sync();
-        }
-        for (int e = threadIdx.x; e < tokens * (RANK_ROWS / 2); e += THREADS) {
-            const int token = e / (RANK_ROWS / 2), row = rank * RANK_ROWS + e % (RANK_ROWS / 2) * 2, n = tile * OUT_ROWS + row;
+        for (int e = threadIdx.x; e < tokens * (OUT_ROWS / 2); e += THREADS) {
+            const int token = e / (OUT_ROWS / 2), row = e % (OUT_ROWS / 2) * 2, n = tile * OUT_ROWS + row;
             if (n >= outputs) continue;
             u16* to = out + (u64)token * outputs + n;
-            const u16 low = finished(sums, token, row, n, outputs, bias);
+            const u16 low = finished(sums, token, row, n, outputs, bias, to);
             if (n + 1 >= outputs) {
                 *to = low;
                 continue;
             }
-            const u16 high = finished(sums, token, row + 1, n + 1, outputs, bias);
+            const u16 high = finished(sums, token, row + 1, n + 1, outputs, bias, to + 1);
             if (outputs % 2 == 0) {
                 *(u32*)to = low | (u32)high << 16;
             } else {
                 to[0] = low, to[1] = high;
             }
         }
-        if (SPLIT > 1) cluster_sync();
-        else if (tile + stride < tiles) consumers_sync();
+        if (tile + stride < tiles) consumers_sync();
     }
 }

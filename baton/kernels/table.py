@@ -24,15 +24,14 @@ class Kernels:
     name: str
     pack: Operation = torch_ops.pack  # a weight, into what `linear` and `embedding` take
     linear: Operation = torch_ops.linear
+    linear_add: Operation = torch_ops.linear_add
     embedding: Operation = torch_ops.embedding
     rms_norm: Operation = torch_ops.rms_norm
-    add_rms_norm: Operation = torch_ops.add_rms_norm
     gated: Operation = torch_ops.gated
     rope_write: Operation = torch_ops.rope_write
     paged_attention: Operation = torch_ops.paged_attention
     argmax: Operation = torch_ops.argmax
     resolve: Operation = torch_ops.resolve
-    warm_up: Operation = torch_ops.warm_up
 
 
 TORCH = Kernels(name="torch")
@@ -58,9 +57,9 @@ def _cpu(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
         name="C++",
         pack=cpu.pack,
         linear=cpu.linear,
+        linear_add=lambda x, weight, bias, residual: residual.add_(cpu.linear(x, weight, bias)),
         embedding=cpu.embedding,
         rms_norm=cpu.rms_norm,
-        add_rms_norm=cpu.add_rms_norm,
         gated=lambda x, weight, bias=None: cpu.silu_mul(cpu.linear(x, weight, bias)),
         rope_write=cpu.rope_write,
         paged_attention=_without_lengths(cpu.paged_attention),
@@ -76,23 +75,22 @@ def _cuda(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
         return TORCH, f"the Triton kernels take no heads of {head_dim}"
     if torch.cuda.get_device_capability() < (9, 0):
         return TORCH, "the Triton kernels need a GPU of Hopper's generation or later"
-    from baton.kernels import attention, dense, fused, linear, sampling
+    from baton.kernels import attention, fused, linear, sampling
 
     kernels = Kernels(
         name="Triton",
         pack=linear.pack,
         linear=linear.linear,
+        linear_add=linear.linear_add,
         gated=linear.gated,
         embedding=linear.embedding,
         rms_norm=fused.rms_norm,
-        add_rms_norm=fused.add_rms_norm,
         rope_write=fused.rope_write,
         paged_attention=attention.paged_attention,
         argmax=sampling.argmax,
         resolve=sampling.resolve,
-        warm_up=dense.warm_up if dense.supports(dtype, head_dim) else torch_ops.warm_up,
     )
-    return kernels, "CUDA"
+    return kernels, f"CUDA; attention of prompts: {attention.describe(dtype, head_dim)}"
 
 
 def _without_lengths(attention: Operation) -> Operation:

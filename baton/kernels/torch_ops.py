@@ -13,12 +13,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm of residual + x, residual + x)."""
-    residual = residual + x
-    return rms_norm(residual, weight, eps), residual
-
-
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2I] → silu(gate) · up [T, I]."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -123,6 +117,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return functional.linear(x, weight, bias)
 
 
+def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    """residual [T, n], to which x [T, k] · weight [n, k]ᵀ + bias [n] has been added."""
+    return residual.add_(linear(x, weight, bias))
+
+
 def gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """silu(gate) · up of x [T, k] · weight [2I, k]ᵀ + bias [2I] → [T, I]."""
     return silu_mul(linear(x, weight, bias))
@@ -131,10 +130,6 @@ def gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
 def embedding(weight: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Rows token_ids [T] of weight [n, k] → [T, k]."""
     return functional.embedding(token_ids, weight)
-
-
-def warm_up(device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, max_query_len: int) -> None:
-    """Whatever would make a first call of some shape slow."""
 
 
 def resolve(ids: torch.Tensor, drawn: torch.Tensor) -> None:

@@ -19,12 +19,16 @@ class Linear(nn.Module):
     def prepare(self, kernels: Kernels, packed: Any = None) -> Any:
         """`packed`: another module's, where they share one weight."""
         self._packed = kernels.pack(self.weight) if packed is None else packed
-        self._linear, self.weight = kernels.gated if self._gated else kernels.linear, None
+        self._linear, self._linear_add, self.weight = kernels.gated if self._gated else kernels.linear, kernels.linear_add, None
         return self._packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, size_in] → [T, size_out], or half of it."""
         return self._linear(x, self._packed, self.bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """residual [T, size_out] += of x [T, size_in]."""
+        self._linear_add(x, self._packed, self.bias, residual)
 
 
 class Embedding(nn.Module):

@@ -3,6 +3,8 @@ q, k, v and gate, up merged so that each is one product.
 
     tokens ─▶ embed ─▶ [ + attention(norm) ─▶ + mlp(norm) ] × num_layers ─▶ norm ─▶ lm_head ─▶ logits
 
+The residual stream is one tensor, into which products are added in place.
+
 Knows of no quantization, adapters, sampling or scheduling.
 """
 
@@ -30,17 +32,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, batch: ForwardBatch, cos_sin: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    def queries(self, x: torch.Tensor, batch: ForwardBatch, cos_sin: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        """x [T, H] → rotated queries [T, Hq, D]; writes its KV."""
         q_weight = None if self.q_norm is None else self.q_norm.weight
         k_weight = None if self.k_norm is None else self.k_norm.weight
-        q = kernels.rope_write(
+        return kernels.rope_write(
             self.qkv_proj(x), cos_sin, batch.positions, batch.slots, batch.kv, self.layer, self.heads, q_weight, k_weight, self.eps
         )
+
+    def attend(self, q: torch.Tensor, batch: ForwardBatch, kernels: Kernels, residual: torch.Tensor) -> None:
+        """Of queries [T, Hq, D], into residual [T, H]."""
         out = kernels.paged_attention(
             q, batch.kv, self.layer, batch.block_tables, batch.query_start, batch.context_lens, batch.max_query_len,
             batch.max_context_len, self.window, lengths=batch.lengths,
         )  # fmt: skip
-        return self.o_proj(out.flatten(1))
+        self.o_proj.add_to(residual, out.flatten(1))
 
 
 class MLP(nn.Module):
@@ -49,8 +55,9 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, gated=True)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gate_up_proj(x))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """Of x [T, H], into residual [T, H]."""
+        self.down_proj.add_to(residual, self.gate_up_proj(x))
 
 
 class Layer(nn.Module):
@@ -91,21 +98,21 @@ class Decoder(nn.Module):
         self._cos_sin = rotary.cos_sin_table(num_positions, inverse.to(self.model.norm.weight.device))
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits [R, vocab_size] for the rows that the batch asks for; writes the new tokens' KV."""
+        """Logits [R, vocab_size] for the rows that the batch asks for; writes the new tokens' KV. Once the last layer's is written, the
+        other rows have done their part."""
         kernels, cos_sin = self._kernels, self._cos_sin
         residual = self.model.embed_tokens(batch.token_ids)
-        update: torch.Tensor | None = None  # of the residual stream, still to be added
         for layer in cast(Iterable[Layer], self.model.layers):
-            normed, residual = self._norm(layer.input_layernorm, update, residual)
-            update = layer.self_attn(normed, batch, cos_sin, kernels)
-            normed, residual = self._norm(layer.post_attention_layernorm, update, residual)
-            update = layer.mlp(normed)
+            q = layer.self_attn.queries(self._norm(layer.input_layernorm, residual), batch, cos_sin, kernels)
+            if layer is self.model.layers[-1] and batch.logits_owners is not None:
+                q, residual, batch = q[batch.logits_rows], residual[batch.logits_rows], batch.wanted()
+                if not len(q):
+                    return residual.new_empty(0, self.config.vocab_size)
+            layer.self_attn.attend(q, batch, kernels, residual)
+            layer.mlp(self._norm(layer.post_attention_layernorm, residual), residual)
         if batch.logits_rows is not None:
             residual = residual[batch.logits_rows]
-            update = None if update is None else update[batch.logits_rows]
-        return self.lm_head(self._norm(self.model.norm, update, residual)[0])
+        return self.lm_head(self._norm(self.model.norm, residual))
 
-    def _norm(self, norm: RMSNorm, update: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if update is None:
-            return self._kernels.rms_norm(residual, norm.weight, norm.eps), residual
-        return self._kernels.add_rms_norm(update, residual, norm.weight, norm.eps)
+    def _norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        return self._kernels.rms_norm(x, norm.weight, norm.eps)

@@ -107,7 +107,6 @@ def load(model: Path, settings: EngineConfig) -> LoadedModel:
         network = load_model(model, config, dtype=DTYPES[dtype], device=device)
     longest = min(settings.max_model_len or config.max_model_len, config.max_model_len)
     network.prepare(kernels, longest)
-    kernels.warm_up(device, config.num_heads, config.num_kv_heads, config.head_dim, min(budget, longest))
     num_blocks = settings.num_blocks
     if num_blocks is None:
         memory = settings.kv_memory

@@ -1,7 +1,7 @@
 """DecodeGraphs: steps of one token for each request, captured as CUDA graphs, and the only owner of the memory that they read and write.
 
-    sizes 1, 2, 4, 8, 16, … max_num_seqs, largest first, all in one memory pool; a step runs in the smallest that holds it, padded with
-    rows that write nowhere and see nothing
+    sizes 1, 2, 4, 8, 16, 24, 32, 64, 128, … max_num_seqs, largest first, all in one memory pool; a step runs in the smallest that holds
+    it, padded with rows that write nowhere and see nothing
 
 A graph also takes pending tokens from the draw before it, and draws greedily; who draws otherwise starts from its logits.
 """
@@ -97,6 +97,7 @@ class DecodeGraphs:
             context_lens=context_lens,
             block_tables=self._tables[:size],
             logits_rows=None,
+            logits_owners=None,
             max_query_len=1,
             max_context_len=self._max_model_len,
             lengths=None,
@@ -117,5 +118,5 @@ def _split(words: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def _sizes(most: int) -> list[int]:
-    sizes = [1, 2, 4, 8, *range(16, 65, 8), *range(80, 129, 16), *range(160, most + 32, 32)]
+    sizes = [1, 2, 4, 8, 16, 24, 32, *range(64, most + 64, 64)]  # from 64 on, what products with weights take best
     return [*(size for size in sizes if size < most), most]

@@ -64,7 +64,7 @@ class InputBuilder:
             tokens = [token for item in items for token in item.request.token_ids[item.start : item.end]]
             owners = np.repeat(np.arange(len(items)), counts)
             positions = np.arange(query_start[-1]) - query_start[owners] + starts[owners]
-        token_ids = np.array(tokens, np.int64)
+        token_ids = np.fromiter(tokens, np.int64, len(tokens))
         if drawn:
             for index, item in enumerate(items):
                 if item.samples and tokens[query_start[index + 1] - 1] == PENDING:
@@ -81,14 +81,16 @@ class InputBuilder:
     def batch(self, plan: StepPlan, arrays: dict[str, np.ndarray]) -> ForwardBatch:
         """Rows wanted: each sampling request's last; all of the prompt where prompt logprobs are asked for. In the plan's order."""
         device = self._kv.device
-        rows = [
-            start + position - item.start
-            for start, item in zip(arrays["query_start"].tolist(), plan.scheduled, strict=False)
-            for position in wanted_positions(item)
-        ]
+        rows, owners = list[int](), list[int]()
+        for index, (start, item) in enumerate(zip(arrays["query_start"].tolist(), plan.scheduled, strict=False)):
+            wanted = wanted_positions(item)
+            rows += [start + position - item.start for position in wanted]
+            owners += [index] * len(wanted)
+        all_wanted, one_each = len(rows) == len(arrays["token_ids"]), len(set(owners)) == len(owners)
         return ForwardBatch(
             **{name: to_device(array, device) for name, array in arrays.items()},
-            logits_rows=None if len(rows) == len(arrays["token_ids"]) else to_device(np.array(rows, np.int64), device),
+            logits_rows=None if all_wanted else to_device(np.array(rows, np.int64), device),
+            logits_owners=to_device(np.array(owners, np.int64), device) if one_each and not all_wanted else None,
             max_query_len=max(item.num_new_tokens for item in plan.scheduled),
             max_context_len=int(arrays["context_lens"].max()),
             lengths=tuple((item.num_new_tokens, item.end) for item in plan.scheduled),

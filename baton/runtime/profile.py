@@ -1,4 +1,4 @@
-"""How much memory the KV cache may have."""
+"""What is to be known of a model on this device before it serves: how much memory the KV cache may have."""
 
 import torch
 
@@ -16,6 +16,7 @@ def measure_kv_memory(model: Decoder, layout: KVLayout, device: torch.device, *,
     which is measured by computing one."""
     if device.type != "cuda":
         return _CPU_BYTES
+    _step(model, KVPool(layout, 2, device), 2)  # compiles what shorter prompts need
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     before = torch.cuda.memory_allocated(device)
@@ -40,6 +41,7 @@ def _step(model: Decoder, pool: KVPool, num_tokens: int) -> None:
             context_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
             block_tables=torch.zeros(1, -(-num_tokens // kv.shape[4]), dtype=torch.int32, device=device),
             logits_rows=torch.tensor([num_tokens - 1], device=device),
+            logits_owners=torch.tensor([0], device=device),
             max_query_len=num_tokens,
             max_context_len=num_tokens,
             lengths=((num_tokens, num_tokens),),

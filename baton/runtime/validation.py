@@ -23,7 +23,7 @@ def validate(request: GenerateRequest, limits: Limits, live: Collection[str]) ->
     prompt, output = request.prompt_token_ids, request.output_token_ids
     if not prompt:
         raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
-    for token_id in (*prompt, *output):
+    for token_id in (min(prompt), max(prompt), min(output, default=0), max(output, default=0)):
         if not 0 <= token_id < limits.vocab_size:
             raise InvalidRequest(f"token id {token_id} is outside the model's vocabulary (0 to {limits.vocab_size - 1})", param="prompt")
     if len(prompt) + len(output) >= limits.max_model_len:

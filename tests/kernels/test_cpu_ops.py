@@ -98,7 +98,7 @@ class TestElementwise:
         check(normed, reference.rms_norm(x.double(), weight.double(), 1e-5), 3)
         check(normed, torch_ops.rms_norm(x, weight, 1e-5), 3)
         total = residual + x
-        twin = torch_ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
+        twin = torch_ops.rms_norm(residual + x, weight, 1e-5), residual + x
         both, updated = cpu.add_rms_norm(x, residual, weight, 1e-5)
         assert torch.equal(updated, total)
         assert torch.equal(twin[1], total)

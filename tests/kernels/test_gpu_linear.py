@@ -42,7 +42,7 @@ def poisoned(monkeypatch):
 
     def empty(*size, **kw):
         made = real(*size, **kw)
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(1 << 30)
+        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(99)
 
     monkeypatch.setattr(torch, "empty", empty)
 
@@ -68,19 +68,41 @@ def test_gate_up_silu_rounds_as_separate_steps_do(n, k, dtype, poisoned):
             close(linear.gated(x, weight, b), (functional.silu(gate) * up).double(), dtype, roundings=2)
 
 
-@pytest.mark.parametrize("config", [(64, 2), (96, 2), (128, 4), (32, 1), (224, 1)])
-def test_every_way_to_share_the_work(config, poisoned):
-    rows, split = config
-    for width in (8, 16, 32, 64):
-        for n, k in ((4096, 4096), (1000, 776)):
-            m = width - 1
-            x, weight, bias = inputs(m, n, k, torch.bfloat16)
-            wn, wk, block = linear.SHAPES[rows]
-            chosen = linear.Config(rows, width, wn, wk, block, split)
-            out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-            if chosen.depth >= 2:
-                linear.run(chosen, x, weight, bias, out)
-                close(out, x.double() @ weight.double().t() + bias.double(), torch.bfloat16)
+@pytest.mark.parametrize("rows", [16, 32, 48, 64, 96, 112, 128, 224])
+def test_every_shape_of_few_rows(rows, poisoned):
+    for tokens in (8, 16, 32):
+        for n, k in ((rows * 132, 776), (rows * 140 + 1, 264)):
+            config = linear.Skinny(rows, tokens, *linear.SHAPES[rows], alias=int(n == rows * 132))
+            check(config, tokens - 1, n, k)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256])
+def test_every_shape_of_many_rows(rows, poisoned):
+    for tokens, boxes in ((64, 1), (64, 4), (128, 1), (192, 1), (256, 1)):
+        config = linear.Wide(rows, tokens, boxes)
+        if rows * tokens <= 224 * 128 and config.depth >= 3:
+            check(config, tokens - 1, rows * 140 + 1, 264)
+
+
+def check(config, m, n, k):
+    x, weight, bias = inputs(m, n, k, torch.bfloat16)
+    out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    linear.run(config, x, weight, bias, out)
+    close(out, x.double() @ weight.double().t() + bias.double(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (896, 4864), (1152, 896)])
+def test_products_of_a_long_chunk(n, k, dtype, poisoned):
+    """Chosen at the first number of rows, used with others."""
+    for m in (5000, 4096, 4097, 8192):
+        x, weight, _ = inputs(m, n, k, dtype)
+        assert linear.blas.serves(x, weight)
+        exact = x.double() @ weight.double().t()
+        close(linear.linear(x, weight), exact, dtype)
+        residual = torch.randn(m, n, device="cuda").to(dtype)
+        both = exact + residual.double()
+        close(linear.linear_add(x, weight, None, residual), both, dtype)
 
 
 def test_rows_of_a_wider_tensor_and_of_odd_addresses():

@@ -102,6 +102,7 @@ class Forward:
             context_lens=torch.tensor([end], dtype=torch.int32),
             block_tables=self.blocks[None, : -(-end // self.block_size)].int(),
             logits_rows=None,
+            logits_owners=None,
             max_query_len=end - start,
             max_context_len=end,
             lengths=((end - start, end),),
