@@ -5,8 +5,8 @@
     many new tokens: through FlashAttention-3's package where there is one and prompts are long (`flash`), else the kernel in Gluon
     (`hopper`), else, for fp32 and heads of other sizes, tiles of queries against the context up to them (FlashAttention-2: Dao 2023)
 
-K and V come through the tensor memory accelerator, one block or a part of it at a time, but for the last part of a context in decode. Grids follow from shapes and the maxima alone, so a
-captured graph serves any content; a program without work ends at once.
+K and V come through the tensor memory accelerator, one block or a part of it at a time, but for the last part of a context in decode.
+Grids follow from shapes and the maxima alone, so a captured graph serves any content; a program without work ends at once.
 """
 
 from collections.abc import Sequence
