@@ -33,6 +33,7 @@ class Kernels:
     argmax: Operation = torch_ops.argmax
     resolve: Operation = torch_ops.resolve
     warm_up: Operation = torch_ops.warm_up
+    decoder: Operation | None = None  # a whole pass in one call, where there is such a thing
 
 
 TORCH = Kernels(name="torch")
@@ -65,6 +66,7 @@ def _cpu(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
         rope_write=cpu.rope_write,
         paged_attention=_without_lengths(cpu.paged_attention),
         argmax=cpu.argmax,
+        decoder=cpu.decoder,
     )
     return kernels, "compiled for this CPU"
 

@@ -18,13 +18,13 @@ class Linear(nn.Module):
 
     def prepare(self, kernels: Kernels, packed: Any = None) -> Any:
         """`packed`: another module's, where they share one weight."""
-        self._packed = kernels.pack(self.weight) if packed is None else packed
+        self.packed = kernels.pack(self.weight) if packed is None else packed
         self._linear, self.weight = kernels.gated if self._gated else kernels.linear, None
-        return self._packed
+        return self.packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, size_in] → [T, size_out], or half of it."""
-        return self._linear(x, self._packed, self.bias)
+        return self._linear(x, self.packed, self.bias)
 
 
 class Embedding(nn.Module):
@@ -33,10 +33,10 @@ class Embedding(nn.Module):
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(count, size), requires_grad=False)
 
     def prepare(self, kernels: Kernels) -> Any:
-        self._packed = kernels.pack(self.weight)
+        self.packed = kernels.pack(self.weight)
         self._embedding, self.weight = kernels.embedding, None
-        return self._packed
+        return self.packed
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] → [T, size]."""
-        return self._embedding(self._packed, token_ids)
+        return self._embedding(self.packed, token_ids)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from baton.forward import ForwardBatch
-from baton.kernels.table import Kernels
+from baton.kernels.table import Kernels, Operation
 from baton.layers import rotary
 from baton.layers.linear import Embedding, Linear
 from baton.layers.norm import RMSNorm
@@ -30,7 +30,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, batch: ForwardBatch, cos_sin: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, batch: ForwardBatch, cos_sin: torch.Tensor, kernels: Kernels, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`rows`: those that are wanted; None: all."""
         q_weight = None if self.q_norm is None else self.q_norm.weight
         k_weight = None if self.k_norm is None else self.k_norm.weight
         q = kernels.rope_write(
@@ -40,7 +43,7 @@ class Attention(nn.Module):
             q, batch.kv, self.layer, batch.block_tables, batch.query_start, batch.context_lens, batch.max_query_len,
             batch.max_context_len, self.window, lengths=batch.lengths,
         )  # fmt: skip
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1) if rows is None else out.flatten(1)[rows])
 
 
 class MLP(nn.Module):
@@ -89,21 +92,45 @@ class Decoder(nn.Module):
         self.lm_head.prepare(kernels, packed if self.config.tie_embeddings else None)
         inverse = rotary.inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         self._cos_sin = rotary.cos_sin_table(num_positions, inverse.to(self.model.norm.weight.device))
+        self._whole = None if kernels.decoder is None else self._in_one_call(kernels.decoder)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits [R, vocab_size] for the rows that the batch asks for; writes the new tokens' KV."""
+        if self._whole is not None:
+            return self._whole(
+                batch.token_ids, batch.positions, batch.slots, self._cos_sin, batch.kv, batch.block_tables, batch.query_start,
+                batch.context_lens, batch.logits_rows,
+            )  # fmt: skip
         kernels, cos_sin = self._kernels, self._cos_sin
         residual = self.model.embed_tokens(batch.token_ids)
         update: torch.Tensor | None = None  # of the residual stream, still to be added
         for layer in cast(Iterable[Layer], self.model.layers):
             normed, residual = self._norm(layer.input_layernorm, update, residual)
-            update = layer.self_attn(normed, batch, cos_sin, kernels)
-            normed, residual = self._norm(layer.post_attention_layernorm, update, residual)
+            rows = batch.logits_rows if layer.self_attn.layer + 1 == self.config.num_layers else None  # nobody reads the last one's others
+            update = layer.self_attn(normed, batch, cos_sin, kernels, rows)
+            if rows is not None and not len(rows):
+                return self.lm_head(update)
+            normed, residual = self._norm(layer.post_attention_layernorm, update, residual if rows is None else residual[rows])
             update = layer.mlp(normed)
-        if batch.logits_rows is not None:
-            residual = residual[batch.logits_rows]
-            update = None if update is None else update[batch.logits_rows]
         return self.lm_head(self._norm(self.model.norm, update, residual)[0])
+
+    def _in_one_call(self, make: Operation) -> Operation:
+        layers = [
+            (
+                layer.input_layernorm.weight, layer.self_attn.qkv_proj.packed, layer.self_attn.qkv_proj.bias,
+                layer.self_attn.q_norm and layer.self_attn.q_norm.weight, layer.self_attn.k_norm and layer.self_attn.k_norm.weight,
+                layer.self_attn.o_proj.packed, layer.self_attn.o_proj.bias, layer.post_attention_layernorm.weight,
+                layer.mlp.gate_up_proj.packed, layer.mlp.gate_up_proj.bias, layer.mlp.down_proj.packed, layer.mlp.down_proj.bias,
+                layer.self_attn.window or 0,
+            )
+            for layer in cast(Iterable[Layer], self.model.layers)
+        ]  # fmt: skip
+        config = self.config
+        return make(
+            self.model.embed_tokens.packed, self.model.norm.weight, self.lm_head.packed, layers,
+            intermediate_size=config.intermediate_size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, eps=config.norm_eps,
+        )  # fmt: skip
 
     def _norm(self, norm: RMSNorm, update: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if update is None:

@@ -9,6 +9,7 @@ many threads there are, and whether its context is one chunk or many. Knows of n
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -22,6 +23,7 @@ __all__ = [
     "PackedWeight",
     "add_rms_norm",
     "argmax",
+    "decoder",
     "embedding",
     "linear",
     "load",
@@ -154,3 +156,28 @@ def paged_attention(
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """logits [R, V] → [R] int64; the lowest id among equals. NaN is never the greatest."""
     return _kernels().argmax(logits)
+
+
+LayerWeights = tuple[PackedWeight | torch.Tensor | int | None, ...]
+"""Of one layer: input norm, qkv and its bias, q norm, k norm, o and its bias, the norm after attention, gate_up and its bias, down and
+its bias, window (0: none). Biases and the norms of q and k may be None."""
+
+
+def decoder(
+    embedding: PackedWeight,
+    norm: torch.Tensor,
+    head: PackedWeight,
+    layers: Sequence[LayerWeights],
+    *,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> Callable[..., torch.Tensor]:
+    """A whole pass in one call, which holds no lock of Python's: the operations above in their order, with the same bits. What it gives takes
+    (token_ids, positions, slots, cos_sin, kv, block_tables, query_start, context_lens, rows | None) → logits [rows, vocabulary]."""
+    kernels = _kernels()
+    flat = [value.data if isinstance(value, PackedWeight) else value for layer in layers for value in layer]
+    sizes = (embedding.k, intermediate_size, num_heads, num_kv_heads, head_dim)
+    return functools.partial(kernels.forward, kernels.decoder(embedding.data, embedding.n, norm, head.data, *sizes, eps, *flat))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "common.h"
 
@@ -58,5 +59,31 @@ struct PagedAttention {
 void paged_attention(const PagedAttention& p);
 
 void argmax(const void* logits, int64_t stride, int64_t rows, int64_t size, int64_t* out, bool is_bf16);
+
+struct Layer {  // weights; products' are packed; biases and the norms of q and k may be null
+    const void *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+    int64_t window;
+};
+
+struct Decoder {
+    std::vector<Layer> layers;
+    const void *embedding, *norm, *head;
+    int64_t vocab, hidden, intermediate, num_heads, num_kv_heads, dim;
+    float eps;
+    bool is_bf16;
+};
+
+struct Step {  // of all sequences' new tokens
+    const int64_t *token_ids, *positions, *slots;
+    const float* cos_sin;
+    KVCache kv;           // of the first layer
+    int64_t layer_bytes;  // from one layer's to the next one's
+    const int32_t *block_tables, *query_start, *context_lens;
+    int64_t sequences, table_stride, tokens;
+    const int64_t* rows;  // whose logits are wanted; null: all
+    int64_t num_rows;
+    void* logits;  // [num_rows, vocab]
+};
+void forward(const Decoder& decoder, const Step& step);
 
 }  // namespace baton

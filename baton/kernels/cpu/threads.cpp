@@ -109,7 +109,7 @@ void* scratch(int slot, int64_t bytes) {
         int64_t size = 0;
         ~Buffer() { std::free(data); }
     };
-    static thread_local Buffer buffers[2];
+    static thread_local Buffer buffers[3];
     Buffer& b = buffers[slot];
     if (b.size < bytes) {
         std::free(b.data);
