@@ -55,6 +55,7 @@ def _cpu(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
         return TORCH, cpu.reason()
     if not cpu.supports(dtype, head_dim):
         return TORCH, f"the C++ kernels take no {dtype} with heads of {head_dim}"
+    cpu.own_threads(True)
     kernels = Kernels(
         name="C++",
         pack=cpu.pack,
