@@ -2,8 +2,8 @@
 
     python benchmarks/step_overhead.py [--batch 32] [--rounds 5]
 
-First the engine alone in this process: µs per step, and the share of it in the model's forward pass. Then a cluster of one unified worker and a
-router under `baton bench`'s load: CPU µs per streamed token of each process, which does not depend on who waits for whom. Medians.
+First the engine alone in this process: µs per step, and the share of it in the model's forward pass. Then a cluster of one unified worker
+and a router under `baton bench`'s load: CPU µs per streamed token of each process, which does not depend on who waits for whom. Medians.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -74,20 +75,22 @@ async def engine_alone(folder: Path, batch: int, rounds: int) -> None:
         seen.append(((time.perf_counter() - begun) / steps * 1e6, inside / steps * 1e6))
     await engine.stop()
     whole, model = (statistics.median(column) for column in zip(*seen[1:], strict=True))
-    print(f"engine alone, batch {batch}: {whole:.0f} µs per step, {model:.0f} of them in the forward pass; {(whole - model) / batch:.1f} µs a token")
+    rest = f"{whole - model:.0f} beside it, {(whole - model) / batch:.1f} a token"
+    print(f"engine alone, batch {batch}: µs per step {whole:.0f}: {model:.0f} in the forward pass, {rest}")
 
 
 async def streamed(folder: Path, batch: int, rounds: int) -> None:
     settings = tuple(f"unified.engine.{key}={value}" for key, value in SETTINGS.items())
-    cluster = Cluster(Plan(model=folder, prefill=0, decode=0, unified=1, kvstore=0, http_port=0, grpc_port=0, etcd="none", settings=settings))
+    one_worker: dict[str, Any] = {"prefill": 0, "decode": 0, "unified": 1, "kvstore": 0, "etcd": "none"}
+    cluster = Cluster(Plan(model=folder, http_port=0, grpc_port=0, settings=settings, **one_worker))
     await cluster.start()
     try:
         processes = {p["role"]: psutil.Process(p["pid"]) for p in cluster.describe()["processes"]} | {"load generator": psutil.Process()}
         seen: dict[str, list[float]] = {name: [] for name in (*processes, "wall")}
         for number in range(rounds + 1):
             load = Load(
-                num_requests=2 * batch, concurrency=batch, rate=None, input_len=(16, 16), output_len=(NEW_TOKENS, NEW_TOKENS), shared_prefix=0,
-                repeat_prompts=1, seed=number,
+                num_requests=2 * batch, concurrency=batch, rate=None, input_len=(16, 16), output_len=(NEW_TOKENS, NEW_TOKENS),
+                shared_prefix=0, repeat_prompts=1, seed=number,
             )  # fmt: skip
             before, begun = {name: sum(p.cpu_times()[:2]) for name, p in processes.items()}, time.perf_counter()
             await _drive(cluster.http, load)

@@ -175,7 +175,7 @@ def decoder(
     head_dim: int,
     eps: float,
 ) -> Callable[..., torch.Tensor]:
-    """A whole pass in one call, which holds no lock of Python's: the operations above in their order, with the same bits. What it gives takes
+    """A whole pass in one call, which holds no lock of Python's: the operations above in their order, with the same bits. It takes
     (token_ids, positions, slots, cos_sin, kv, block_tables, query_start, context_lens, rows | None) → logits [rows, vocabulary]."""
     kernels = _kernels()
     flat = [value.data if isinstance(value, PackedWeight) else value for layer in layers for value in layer]
