@@ -5,6 +5,7 @@
 Signatures and semantics are those of `torch_ops`, which every other form is tested against.
 """
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -23,6 +24,7 @@ Operation = Callable[..., Any]
 class Kernels:
     name: str
     pack: Operation = torch_ops.pack  # a weight, into what `linear` and `embedding` take
+    pack_gated: Operation = torch_ops.pack  # one whose rows are gate, then up, into what `gated` takes
     linear: Operation = torch_ops.linear
     embedding: Operation = torch_ops.embedding
     rms_norm: Operation = torch_ops.rms_norm
@@ -59,11 +61,12 @@ def _cpu(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
     kernels = Kernels(
         name="C++",
         pack=cpu.pack,
+        pack_gated=functools.partial(cpu.pack, gated=True),
         linear=cpu.linear,
         embedding=cpu.embedding,
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,
-        gated=lambda x, weight, bias=None: cpu.silu_mul(cpu.linear(x, weight, bias)),
+        gated=cpu.linear,
         rope_write=cpu.rope_write,
         paged_attention=_without_lengths(cpu.paged_attention),
         argmax=cpu.argmax,
@@ -84,6 +87,7 @@ def _cuda(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
     kernels = Kernels(
         name="Triton",
         pack=linear.pack,
+        pack_gated=linear.pack,
         linear=linear.linear,
         gated=linear.gated,
         embedding=linear.embedding,

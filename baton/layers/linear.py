@@ -18,8 +18,8 @@ class Linear(nn.Module):
 
     def prepare(self, kernels: Kernels, packed: Any = None) -> Any:
         """`packed`: another module's, where they share one weight."""
-        self.packed = kernels.pack(self.weight) if packed is None else packed
-        self._linear, self.weight = kernels.gated if self._gated else kernels.linear, None
+        pack, self._linear = (kernels.pack_gated, kernels.gated) if self._gated else (kernels.pack, kernels.linear)
+        self.packed, self.weight = pack(self.weight) if packed is None else packed, None
         return self.packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,6 @@ __all__ = [
     "reason",
     "rms_norm",
     "rope_write",
-    "silu_mul",
     "supports",
 ]
 
@@ -81,21 +80,22 @@ def own_threads(on: bool) -> None:
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight [n, k] in panels of 32 rows; bytes as the plain one, rounded up to whole panels. It serves any number of input rows, and
-    `embedding` reads its rows, so that nobody needs the plain weight any more."""
+    `embedding` reads its rows, so that nobody needs the plain weight any more. Gated: n / 2 rows of gate, then those of up."""
 
     data: torch.Tensor
     n: int
     k: int
+    gated: bool = False
 
 
-def pack(weight: torch.Tensor) -> PackedWeight:
+def pack(weight: torch.Tensor, *, gated: bool = False) -> PackedWeight:
     """weight [n, k], bf16 or fp32."""
-    return PackedWeight(_kernels().pack(weight), *weight.shape)
+    return PackedWeight(_kernels().pack(weight, int(gated)), *weight.shape, gated)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, k] · weightᵀ + bias [n] → [T, n]; summed in fp32, rounded once."""
-    return _kernels().linear(x, weight.data, weight.n, bias)
+    """x [T, k] · weightᵀ + bias [n] → [T, n]; summed in fp32, rounded once. Gated: silu(gate) · up [T, n / 2] of those, rounded each time."""
+    return _kernels().linear(x, weight.data, weight.n, int(weight.gated), bias)
 
 
 def embedding(weight: PackedWeight, token_ids: torch.Tensor) -> torch.Tensor:
@@ -111,11 +111,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm of residual + x, residual + x); the sum is written over residual."""
     return _kernels().norm(x, residual, weight, eps), residual
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up [T, 2I] → silu(gate) · up [T, I]."""
-    return _kernels().silu_mul(gate_up)
 
 
 def rope_write(

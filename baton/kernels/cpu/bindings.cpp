@@ -126,33 +126,40 @@ Tensor weight_memory(int64_t bytes, at::ScalarType dtype) {
     return at::from_blob(data, {bytes / int64_t(c10::elementSize(dtype))}, [piece](void*) {}, at::TensorOptions().dtype(dtype));
 }
 
-int64_t packed_size(int64_t n, int64_t k, bool bf16) { return ceil_div(n, kPanel) * kPanel * ceil_div(k, bf16 ? 2 : 1) * (bf16 ? 2 : 1); }
+int64_t packed_size(int64_t n, int64_t k, bool bf16, bool gated = false) {
+    return num_panels(n, gated) * kPanel * ceil_div(k, bf16 ? 2 : 1) * (bf16 ? 2 : 1);
+}
 
-PyObject* pack(Arguments& a) {  // weight [n, k] → [packed_size]
+PyObject* pack(Arguments& a) {  // weight [n, k], gated (0 | 1) → [packed_size]
     const Tensor& w = a.tensor();
+    const bool gated = a.integer() != 0;
+    TORCH_CHECK(!gated || w.size(0) % 2 == 0, "gate and up must be of one size");
     check_rows(w, "weight");
     const bool bf16 = is_bf16(w);
-    Tensor packed = weight_memory(packed_size(w.size(0), w.size(1), bf16) * w.element_size(), w.scalar_type());
+    Tensor packed = weight_memory(packed_size(w.size(0), w.size(1), bf16, gated) * w.element_size(), w.scalar_type());
     {
         NoGil unlocked;
-        pack_weight(w.const_data_ptr(), w.stride(0), w.size(0), w.size(1), packed.data_ptr(), bf16);
+        pack_weight(w.const_data_ptr(), w.stride(0), w.size(0), w.size(1), gated, packed.data_ptr(), bf16);
     }
     return THPVariable_Wrap(std::move(packed));
 }
 
-PyObject* linear(Arguments& a) {  // x [m, k], packed, n, bias [n] | None → [m, n]
+PyObject* linear(Arguments& a) {  // x [m, k], packed, n, gated (0 | 1), bias [n] | None → [m, n], or [m, n / 2]
     const Tensor &x = a.tensor(), &w = a.tensor();
     const int64_t n = a.integer();
+    const bool gated = a.integer() != 0;
     const std::optional<Tensor> bias = a.maybe();
     check_rows(x, "x");
     const bool bf16 = is_bf16(x);
-    TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.numel() == packed_size(n, x.size(1), bf16), "x and the packed weight do not fit");
+    TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.numel() == packed_size(n, x.size(1), bf16, gated), "x and the packed weight do not fit");
     check_vector(bias, n, x.scalar_type(), "bias");
-    Tensor out = at::empty({x.size(0), n}, x.options());
+    const int64_t width = gated ? n / 2 : n;
+    Tensor out = at::empty({x.size(0), width}, x.options());
     if (out.numel() == 0) return THPVariable_Wrap(std::move(out));
     {
         NoGil unlocked;
-        baton::linear({x.const_data_ptr(), w.const_data_ptr(), data_or_null(bias), out.data_ptr(), x.size(0), n, x.size(1), x.stride(0), n, bf16});
+        baton::linear({x.const_data_ptr(), w.const_data_ptr(), data_or_null(bias), out.data_ptr(), x.size(0), n, x.size(1), x.stride(0), width, bf16,
+                       gated});
     }
     return THPVariable_Wrap(std::move(out));
 }
@@ -184,15 +191,6 @@ PyObject* norm(Arguments& a) {  // x [t, h], residual [t, h] | None, weight [h],
     Tensor out = at::empty({x.size(0), x.size(1)}, x.options());
     rms_norm({x.const_data_ptr(), weight.const_data_ptr(), residual ? residual->data_ptr() : nullptr, out.data_ptr(), x.size(0), x.size(1),
               x.stride(0), residual ? residual->stride(0) : 0, eps, is_bf16(x)});
-    return THPVariable_Wrap(std::move(out));
-}
-
-PyObject* silu_mul(Arguments& a) {  // gate_up [t, 2i] → [t, i]
-    const Tensor& x = a.tensor();
-    check_rows(x, "gate_up");
-    const int64_t size = x.size(1) / 2;
-    Tensor out = at::empty({x.size(0), size}, x.options());
-    baton::silu_mul(x.const_data_ptr(), x.stride(0), out.data_ptr(), x.size(0), size, is_bf16(x));
     return THPVariable_Wrap(std::move(out));
 }
 
@@ -324,7 +322,8 @@ PyObject* decoder(Arguments& a) {
         Layer& w = d.layers.emplace_back();
         w.input_norm = vector(d.hidden), w.qkv = packed(qkv, d.hidden), w.qkv_bias = vector(qkv), w.q_norm = vector(d.dim), w.k_norm = vector(d.dim);
         w.o = packed(d.hidden, heads), w.o_bias = vector(d.hidden), w.post_norm = vector(d.hidden);
-        w.gate_up = packed(2 * d.intermediate, d.hidden), w.gate_up_bias = vector(2 * d.intermediate);
+        w.gate_up = keep(a.tensor(), packed_size(2 * d.intermediate, d.hidden, d.is_bf16, true), "packed gate and up");
+        w.gate_up_bias = vector(2 * d.intermediate);
         w.down = packed(d.hidden, d.intermediate), w.down_bias = vector(d.hidden), w.window = a.integer();
         TORCH_CHECK(w.input_norm && w.post_norm, "a layer lacks a norm");
     }
@@ -369,7 +368,7 @@ PyObject* own_threads(Arguments& a) {  // 0 | 1
 
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)())guarded<name>, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {FUNCTION(pack),   FUNCTION(linear),     FUNCTION(gather),          FUNCTION(norm),
-                         FUNCTION(silu_mul), FUNCTION(rope_write), FUNCTION(paged_attention), FUNCTION(argmax),
+                         FUNCTION(rope_write), FUNCTION(paged_attention), FUNCTION(argmax),
                          FUNCTION(decoder), FUNCTION(forward),  FUNCTION(own_threads), {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "baton_cpu_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

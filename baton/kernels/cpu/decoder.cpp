@@ -23,20 +23,20 @@ void select(const void* from, const int64_t* rows, int64_t count, int64_t bytes,
 
 void forward(const Decoder& d, const Step& s) {
     const int64_t size = d.is_bf16 ? 2 : 4, heads = d.num_heads * d.dim, qkv_size = heads + 2 * d.num_kv_heads * d.dim;
-    const int64_t widths[] = {d.hidden, d.hidden, d.hidden, d.hidden, qkv_size, heads, heads, 2 * d.intermediate, d.intermediate};
+    const int64_t widths[] = {d.hidden, d.hidden, d.hidden, d.hidden, qkv_size, heads, heads, d.intermediate};
     int64_t bytes = 0;
     for (int64_t width : widths) bytes += Memory::padded(s.tokens * width * size);
     Memory memory(bytes);
-    void* buffers[9];
-    for (int i = 0; i < 9; i++) buffers[i] = memory.take(s.tokens * widths[i] * size);
-    auto [residual, spare, normed, update, qkv, q, attended, gate_up, gated] = buffers;
+    void* buffers[8];
+    for (int i = 0; i < 8; i++) buffers[i] = memory.take(s.tokens * widths[i] * size);
+    auto [residual, spare, normed, update, qkv, q, attended, gated] = buffers;
 
     int64_t rows = s.tokens;
     auto norm = [&](const void* x, void* sum, const void* weight) {
         rms_norm({x, weight, sum, normed, rows, d.hidden, d.hidden, d.hidden, d.eps, d.is_bf16});
     };
     auto product = [&](const void* x, const void* weight, const void* bias, void* out, int64_t n, int64_t k) {
-        linear({x, weight, bias, out, rows, n, k, k, n, d.is_bf16});
+        linear({x, weight, bias, out, rows, n, k, k, n, d.is_bf16, false});
     };
     gather_rows(d.embedding, d.hidden, s.token_ids, rows, residual, d.is_bf16);
     for (size_t i = 0; i < d.layers.size(); i++) {
@@ -57,8 +57,7 @@ void forward(const Decoder& d, const Step& s) {
         }
         product(attended, w.o, w.o_bias, update, d.hidden, heads);
         norm(update, residual, w.post_norm);
-        product(normed, w.gate_up, w.gate_up_bias, gate_up, 2 * d.intermediate, d.hidden);
-        silu_mul(gate_up, 2 * d.intermediate, gated, rows, d.intermediate, d.is_bf16);
+        linear({normed, w.gate_up, w.gate_up_bias, gated, rows, 2 * d.intermediate, d.hidden, d.hidden, d.intermediate, d.is_bf16, true});
         product(gated, w.down, w.down_bias, update, d.hidden, d.intermediate);
     }
     norm(update, residual, d.norm);

@@ -10,12 +10,13 @@ namespace baton {
 
 struct Linear {
     const void *x, *weight, *bias;  // [m, k], packed, [n] or null
-    void* out;                      // [m, n]
+    void* out;                      // [m, n], or [m, n / 2] if gated
     int64_t m, n, k, x_stride, out_stride;
-    bool is_bf16;
+    bool is_bf16, gated;
 };
+int64_t num_panels(int64_t n, bool gated);  // of a packed weight
 void linear(const Linear& p);
-void pack_weight(const void* weight, int64_t stride, int64_t n, int64_t k, void* packed, bool is_bf16);
+void pack_weight(const void* weight, int64_t stride, int64_t n, int64_t k, bool gated, void* packed, bool is_bf16);
 void gather_rows(const void* packed, int64_t k, const int64_t* ids, int64_t count, void* out, bool is_bf16);
 
 struct Norm {
@@ -26,8 +27,6 @@ struct Norm {
     bool is_bf16;
 };
 void rms_norm(const Norm& p);
-
-void silu_mul(const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t size, bool is_bf16);
 
 struct KVCache {
     void* data;  // of one layer
