@@ -90,11 +90,11 @@ class PackedWeight:
 
 def pack(weight: torch.Tensor, *, gated: bool = False) -> PackedWeight:
     """weight [n, k], bf16 or fp32."""
-    return PackedWeight(_kernels().pack(weight, int(gated)), *weight.shape, gated)
+    return PackedWeight(_kernels().pack(weight, int(gated)), weight.shape[0], weight.shape[1], gated)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, k] · weightᵀ + bias [n] → [T, n]; summed in fp32, rounded once. Gated: silu(gate) · up [T, n / 2] of those, rounded each time."""
+    """x [T, k] · weightᵀ + bias [n] → [T, n]; summed in fp32, rounded once. Gated: silu(gate) · up [T, n / 2] of those, each rounded."""
     return _kernels().linear(x, weight.data, weight.n, int(weight.gated), bias)
 
 

@@ -154,13 +154,13 @@ struct Job {
     static constexpr int64_t kAhead = 2048;  // bytes
 };
 
-// Rows that lie a multiple of 1 KiB apart would fall into the same few sets of L1; rows must also be whole dwords.
+// Rows must not fall into the same few sets of L1, and must be whole dwords.
 template <typename T>
 const uint32_t* repitch(const Linear& p, int64_t kd, int64_t& pitch) {
     const int64_t bytes = p.x_stride * sizeof(T);
     pitch = bytes / 4;
     const bool whole = p.k % Type<T>::per_dword == 0 && bytes % 4 == 0;
-    if (whole && (p.m == 1 || bytes % 1024 != 0)) return (const uint32_t*)p.x;
+    if (whole && (p.m == 1 || !is_bad_pitch(bytes))) return (const uint32_t*)p.x;
     pitch = ceil_div(kd, 16) * 16 + 16;
     uint32_t* copy = (uint32_t*)scratch(1, p.m * pitch * 4);
     const int64_t rows = 64;
