@@ -135,15 +135,22 @@ def table_attention(dtype: torch.dtype) -> None:
 
 
 def table_step(dtype: torch.dtype) -> None:
-    """A whole forward pass and greedy sampling with the kernels' functions, weights random."""
-    linears = [{name: cpu.pack(torch.randn(shape).to(dtype) * 0.03) for name, shape in LINEARS.items()} for _ in range(LAYERS)]
+    """A whole forward pass and greedy sampling as the decoder runs them, weights random."""
+    linears = [
+        {name: cpu.pack(torch.randn(shape).to(dtype) * 0.03, gated=name == "gate_up") for name, shape in LINEARS.items()}
+        for _ in range(LAYERS)
+    ]
     head = cpu.pack(torch.randn(LM_HEAD).to(dtype) * 0.03)
     norm, bias = torch.ones(HIDDEN, dtype=dtype), torch.zeros(QKV, dtype=dtype)
+    layers = [(norm, w["qkv"], bias, None, None, w["o"], None, norm, w["gate_up"], None, w["down"], None, 0) for w in linears]
+    forward = cpu.decoder(
+        head, norm, head, layers, intermediate_size=INTERMEDIATE, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, eps=1e-5
+    )
     angles = torch.arange(4096)[:, None] * 1e4 ** -(torch.arange(0, DIM, 2) / DIM)
     cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
     print(f"\nA step of the model, {dtype}: ms")
-    print("| sequences × context, new tokens | step | linears | attention | other kernels, threads, Python |\n|---|---|---|---|---|")
-    for sequences, context, new in ((1, 128, 1), (8, 128, 1), (32, 128, 1), (1, 1000, 1000)):
+    print("| sequences × context, new tokens | step | linears | attention | other kernels, threads |\n|---|---|---|---|---|")
+    for sequences, context, new in ((1, 128, 1), (8, 128, 1), (32, 128, 1), (1, 512, 512), (1, 1000, 1000)):
         batch, _, tables, start, lens = paged(dtype, [context] * sequences, new)
         ids, rows = torch.randint(VOCAB, (sequences * new,)), start[1:].long() - 1
 
@@ -151,16 +158,7 @@ def table_step(dtype: torch.dtype) -> None:
             batch: ForwardBatch = batch, tables: torch.Tensor = tables, start: torch.Tensor = start, lens: torch.Tensor = lens,
             ids: torch.Tensor = ids, rows: torch.Tensor = rows,
         ) -> torch.Tensor:  # fmt: skip
-            residual = cpu.embedding(head, ids)
-            x = cpu.rms_norm(residual, norm, 1e-5)
-            for layer, weights in enumerate(linears):
-                qkv = cpu.linear(x, weights["qkv"], bias)
-                q = cpu.rope_write(qkv, cos_sin, batch.positions, batch.slots, batch.kv, layer, HEADS)
-                out = cpu.paged_attention(q, batch.kv, layer, tables, start, lens, 0, 0, None)
-                x, residual = cpu.add_rms_norm(cpu.linear(out.view(len(q), -1), weights["o"]), residual, norm, 1e-5)
-                x = cpu.linear(cpu.silu_mul(cpu.linear(x, weights["gate_up"])), weights["down"])
-                x, residual = cpu.add_rms_norm(x, residual, norm, 1e-5)
-            return cpu.argmax(cpu.linear(x[rows], head))
+            return cpu.argmax(forward(ids, batch.positions, batch.slots, cos_sin, batch.kv, tables, start, lens, rows))
 
         xs = {k: torch.randn(len(ids), k).to(dtype) for k in (HIDDEN, INTERMEDIATE)}
         q = torch.randn(len(ids), HEADS, DIM).to(dtype)

@@ -8,6 +8,7 @@ A second signal ends the process at once. Knows nothing of what is served.
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -79,6 +80,8 @@ class Host:
             for service in ("", *services):
                 await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
             logger.info("%s serves on %s", self.member.id, self.member.address)
+            gc.collect()
+            gc.freeze()  # modules, weights and tables live as long as the process: no collection need look at them again
             if on_ready is not None:
                 await on_ready(self.member)
             await self._stop.wait()

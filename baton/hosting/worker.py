@@ -111,11 +111,15 @@ class guarded:
         pass
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BatonError):
-            await abort(self._context, error)
-        elif isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
-            logger.error("a call failed", exc_info=error)
-            await abort(self._context, InternalError(f"{type(error).__name__}: {error}"))
+        if isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
+            await abort(self._context, as_ours(error))
+
+
+def as_ours(error: Exception) -> BatonError:
+    if isinstance(error, BatonError):
+        return error
+    logger.error("a call failed", exc_info=error)
+    return InternalError(f"{type(error).__name__}: {error}")
 
 
 async def end_if_stuck(engine: Engine, limit_s: float) -> None:

@@ -5,6 +5,7 @@
 Signatures and semantics are those of `torch_ops`, which every other form is tested against.
 """
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -23,6 +24,7 @@ Operation = Callable[..., Any]
 class Kernels:
     name: str
     pack: Operation = torch_ops.pack  # a weight, into what `linear` and `embedding` take
+    pack_gated: Operation = torch_ops.pack  # one whose rows are gate, then up, into what `gated` takes
     linear: Operation = torch_ops.linear
     linear_add: Operation = torch_ops.linear_add
     embedding: Operation = torch_ops.embedding
@@ -32,6 +34,7 @@ class Kernels:
     paged_attention: Operation = torch_ops.paged_attention
     argmax: Operation = torch_ops.argmax
     resolve: Operation = torch_ops.resolve
+    decoder: Operation | None = None  # a whole pass in one call, where there is such a thing
 
 
 TORCH = Kernels(name="torch")
@@ -53,17 +56,20 @@ def _cpu(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
         return TORCH, cpu.reason()
     if not cpu.supports(dtype, head_dim):
         return TORCH, f"the C++ kernels take no {dtype} with heads of {head_dim}"
+    cpu.own_threads(True)
     kernels = Kernels(
         name="C++",
         pack=cpu.pack,
+        pack_gated=functools.partial(cpu.pack, gated=True),
         linear=cpu.linear,
         linear_add=lambda x, weight, bias, residual: residual.add_(cpu.linear(x, weight, bias)),
         embedding=cpu.embedding,
         rms_norm=cpu.rms_norm,
-        gated=lambda x, weight, bias=None: cpu.silu_mul(cpu.linear(x, weight, bias)),
+        gated=cpu.linear,
         rope_write=cpu.rope_write,
         paged_attention=_without_lengths(cpu.paged_attention),
         argmax=cpu.argmax,
+        decoder=cpu.decoder,
     )
     return kernels, "compiled for this CPU"
 
@@ -80,6 +86,7 @@ def _cuda(dtype: torch.dtype, head_dim: int) -> tuple[Kernels, str]:
     kernels = Kernels(
         name="Triton",
         pack=linear.pack,
+        pack_gated=linear.pack,
         linear=linear.linear,
         linear_add=linear.linear_add,
         gated=linear.gated,

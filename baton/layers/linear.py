@@ -18,17 +18,18 @@ class Linear(nn.Module):
 
     def prepare(self, kernels: Kernels, packed: Any = None) -> Any:
         """`packed`: another module's, where they share one weight."""
-        self._packed = kernels.pack(self.weight) if packed is None else packed
-        self._linear, self._linear_add, self.weight = kernels.gated if self._gated else kernels.linear, kernels.linear_add, None
-        return self._packed
+        pack, self._linear = (kernels.pack_gated, kernels.gated) if self._gated else (kernels.pack, kernels.linear)
+        self._linear_add = kernels.linear_add
+        self.packed, self.weight = pack(self.weight) if packed is None else packed, None
+        return self.packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, size_in] → [T, size_out], or half of it."""
-        return self._linear(x, self._packed, self.bias)
+        return self._linear(x, self.packed, self.bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         """residual [T, size_out] += of x [T, size_in]."""
-        self._linear_add(x, self._packed, self.bias, residual)
+        self._linear_add(x, self.packed, self.bias, residual)
 
 
 class Embedding(nn.Module):
@@ -37,10 +38,10 @@ class Embedding(nn.Module):
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(count, size), requires_grad=False)
 
     def prepare(self, kernels: Kernels) -> Any:
-        self._packed = kernels.pack(self.weight)
+        self.packed = kernels.pack(self.weight)
         self._embedding, self.weight = kernels.embedding, None
-        return self._packed
+        return self.packed
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] → [T, size]."""
-        return self._embedding(self._packed, token_ids)
+        return self._embedding(self.packed, token_ids)

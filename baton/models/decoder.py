@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from baton.forward import ForwardBatch
-from baton.kernels.table import Kernels
+from baton.kernels.table import Kernels, Operation
 from baton.layers import rotary
 from baton.layers.linear import Embedding, Linear
 from baton.layers.norm import RMSNorm
@@ -96,10 +96,16 @@ class Decoder(nn.Module):
         self.lm_head.prepare(kernels, packed if self.config.tie_embeddings else None)
         inverse = rotary.inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         self._cos_sin = rotary.cos_sin_table(num_positions, inverse.to(self.model.norm.weight.device))
+        self._whole = None if kernels.decoder is None else self._in_one_call(kernels.decoder)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits [R, vocab_size] for the rows that the batch asks for; writes the new tokens' KV. Once the last layer's is written, the
         other rows have done their part."""
+        if self._whole is not None:
+            return self._whole(
+                batch.token_ids, batch.positions, batch.slots, self._cos_sin, batch.kv, batch.block_tables, batch.query_start,
+                batch.context_lens, batch.logits_rows,
+            )  # fmt: skip
         kernels, cos_sin = self._kernels, self._cos_sin
         residual = self.model.embed_tokens(batch.token_ids)
         for layer in cast(Iterable[Layer], self.model.layers):
@@ -113,6 +119,24 @@ class Decoder(nn.Module):
         if batch.logits_rows is not None:
             residual = residual[batch.logits_rows]
         return self.lm_head(self._norm(self.model.norm, residual))
+
+    def _in_one_call(self, make: Operation) -> Operation:
+        layers = [
+            (
+                layer.input_layernorm.weight, layer.self_attn.qkv_proj.packed, layer.self_attn.qkv_proj.bias,
+                layer.self_attn.q_norm and layer.self_attn.q_norm.weight, layer.self_attn.k_norm and layer.self_attn.k_norm.weight,
+                layer.self_attn.o_proj.packed, layer.self_attn.o_proj.bias, layer.post_attention_layernorm.weight,
+                layer.mlp.gate_up_proj.packed, layer.mlp.gate_up_proj.bias, layer.mlp.down_proj.packed, layer.mlp.down_proj.bias,
+                layer.self_attn.window or 0,
+            )
+            for layer in cast(Iterable[Layer], self.model.layers)
+        ]  # fmt: skip
+        config = self.config
+        return make(
+            self.model.embed_tokens.packed, self.model.norm.weight, self.lm_head.packed, layers,
+            intermediate_size=config.intermediate_size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, eps=config.norm_eps,
+        )  # fmt: skip
 
     def _norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
         return self._kernels.rms_norm(x, norm.weight, norm.eps)

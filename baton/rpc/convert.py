@@ -9,6 +9,7 @@ import grpc.aio
 from baton.errors import BatonError, InternalError, Overloaded, RequestCancelled, WorkerLost, error_classes
 from baton.hashing import HASH_BYTES
 from baton.rpc.v1 import common_pb2 as common
+from baton.rpc.v1 import decode_pb2 as decode
 from baton.rpc.v1 import worker_pb2 as worker
 from baton.types import (
     BlocksRemoved,
@@ -98,7 +99,9 @@ def _logprobs_from_proto(message: common.TokenLogprobs) -> TokenLogprobs:
 
 
 def token_to_proto(token: OutputToken) -> common.OutputToken:
-    return common.OutputToken(token_id=token.token_id, logprobs=None if token.logprobs is None else _logprobs_to_proto(token.logprobs))
+    if token.logprobs is None:
+        return common.OutputToken(token_id=token.token_id)
+    return common.OutputToken(token_id=token.token_id, logprobs=_logprobs_to_proto(token.logprobs))
 
 
 def token_from_proto(message: common.OutputToken) -> OutputToken:
@@ -110,17 +113,20 @@ def finish_to_proto(reason: FinishReason | None) -> common.FinishReason:
 
 
 def output_to_proto(output: GenerateOutput) -> common.SequenceOutput:
-    return common.SequenceOutput(
+    message = common.SequenceOutput(
         tokens=[token_to_proto(token) for token in output.tokens],
-        finish_reason=finish_to_proto(output.finish_reason),
-        stop_token_id=output.stop_token_id,
-        prompt_logprobs=[
-            common.PromptLogprobs(logprobs=None if item is None else _logprobs_to_proto(item)) for item in output.prompt_logprobs
-        ],
         num_computed_tokens=output.num_computed_tokens,
         num_saved_blocks=output.num_saved_blocks,
-        cache=None if output.cache is None else common.CacheReport(**_plain(output.cache, CacheReport)),
     )
+    if output.finish_reason is not None:
+        message.finish_reason = _FINISH[output.finish_reason]
+    if output.stop_token_id is not None:
+        message.stop_token_id = output.stop_token_id
+    for item in output.prompt_logprobs:
+        message.prompt_logprobs.add(logprobs=None if item is None else _logprobs_to_proto(item))
+    if output.cache is not None:
+        message.cache.CopyFrom(common.CacheReport(**_plain(output.cache, CacheReport)))
+    return message
 
 
 def output_from_proto(message: common.SequenceOutput) -> GenerateOutput:
@@ -192,6 +198,14 @@ def state_from_proto(message: worker.StateUpdate) -> StateUpdate:
 
 
 # -- errors
+
+
+def failure_to_proto(error: BatonError) -> decode.Failure:
+    return decode.Failure(code=error.code, message=error.message, param=error.param or "")
+
+
+def failure_from_proto(failure: decode.Failure) -> BatonError:
+    return error_classes().get(failure.code, InternalError)(failure.message, param=failure.param or None)
 
 
 def error_status(error: BatonError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:

@@ -185,8 +185,9 @@ class Loader:
 
     def save_new(self, feed: Feed, block_ids: Sequence[int], start: int, end: int) -> None:
         """Tokens start … end were just computed: saves the blocks that became full. `block_ids` are the request's."""
-        size = self._cache.block_size
-        self.save(feed, block_ids, range(start // size, end // size))
+        first, last = start // self._cache.block_size, end // self._cache.block_size
+        if last > first:
+            self.save(feed, block_ids, range(first, last))
 
     def save_matched(self, feed: Feed) -> None:
         """For a prefill: the cached blocks of its prompt that the pool lacks. Called when the request was admitted."""

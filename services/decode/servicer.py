@@ -4,14 +4,15 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 
 import grpc.aio
 
 from baton.errors import BatonError, WorkerLost
 from baton.hosting.engine import Sequence
 from baton.hosting.heartbeat import with_heartbeat
-from baton.hosting.worker import Context, Intake, guarded
+from baton.hosting.worker import Context, Intake, as_ours, guarded
 from baton.metrics import WorkerMetrics
 from baton.rpc import convert
 from baton.rpc.channel import Channels
@@ -24,12 +25,13 @@ logger = logging.getLogger(__name__)
 class Feeding:
     """How one request gets its prompt's KV: what was decided, what was found, what a prefill worker reported."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_prompt_tokens: int) -> None:
         self.prefill_id = ""
         self.reason = ""
         self.matched: tuple[int, int] = (0, 0)  # tokens: own prefix cache, pool
         self.prefill_cache: CacheReport | None = None
-        self._told = False
+        self._num_prompt_tokens = num_prompt_tokens
+        self._told = self._reported = False
 
     def decide(self, prefill_id: str, reason: str) -> None:
         self._told = self._told and (prefill_id, reason) == (self.prefill_id, self.reason)
@@ -42,18 +44,44 @@ class Feeding:
         self._told = True
         return decode_pb2.PrefillDecision(prefill_id=self.prefill_id, reason=self.reason)
 
-    def report(self, output: GenerateOutput, num_prompt_tokens: int) -> CacheReport | None:
-        """Where the prompt's KV came from, with what the prefill worker found in its own cache counted as cached."""
-        if output.cache is None and not output.tokens:
+    def report(self, output: GenerateOutput) -> CacheReport | None:
+        """With the first token and the end: where the prompt's KV came from, with what the prefill worker found in its own cache counted
+        as cached."""
+        first = bool(output.tokens) and not self._reported
+        if not first and (output.finish_reason is None or output.cache is None):
             return None
+        self._reported = True
         local, pool = self.matched
-        cache = output.cache or CacheReport(num_prompt_tokens=num_prompt_tokens, num_local_tokens=local, num_pool_tokens=pool)
+        cache = output.cache or CacheReport(num_prompt_tokens=self._num_prompt_tokens, num_local_tokens=local, num_pool_tokens=pool)
         if self.prefill_cache is None:
             return cache
         found = max(cache.num_pool_tokens, self.prefill_cache.num_cached_tokens - cache.num_local_tokens)
-        return dataclasses.replace(
-            cache, num_pool_tokens=found, num_prefill_tokens=max(num_prompt_tokens - cache.num_local_tokens - found, 0)
-        )
+        computed = max(self._num_prompt_tokens - cache.num_local_tokens - found, 0)
+        return dataclasses.replace(cache, num_pool_tokens=found, num_prefill_tokens=computed)
+
+
+class Outbox:
+    """Events of a session that are not sent yet. Not bounded here: they are no more than the session's sequences may have tokens."""
+
+    def __init__(self) -> None:
+        self._events: list[decode_pb2.SessionEvent] = []
+        self._filled = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def put(self, event: decode_pb2.SessionEvent) -> None:
+        self._events.append(event)
+        self._filled.set()
+
+    async def take(self, patience_s: float) -> list[decode_pb2.SessionEvent]:
+        """All there are; none when none came in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._filled.wait()
+        self._filled.clear()
+        events, self._events = self._events, []
+        return events
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServicer):
@@ -74,27 +102,63 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._pool_available = pool_available
 
     async def Generate(self, request: decode_pb2.GenerateRequest, context: Context) -> AsyncIterator[decode_pb2.GenerateResponse]:
+        async with guarded(context), aclosing(self._generate(request)) as responses:
+            async for response in with_heartbeat(responses, self._lease_s / 4):
+                yield response or decode_pb2.GenerateResponse(output=common_pb2.SequenceOutput())
+
+    async def Session(self, requests: AsyncIterator[decode_pb2.SessionRequest], context: Context) -> None:
+        """Ends when the caller has said its last word and all its calls have ended; with it, whatever is left of them."""
         async with guarded(context):
-            sequence_request = convert.request_from_proto(request.sequence)
-            why_here = self._why_here(request)
-            candidates = [] if why_here else list(request.prefill_candidates)
-            sequence = self._intake.submit(sequence_request, hold=bool(candidates))
-            feeding, feeder = Feeding(), None
-            feeding.decide("", why_here)
+            outbox, calls = Outbox(), dict[int, asyncio.Task[None]]()
+
+            async def take_requests() -> None:
+                async for request in requests:
+                    number = request.call
+                    if request.HasField("start"):
+                        calls[number] = asyncio.create_task(self._call(number, request.start, outbox), name=f"call-{number}")
+                        calls[number].add_done_callback(lambda _, number=number: calls.pop(number, None))
+                    elif number in calls:
+                        calls[number].cancel()
+
+            taking = asyncio.create_task(take_requests())
             try:
-                if candidates:
-                    name = f"feed-{sequence_request.request_id}"
-                    feeder = asyncio.create_task(self._feed(sequence, sequence_request, candidates, feeding), name=name)
-                async for news in with_heartbeat(aiter(sequence), self._lease_s / 4):
-                    output = news or GenerateOutput()
-                    report = feeding.report(output, len(sequence_request.prompt_token_ids))
-                    self._count(output, report)
-                    output = dataclasses.replace(output, cache=report)
-                    yield decode_pb2.GenerateResponse(output=convert.output_to_proto(output), prefill=feeding.news())
+                while calls or outbox or not taking.done():
+                    await context.write(decode_pb2.SessionEvents(events=await outbox.take(self._lease_s / 4)))
             finally:
-                if feeder is not None:
-                    feeder.cancel()
-                self._intake.done(sequence_request.request_id)
+                left = [taking, *calls.values()]
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
+
+    async def _call(self, number: int, request: decode_pb2.GenerateRequest, outbox: "Outbox") -> None:
+        """One call of a session."""
+        try:
+            async with aclosing(self._generate(request)) as responses:
+                async for response in responses:
+                    outbox.put(decode_pb2.SessionEvent(call=number, response=response))
+        except Exception as error:
+            outbox.put(decode_pb2.SessionEvent(call=number, failure=convert.failure_to_proto(as_ours(error))))
+
+    async def _generate(self, request: decode_pb2.GenerateRequest) -> AsyncGenerator[decode_pb2.GenerateResponse]:
+        sequence_request = convert.request_from_proto(request.sequence)
+        why_here = self._why_here(request)
+        candidates = [] if why_here else list(request.prefill_candidates)
+        sequence = self._intake.submit(sequence_request, hold=bool(candidates))
+        feeding, feeder = Feeding(len(sequence_request.prompt_token_ids)), None
+        feeding.decide("", why_here)
+        try:
+            if candidates:
+                name = f"feed-{sequence_request.request_id}"
+                feeder = asyncio.create_task(self._feed(sequence, sequence_request, candidates, feeding), name=name)
+            async for output in sequence:
+                report = feeding.report(output)
+                self._count(output, report)
+                message = convert.output_to_proto(output if output.cache is report else dataclasses.replace(output, cache=report))
+                yield decode_pb2.GenerateResponse(output=message, prefill=feeding.news())
+        finally:
+            if feeder is not None:
+                feeder.cancel()
+            self._intake.done(sequence_request.request_id)
 
     def _why_here(self, request: decode_pb2.GenerateRequest) -> str:
         """Why the prompt is computed here, whatever its length; empty where a prefill worker may be asked."""

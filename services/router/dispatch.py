@@ -11,18 +11,16 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any
-
-import grpc
-import grpc.aio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from baton.errors import NoWorkers, Overloaded, Unavailable, WorkerLost
 from baton.rpc import convert
 from baton.rpc.channel import Channels
-from baton.rpc.v1 import decode_pb2, decode_pb2_grpc
+from baton.rpc.v1 import decode_pb2
 from baton.types import GenerateOutput, GenerateRequest
 from services.router.policy import Facts, Placement, Policy
+from services.router.sessions import Sessions
 from services.router.workers import HashesBySize, Workers
 
 logger = logging.getLogger(__name__)
@@ -65,7 +63,8 @@ class Dispatcher:
         max_migrations: int,
         on_migration: Callable[[], None] = lambda: None,
     ) -> None:
-        self.workers, self._channels, self.policy_name, self._policy = workers, channels, policy_name, policy
+        self.workers, self.policy_name, self._policy = workers, policy_name, policy
+        self._sessions = Sessions(channels, lease_s=lease_s)
         self._lease_s, self._max_migrations, self._on_migration = lease_s, max_migrations, on_migration
         self._turns = itertools.count()
 
@@ -88,11 +87,12 @@ class Dispatcher:
             name = request.request_id if attempt == 0 else f"{request.request_id}~{attempt}"
             part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
             try:
-                async for item in self._call(part, placement, route):
-                    output += [token.token_id for token in item.tokens]
-                    yield item
-                    if item.finish_reason is not None:
-                        return
+                async with aclosing(self._call(part, placement, route)) as items:
+                    async for item in items:
+                        output += [token.token_id for token in item.tokens]
+                        yield item
+                        if item.finish_reason is not None:
+                            return
                 raise WorkerLost(f"{placement.decode} ended the stream too early")
             except Unavailable as error:
                 if isinstance(error, WorkerLost):
@@ -129,17 +129,11 @@ class Dispatcher:
             return False
         return True
 
-    async def _call(self, request: GenerateRequest, placement: Placement, route: Route) -> AsyncIterator[GenerateOutput]:
+    async def _call(self, request: GenerateRequest, placement: Placement, route: Route) -> AsyncGenerator[GenerateOutput]:
         candidates = [decode_pb2.PrefillCandidate(id=name, address=self.workers.address(name)) for name in placement.prefills]
         message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request), prefill_candidates=candidates)
-        stub: Any = decode_pb2_grpc.DecodeStub(self._channels.get(self.workers.address(placement.decode)))
-        call = stub.Generate(message)
-        try:
-            while True:
-                async with asyncio.timeout(self._lease_s):
-                    response = await call.read()
-                if not isinstance(response, decode_pb2.GenerateResponse):
-                    return
+        async with aclosing(self._sessions.generate(placement.decode, self.workers.address(placement.decode), message)) as responses:
+            async for response in responses:
                 if response.HasField("prefill"):
                     route.prefill = response.prefill.prefill_id
                     route.reason = f"{placement.reason}; {response.prefill.reason}"
@@ -148,14 +142,3 @@ class Dispatcher:
                     route.num_cached_tokens = output.cache.num_cached_tokens
                 if output.tokens or output.finish_reason is not None:
                     yield output
-        except grpc.aio.AioRpcError as error:
-            raise convert.error_from_rpc(error, placement.decode) from error
-        except TimeoutError as error:
-            raise WorkerLost(f"{placement.decode} was silent for {self._lease_s:g} s") from error
-        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise WorkerLost(f"{placement.decode} has left the cluster") from error  # its channel was closed under the call
-        finally:
-            call.cancel()

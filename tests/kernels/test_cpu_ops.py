@@ -50,6 +50,18 @@ class TestLinear:
             check(cpu.linear(x, packed, bias), exact, k**0.5)
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("size", "k"), [(1, 17), (30, 64), (33, 1025), (704, 2100)])
+    @pytest.mark.parametrize("rows", [1, 12, 40, 130])
+    def test_gated(self, dtype: torch.dtype, size: int, k: int, rows: int) -> None:
+        w, x, b = torch.randn(2 * size, k).to(dtype), torch.randn(rows, k).to(dtype), torch.randn(2 * size).to(dtype)
+        x[0], x[-1] = x[0] * 20, x[-1] * -20
+        for bias in (None, b):
+            gate, up = cpu.linear(x, cpu.pack(w), bias).double().chunk(2, -1)
+            poison(rows, size, dtype=dtype)
+            check(cpu.linear(x, cpu.pack(w, gated=True), bias), functional.silu(gate) * up)
+            check(torch_ops.silu_mul(torch.cat((gate, up), -1).to(dtype)), functional.silu(gate) * up)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_strided_rows(self, dtype: torch.dtype) -> None:
         w, wide = torch.randn(40, 2 * 48).to(dtype)[:, 48:], torch.randn(30, 101).to(dtype)
         x = wide[::2, 3:51]
@@ -104,16 +116,6 @@ class TestElementwise:
         assert torch.equal(twin[1], total)
         check(both, twin[0], 3)
         assert torch.equal(both, cpu.rms_norm(total, weight, 1e-5))
-
-    @pytest.mark.parametrize("size", [1, 30, 704, 3072])
-    @pytest.mark.parametrize("rows", [1, 40])
-    def test_silu_mul(self, dtype: torch.dtype, size: int, rows: int) -> None:
-        x = (torch.randn(rows, 2 * size + 6) * 8).to(dtype)[:, : 2 * size]
-        x[0, 0], x[-1, 0] = 100.0, -100.0
-        gate, up = x.double().chunk(2, -1)
-        poison(rows, size, dtype=dtype)
-        check(cpu.silu_mul(x), functional.silu(gate) * up)
-        check(torch_ops.silu_mul(x), functional.silu(gate) * up)
 
     @pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(16, 4, 4), (32, 4, 1), (64, 14, 2), (128, 8, 2), (80, 2, 2)])
     @pytest.mark.parametrize("normed", [False, True])

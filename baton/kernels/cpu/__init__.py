@@ -9,6 +9,7 @@ many threads there are, and whether its context is one chunk or many. Knows of n
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -22,6 +23,7 @@ __all__ = [
     "PackedWeight",
     "add_rms_norm",
     "argmax",
+    "decoder",
     "embedding",
     "linear",
     "load",
@@ -31,7 +33,6 @@ __all__ = [
     "reason",
     "rms_norm",
     "rope_write",
-    "silu_mul",
     "supports",
 ]
 
@@ -79,21 +80,22 @@ def own_threads(on: bool) -> None:
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight [n, k] in panels of 32 rows; bytes as the plain one, rounded up to whole panels. It serves any number of input rows, and
-    `embedding` reads its rows, so that nobody needs the plain weight any more."""
+    `embedding` reads its rows, so that nobody needs the plain weight any more. Gated: n / 2 rows of gate, then those of up."""
 
     data: torch.Tensor
     n: int
     k: int
+    gated: bool = False
 
 
-def pack(weight: torch.Tensor) -> PackedWeight:
+def pack(weight: torch.Tensor, *, gated: bool = False) -> PackedWeight:
     """weight [n, k], bf16 or fp32."""
-    return PackedWeight(_kernels().pack(weight), *weight.shape)
+    return PackedWeight(_kernels().pack(weight, int(gated)), weight.shape[0], weight.shape[1], gated)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, k] · weightᵀ + bias [n] → [T, n]; summed in fp32, rounded once."""
-    return _kernels().linear(x, weight.data, weight.n, bias)
+    """x [T, k] · weightᵀ + bias [n] → [T, n]; summed in fp32, rounded once. Gated: silu(gate) · up [T, n / 2] of those, each rounded."""
+    return _kernels().linear(x, weight.data, weight.n, int(weight.gated), bias)
 
 
 def embedding(weight: PackedWeight, token_ids: torch.Tensor) -> torch.Tensor:
@@ -109,11 +111,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm of residual + x, residual + x); the sum is written over residual."""
     return _kernels().norm(x, residual, weight, eps), residual
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up [T, 2I] → silu(gate) · up [T, I]."""
-    return _kernels().silu_mul(gate_up)
 
 
 def rope_write(
@@ -154,3 +151,28 @@ def paged_attention(
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """logits [R, V] → [R] int64; the lowest id among equals. NaN is never the greatest."""
     return _kernels().argmax(logits)
+
+
+LayerWeights = tuple[PackedWeight | torch.Tensor | int | None, ...]
+"""Of one layer: input norm, qkv and its bias, q norm, k norm, o and its bias, the norm after attention, gate_up and its bias, down and
+its bias, window (0: none). Biases and the norms of q and k may be None."""
+
+
+def decoder(
+    embedding: PackedWeight,
+    norm: torch.Tensor,
+    head: PackedWeight,
+    layers: Sequence[LayerWeights],
+    *,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> Callable[..., torch.Tensor]:
+    """A whole pass in one call, which holds no lock of Python's: the operations above in their order, with the same bits. It takes
+    (token_ids, positions, slots, cos_sin, kv, block_tables, query_start, context_lens, rows | None) → logits [rows, vocabulary]."""
+    kernels = _kernels()
+    flat = [value.data if isinstance(value, PackedWeight) else value for layer in layers for value in layer]
+    sizes = (embedding.k, intermediate_size, num_heads, num_kv_heads, head_dim)
+    return functools.partial(kernels.forward, kernels.decoder(embedding.data, embedding.n, norm, head.data, *sizes, eps, *flat))

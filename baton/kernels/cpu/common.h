@@ -62,6 +62,9 @@ struct Type<float> {
 inline __mmask16 tail_mask(int64_t count) { return count >= 16 ? __mmask16(0xffff) : __mmask16((1u << (count > 0 ? count : 0)) - 1); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Rows that lie a multiple of 1 KiB apart would fall into the same few sets of L1.
+inline bool is_bad_pitch(int64_t bytes) { return bytes % 1024 == 0; }
+
 // Runs body(task) for 0 … tasks - 1 on torch's threads or on our own; each thread takes the next task when it is done with one.
 using TaskBody = void (*)(void* context, int64_t task);
 void run_tasks(int64_t tasks, TaskBody body, void* context);

@@ -1,4 +1,4 @@
-// Norms, SiLU, rotation with the KV write, argmax. Each value is rounded to the element type wherever torch's layers round it.
+// Norms, rotation with the KV write, argmax. Each value is rounded to the element type wherever torch's layers round it.
 #include <cmath>
 #include <vector>
 
@@ -63,21 +63,6 @@ void norm(const Norm& p) {
             x = residual;
         }
         norm_row(x, (const T*)p.weight, (T*)p.out + row * p.size, p.size, p.eps);
-    });
-}
-
-template <typename T>
-void silu(const T* gate_up, int64_t stride, T* out, int64_t rows, int64_t size) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    over_rows(rows, size, [&](int64_t row) {
-        const T *gate = gate_up + row * stride, *up = gate + size;
-        for (int64_t i = 0; i < size; i += 16) {
-            const __mmask16 m = tail_mask(size - i);
-            const __m512 g = Type<T>::load(gate + i, m);
-            const __m512 e = Type<T>::per_dword == 2 ? exp2<true>(_mm512_mul_ps(g, _mm512_set1_ps(-1.44269504f))) : exp(_mm512_sub_ps(_mm512_setzero_ps(), g));
-            const __m512 s = Type<T>::round(_mm512_div_ps(g, _mm512_add_ps(one, e)));
-            Type<T>::store(out + row * size + i, _mm512_mul_ps(s, Type<T>::load(up + i, m)), m);
-        }
     });
 }
 
@@ -167,10 +152,6 @@ void run_argmax(const T* logits, int64_t stride, int64_t rows, int64_t size, int
 }  // namespace
 
 void rms_norm(const Norm& p) { p.is_bf16 ? norm<BF16>(p) : norm<float>(p); }
-
-void silu_mul(const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t size, bool is_bf16) {
-    is_bf16 ? silu((const BF16*)gate_up, stride, (BF16*)out, rows, size) : silu((const float*)gate_up, stride, (float*)out, rows, size);
-}
 
 void rope_write(const Rope& p) { p.is_bf16 ? rope<BF16>(p) : rope<float>(p); }
 

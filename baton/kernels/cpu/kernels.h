@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "common.h"
 
@@ -9,12 +10,13 @@ namespace baton {
 
 struct Linear {
     const void *x, *weight, *bias;  // [m, k], packed, [n] or null
-    void* out;                      // [m, n]
+    void* out;                      // [m, n], or [m, n / 2] if gated
     int64_t m, n, k, x_stride, out_stride;
-    bool is_bf16;
+    bool is_bf16, gated;
 };
+int64_t num_panels(int64_t n, bool gated);  // of a packed weight
 void linear(const Linear& p);
-void pack_weight(const void* weight, int64_t stride, int64_t n, int64_t k, void* packed, bool is_bf16);
+void pack_weight(const void* weight, int64_t stride, int64_t n, int64_t k, bool gated, void* packed, bool is_bf16);
 void gather_rows(const void* packed, int64_t k, const int64_t* ids, int64_t count, void* out, bool is_bf16);
 
 struct Norm {
@@ -25,8 +27,6 @@ struct Norm {
     bool is_bf16;
 };
 void rms_norm(const Norm& p);
-
-void silu_mul(const void* gate_up, int64_t stride, void* out, int64_t rows, int64_t size, bool is_bf16);
 
 struct KVCache {
     void* data;  // of one layer
@@ -58,5 +58,31 @@ struct PagedAttention {
 void paged_attention(const PagedAttention& p);
 
 void argmax(const void* logits, int64_t stride, int64_t rows, int64_t size, int64_t* out, bool is_bf16);
+
+struct Layer {  // weights; products' are packed; biases and the norms of q and k may be null
+    const void *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+    int64_t window;
+};
+
+struct Decoder {
+    std::vector<Layer> layers;
+    const void *embedding, *norm, *head;
+    int64_t vocab, hidden, intermediate, num_heads, num_kv_heads, dim;
+    float eps;
+    bool is_bf16;
+};
+
+struct Step {  // of all sequences' new tokens
+    const int64_t *token_ids, *positions, *slots;
+    const float* cos_sin;
+    KVCache kv;           // of the first layer
+    int64_t layer_bytes;  // from one layer's to the next one's
+    const int32_t *block_tables, *query_start, *context_lens;
+    int64_t sequences, table_stride, tokens;
+    const int64_t* rows;  // whose logits are wanted; null: all
+    int64_t num_rows;
+    void* logits;  // [num_rows, vocab]
+};
+void forward(const Decoder& decoder, const Step& step);
 
 }  // namespace baton

@@ -5,6 +5,8 @@
 
 #include <initializer_list>
 
+#include "common.h"
+
 namespace baton {
 
 inline __m512 nearest(__m512 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -34,6 +36,13 @@ inline __m512 exp2(__m512 x) {
     if (BRIEF) return _mm512_scalef_ps(polynomial(r, {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 0.240226507f, 0.693147181f, 1.0f}), n);
     return _mm512_scalef_ps(
         polynomial(r, {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 0.240226507f, 0.693147181f, 1.0f}), n);
+}
+
+// x / (1 + e^-x), rounded to T.
+template <typename T>
+inline __m512 silu(__m512 x) {
+    const __m512 e = Type<T>::per_dword == 2 ? exp2<true>(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f))) : exp(_mm512_sub_ps(_mm512_setzero_ps(), x));
+    return Type<T>::round(_mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e)));
 }
 
 }  // namespace baton

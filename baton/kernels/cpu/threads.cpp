@@ -37,11 +37,14 @@ class Pool {
             wake_.notify_all();
         }
         work();
-        for (int i = 0; done_.load(std::memory_order_acquire) < tasks; i++)
-            if (i < kSpins)
+        for (int i = 0, done; (done = done_.load(std::memory_order_acquire)) < tasks; i++)
+            if (i < kSpins) {
                 _mm_pause();
-            else
-                std::this_thread::yield();
+            } else {  // a helper was put off its core: it gets this one
+                waiting_.store(true, std::memory_order_seq_cst);
+                if (done_.load(std::memory_order_seq_cst) == done) done_.wait(done);
+                waiting_.store(false, std::memory_order_relaxed);
+            }
         if (error_) std::rethrow_exception(error_);
         return true;
     }
@@ -59,7 +62,8 @@ class Pool {
                 std::lock_guard<std::mutex> guard(failing_);
                 if (!error_) error_ = std::current_exception();
             }
-            done_.fetch_add(1, std::memory_order_release);
+            done_.fetch_add(1, std::memory_order_seq_cst);
+            if (waiting_.load(std::memory_order_seq_cst)) done_.notify_one();
             state = state_.load(std::memory_order_acquire);
         }
     }
@@ -83,7 +87,8 @@ class Pool {
     void* context_ = nullptr;
     std::exception_ptr error_;
     alignas(64) std::atomic<uint64_t> state_{0};
-    alignas(64) std::atomic<int64_t> done_{0};
+    alignas(64) std::atomic<int> done_{0};
+    std::atomic<bool> waiting_{false};
     alignas(64) std::atomic<int> wake_{0}, sleepers_{0}, allowed_{0};
 };
 
@@ -109,7 +114,7 @@ void* scratch(int slot, int64_t bytes) {
         int64_t size = 0;
         ~Buffer() { std::free(data); }
     };
-    static thread_local Buffer buffers[2];
+    static thread_local Buffer buffers[3];
     Buffer& b = buffers[slot];
     if (b.size < bytes) {
         std::free(b.data);

@@ -39,6 +39,11 @@ class DecodeStub:
                 request_serializer=baton_dot_rpc_dot_v1_dot_decode__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=baton_dot_rpc_dot_v1_dot_decode__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/baton.rpc.v1.Decode/Session',
+                request_serializer=baton_dot_rpc_dot_v1_dot_decode__pb2.SessionRequest.SerializeToString,
+                response_deserializer=baton_dot_rpc_dot_v1_dot_decode__pb2.SessionEvents.FromString,
+                _registered_method=True)
 
 
 class DecodeServicer:
@@ -50,6 +55,13 @@ class DecodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Session(self, request_iterator, context):
+        """Many sequences on one stream, which is what a router uses: what a step gives them travels as one message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +69,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=baton_dot_rpc_dot_v1_dot_decode__pb2.GenerateRequest.FromString,
                     response_serializer=baton_dot_rpc_dot_v1_dot_decode__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=baton_dot_rpc_dot_v1_dot_decode__pb2.SessionRequest.FromString,
+                    response_serializer=baton_dot_rpc_dot_v1_dot_decode__pb2.SessionEvents.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +103,33 @@ class Decode:
             '/baton.rpc.v1.Decode/Generate',
             baton_dot_rpc_dot_v1_dot_decode__pb2.GenerateRequest.SerializeToString,
             baton_dot_rpc_dot_v1_dot_decode__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/baton.rpc.v1.Decode/Session',
+            baton_dot_rpc_dot_v1_dot_decode__pb2.SessionRequest.SerializeToString,
+            baton_dot_rpc_dot_v1_dot_decode__pb2.SessionEvents.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,105 @@
+"""Sessions: the router's streams to decode workers. All sequences at a worker share one, so that what a step gives them is one message; it
+is open while it has any.
+
+A stream that breaks, or is silent for a lease, ends all its calls with WorkerLost; a call's own failure ends that call alone.
+"""
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from baton.errors import BatonError, WorkerLost
+from baton.rpc import convert
+from baton.rpc.channel import Channels
+from baton.rpc.v1 import decode_pb2, decode_pb2_grpc
+
+Inbox = asyncio.Queue[decode_pb2.GenerateResponse | BatonError]
+
+
+class Sessions:
+    def __init__(self, channels: Channels, *, lease_s: float) -> None:
+        self._channels, self._lease_s = channels, lease_s
+        self._sessions: dict[str, _Session] = {}
+
+    async def generate(
+        self, worker_id: str, address: str, request: decode_pb2.GenerateRequest
+    ) -> AsyncGenerator[decode_pb2.GenerateResponse]:
+        """Responses until the one with a finish reason. Leaving early cancels the call. Raises WorkerLost, or what the worker says."""
+        session = self._sessions.get(address)
+        if session is None or session.ended:
+            session = self._sessions[address] = _Session(self._channels.get(address), worker_id, self._lease_s)
+        number, inbox = session.start(request)
+        going_on = True
+        try:
+            while going_on:
+                news = await inbox.get()
+                if isinstance(news, BatonError):
+                    going_on = False
+                    raise news
+                going_on = not news.output.finish_reason
+                yield news
+        finally:
+            session.leave(number, cancel=going_on)
+            if session.ended and self._sessions.get(address) is session:
+                del self._sessions[address]
+
+
+class _Session:
+    def __init__(self, channel: grpc.aio.Channel, worker_id: str, lease_s: float) -> None:
+        self._worker_id, self._lease_s = worker_id, lease_s
+        self._inboxes: dict[int, Inbox] = {}
+        self._numbers = itertools.count()
+        self._requests: asyncio.Queue[decode_pb2.SessionRequest] = asyncio.Queue()
+        stub: Any = decode_pb2_grpc.DecodeStub(channel)
+        self._call = stub.Session(self._outgoing())
+        self._reader = asyncio.create_task(self._read(), name=f"session-{worker_id}")
+        self.ended = False
+
+    def start(self, request: decode_pb2.GenerateRequest) -> tuple[int, Inbox]:
+        number, inbox = next(self._numbers), Inbox()
+        self._inboxes[number] = inbox
+        self._requests.put_nowait(decode_pb2.SessionRequest(call=number, start=request))
+        return number, inbox
+
+    def leave(self, number: int, *, cancel: bool) -> None:
+        """Who leaves last ends the session."""
+        self._inboxes.pop(number, None)
+        if cancel:
+            self._requests.put_nowait(decode_pb2.SessionRequest(call=number))
+        if not self._inboxes and not self.ended:
+            self.ended = True
+            self._call.cancel()
+            self._reader.cancel()
+
+    async def _outgoing(self) -> AsyncIterator[decode_pb2.SessionRequest]:
+        while True:
+            yield await self._requests.get()
+
+    async def _read(self) -> None:
+        error: BatonError = WorkerLost(f"{self._worker_id} ended the stream too early")
+        try:
+            while True:
+                async with asyncio.timeout(self._lease_s):
+                    message = await self._call.read()
+                if not isinstance(message, decode_pb2.SessionEvents):
+                    break
+                for event in message.events:
+                    inbox = self._inboxes.get(event.call)
+                    if inbox is not None:
+                        failed = event.HasField("failure")
+                        inbox.put_nowait(convert.failure_from_proto(event.failure) if failed else event.response)
+        except grpc.aio.AioRpcError as failure:
+            error = convert.error_from_rpc(failure, self._worker_id)
+        except TimeoutError:
+            error = WorkerLost(f"{self._worker_id} was silent for {self._lease_s:g} s")
+        except (asyncio.CancelledError, grpc.aio.UsageError):  # its channel was closed under it; or nobody is left
+            error = WorkerLost(f"{self._worker_id} has left the cluster")
+        finally:
+            self.ended = True
+            self._call.cancel()
+            for inbox in self._inboxes.values():
+                inbox.put_nowait(error)
+            self._inboxes.clear()
