@@ -81,6 +81,16 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PushTarget:
+    """Memory that a decode worker has reserved for a prompt's KV: block first_block + i belongs at addresses[i] of its process."""
+
+    lease: str  # names the reservation
+    session: str  # where the decode worker receives: host:port, or what the transport calls it
+    first_block: int
+    addresses: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheReport:
     """Where a request's prompt KV came from, in tokens. What is left of the prompt was computed."""
 
@@ -105,6 +115,7 @@ class GenerateOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # once, with the first token; the first entry is None
     num_computed_tokens: int = 0
     num_saved_blocks: int = 0  # leading full blocks of the tokens sent that the KV pool is known to hold
+    num_pushed_blocks: int = 0  # leading blocks of the tokens sent, the last one maybe half full, that the push target is known to hold
     cache: CacheReport | None = None  # with the first output
 
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from baton.types import GenerateOutput, GenerateRequest, Load, OutputToken, StateUpdate
+from baton.types import GenerateOutput, GenerateRequest, Load, OutputToken, PushTarget, StateUpdate
 
 
 class Sequence(Protocol):
@@ -20,6 +20,15 @@ class Sequence(Protocol):
 
     def offer_blocks(self, num_blocks: int) -> None:
         """The KV pool now holds the first `num_blocks` full blocks of the prompt: they get loaded as they appear."""
+        ...
+
+    async def reserve(self) -> PushTarget | None:
+        """Reserves this worker's blocks for what is neither here nor in the pool, after `matched`; None where that can't be. The lease
+        outlives the sequence: it ends with `Engine.settle` or `Engine.renew`, and one of them must follow."""
+        ...
+
+    def blocks_pushed(self, lease: str, num_blocks: int) -> None:
+        """The first `num_blocks` blocks of the prompt have been written into what was reserved; the last of them may be half full."""
         ...
 
     def push_token(self, token: OutputToken) -> None:
@@ -40,11 +49,13 @@ class Engine(Protocol):
         """Once, on the event loop that will use it."""
         ...
 
-    def submit(self, request: GenerateRequest, *, hold: bool = False, await_saves: bool = False) -> Sequence:
-        """Takes a request. With `hold` it waits for `release` after its lookups. With `await_saves` every full block of the prompt
-        that the KV pool lacks is saved there, cached ones too, and the output with the finish reason comes when those saves have
-        ended (the tokens come at once). Raises InvalidRequest (also PromptTooLong) or
-        Overloaded at once."""
+    def submit(
+        self, request: GenerateRequest, *, hold: bool = False, await_saves: bool = False, push: PushTarget | None = None
+    ) -> Sequence:
+        """Takes a request. With `hold` it waits for `release` after its lookups. With `await_saves` every full block of the prompt that
+        the KV pool lacks is saved there, cached ones too, and the output with the finish reason comes when those saves have ended (the
+        tokens come at once). With `push` the KV of all tokens that were sent is written there, and the end likewise waits for that.
+        Raises InvalidRequest (also PromptTooLong) or Overloaded at once."""
         ...
 
     def watch(self) -> AsyncIterator[StateUpdate]:
@@ -56,6 +67,18 @@ class Engine(Protocol):
 
     async def check_integrity(self) -> list[str]:
         """Problems found in the block bookkeeping; empty when every block is accounted for."""
+        ...
+
+    async def settled(self, lease: str) -> None:
+        """Ends a push target's lease on the sending side; returns when nothing of it is read or written any more."""
+        ...
+
+    def settle(self, lease: str) -> None:
+        """Ends a lease on the receiving side: nothing of it is written any more. Idempotent."""
+        ...
+
+    async def renew(self) -> None:
+        """Tears the receiving session down, and with it all its leases: for when nobody can say that theirs is over."""
         ...
 
     async def stop(self) -> None:

@@ -26,13 +26,24 @@ from typing import Protocol
 from baton.errors import BatonError, Draining, InternalError, Overloaded, WorkerLost
 from baton.kv.store import Buffer
 from baton.runtime.loading import Feed, Loader, Transfer
+from baton.runtime.pushing import Pusher, Receiver, Reservations, Sender, Shipment
 from baton.runtime.sequence import Delivery, EngineSequence
 from baton.runtime.state import StatePublisher
 from baton.runtime.validation import Limits, validate
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import Request, RequestStatus
 from baton.scheduling.scheduler import Scheduler
-from baton.types import CacheReport, FinishReason, GenerateOutput, GenerateRequest, Load, OutputToken, StateUpdate, TokenLogprobs
+from baton.types import (
+    CacheReport,
+    FinishReason,
+    GenerateOutput,
+    GenerateRequest,
+    Load,
+    OutputToken,
+    PushTarget,
+    StateUpdate,
+    TokenLogprobs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +79,17 @@ class Entry:
     feed: Feed
     sequence: EngineSequence
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])  # by position
-    finish: GenerateOutput | None = None  # held back until the saves have ended
+    finish: GenerateOutput | None = None  # held back until the saves, or the pushes, have ended
+    shipment: Shipment | None = None
+
+    @property
+    def awaits(self) -> bool:
+        """Its KV is not yet where it was asked to be."""
+        return (self.feed.await_saves and not self.feed.saves_ended) or (self.shipment is not None and not self.shipment.ended)
+
+    @property
+    def num_pushed_blocks(self) -> int:
+        return 0 if self.shipment is None else self.shipment.num_arrived
 
 
 class Engine:
@@ -83,8 +104,11 @@ class Engine:
         limits: Limits,
         eos_token_ids: frozenset[int],
         budget_s: float,
+        sender: Sender | None = None,
+        receiver: Receiver | None = None,
     ) -> None:
-        """`key` names a block hash in the pool, `buffer` gives a block's memory, `budget_s` bounds each pool call."""
+        """`key` names a block hash in the pool, `buffer` gives a block's memory, `budget_s` bounds each pool call. `sender` and `receiver`
+        move blocks between workers past the pool."""
         self.on_crash: Callable[[], None] = lambda: None
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
@@ -100,6 +124,9 @@ class Engine:
             on_ready=self._ready,
             on_saved=self._saved,
         )
+        self.pusher = Pusher(scheduler.cache.pool, sender, block_size=scheduler.cache.block_size, buffer=buffer, post=self._post)
+        self.reservations = Reservations(scheduler.cache, receiver, buffer=buffer, after_steps=self._after_steps)
+        self._receiver = receiver
         self._transfer, self._eos_token_ids = transfer, eos_token_ids
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._entries: dict[str, Entry] = {}
@@ -122,7 +149,9 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def submit(self, request: GenerateRequest, *, hold: bool = False, await_saves: bool = False) -> EngineSequence:
+    def submit(
+        self, request: GenerateRequest, *, hold: bool = False, await_saves: bool = False, push: PushTarget | None = None
+    ) -> EngineSequence:
         if self._stopping:
             raise Draining("this worker is stopping; send the request to another one")
         if len(self._live) >= self.limits.max_queued:
@@ -138,7 +167,7 @@ class Engine:
             arrival=time.monotonic(),
         )
         entry = Entry(inner, Feed(inner, hold=hold, await_saves=await_saves), sequence)
-        self._post(lambda: self._admit(entry))
+        self._post(lambda: self._admit(entry, push))
         return sequence
 
     async def watch(self) -> AsyncIterator[StateUpdate]:
@@ -165,6 +194,22 @@ class Engine:
         self._post(lambda: answer.set_result(self._check_integrity()))
         return await asyncio.wrap_future(answer)
 
+    async def settled(self, lease: str) -> None:
+        """Ends a push target's lease on the sending side; returns when nothing of it is read or written any more."""
+        over: Future[None] = Future()
+        self._post(lambda: self.pusher.when_over(lease, lambda: over.set_result(None)))
+        await asyncio.wrap_future(over)
+
+    def settle(self, lease: str) -> None:
+        """Ends a lease on the receiving side: nothing of it is written any more."""
+        self._post(lambda: self.reservations.settle(lease))
+
+    async def renew(self) -> None:
+        """Tears the receiving session down, with which all its leases end: for when nobody can say that theirs has."""
+        if self._receiver is not None:
+            await asyncio.to_thread(self._receiver.renew)
+            self._post(self.reservations.settle_old)
+
     async def stop(self) -> None:
         if self._stopping:
             return
@@ -188,6 +233,18 @@ class Engine:
 
         self._post(run)
 
+    def reserve(self, request_id: str, answer: Callable[[PushTarget | None], None]) -> None:
+        """Blocks of this worker for what the request misses; None where it has ended or there is no room."""
+
+        def run() -> None:
+            entry = self._entries.get(request_id)
+            if entry is None:
+                answer(None)
+            else:
+                self.reservations.reserve(entry.feed, answer)
+
+        self._post(run)
+
     # -- the engine's thread
 
     def push(self, entry: Entry, token: OutputToken) -> None:
@@ -202,8 +259,10 @@ class Engine:
         self.scheduler.remove(entry.request)
         self._drop(entry)
 
-    def _admit(self, entry: Entry) -> None:
+    def _admit(self, entry: Entry, push: PushTarget | None = None) -> None:
         self._entries[entry.request.request_id] = entry
+        if push is not None:
+            entry.shipment = self.pusher.open(push, entry.request.num_tokens, lambda: self._progressed(entry))
         self._guard(entry, lambda entry: self.loader.start(entry.feed))
 
     def _guard(self, entry: Entry, action: Callable[[Entry], None]) -> None:
@@ -335,6 +394,8 @@ class Engine:
         )
         if feed.await_saves:
             self.loader.save_matched(feed)
+        if entry.shipment is not None:
+            self.pusher.send(entry.shipment, request.block_ids, min(item.start, entry.shipment.num_tokens - 1))
 
     def _computed(self, item: ScheduledRequest, result: StepResult, *, save: bool) -> None:
         request = item.request
@@ -344,12 +405,15 @@ class Engine:
             entry.prompt_logprobs[item.start + 1 + offset] = logprobs
         if save:
             self.loader.save_new(entry.feed, item.block_ids, item.start, item.end)
+            if entry.shipment is not None:
+                self.pusher.send(entry.shipment, item.block_ids, item.end)
         token = result.tokens.get(request.request_id) if item.samples else None
         output = GenerateOutput(
             tokens=(token,) if token is not None else (),
             prompt_logprobs=self._take_prompt_logprobs(entry) if token is not None and first else (),
             num_computed_tokens=item.end,
             num_saved_blocks=entry.feed.num_saved_blocks,
+            num_pushed_blocks=entry.num_pushed_blocks,
             cache=request.cache,
         )
         self._emit(entry, output)
@@ -370,9 +434,10 @@ class Engine:
                 num_saved_blocks=entry.feed.num_saved_blocks,
                 cache=entry.request.cache,
             )
-            if entry.feed.await_saves and not entry.feed.saves_ended:
+            if entry.awaits:
                 entry.finish = end
-                self.loader.await_saves(entry.feed)
+                if entry.feed.await_saves:
+                    self.loader.await_saves(entry.feed)
             else:
                 self._finish(entry, output, end)
                 return
@@ -386,6 +451,7 @@ class Engine:
             prompt_logprobs=output.prompt_logprobs,
             num_computed_tokens=end.num_computed_tokens,
             num_saved_blocks=entry.feed.num_saved_blocks,
+            num_pushed_blocks=entry.num_pushed_blocks,
             cache=end.cache,
         )
         self._outbox.append((entry.sequence, last))
@@ -402,10 +468,17 @@ class Engine:
 
     def _saved(self, feed: Feed) -> None:
         entry = self._entries.get(feed.request.request_id)
-        if entry is None or not feed.await_saves:
-            return
-        progress = GenerateOutput(num_computed_tokens=feed.request.num_computed_tokens, num_saved_blocks=feed.num_saved_blocks)
-        if entry.finish is not None and feed.saves_ended:
+        if entry is not None and feed.await_saves:
+            self._progressed(entry)
+
+    def _progressed(self, entry: Entry) -> None:
+        """Some of its KV is where it was asked to be."""
+        progress = GenerateOutput(
+            num_computed_tokens=entry.request.num_computed_tokens,
+            num_saved_blocks=entry.feed.num_saved_blocks,
+            num_pushed_blocks=entry.num_pushed_blocks,
+        )
+        if entry.finish is not None and not entry.awaits:
             self._finish(entry, progress, entry.finish)
         else:
             self._outbox.append((entry.sequence, progress))
@@ -417,6 +490,8 @@ class Engine:
 
     def _drop(self, entry: Entry) -> None:
         self.loader.close(entry.feed)
+        if entry.shipment is not None:
+            self.pusher.close(entry.shipment)
         self._entries.pop(entry.request.request_id, None)
         if entry.request.finish_reason is None:
             entry.request.finish_reason = FinishReason.ABORT
@@ -444,7 +519,7 @@ class Engine:
     def _check_integrity(self) -> list[str]:
         cache = self.scheduler.cache
         held = [entry.request.block_ids for entry in self._entries.values()]
-        problems = cache.pool.check_integrity([*held, *cache.pinned(), *self.loader.held()])
+        problems = cache.pool.check_integrity([*held, *cache.pinned(), *self.loader.held(), *self.pusher.held(), *self.reservations.held()])
         known = {entry.request for entry in self._entries.values()}
         queued = {*self.scheduler.running, *self.scheduler.waiting}
         problems += [f"request {request.request_id} is scheduled, but has ended" for request in queued - known]

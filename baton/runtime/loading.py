@@ -44,7 +44,8 @@ class Feed:
     request: Request
     hold: bool
     await_saves: bool
-    num_blocks: int = 0  # full blocks of the tokens known at the start
+    num_tokens: int = 0  # known at the start
+    num_blocks: int = 0  # full blocks of them
     num_matched: int = 0  # leading blocks of the own prefix cache at the start
     num_found: int = 0  # leading blocks that are here or were in the pool at the start
     num_available: int = 0  # leading blocks that are here or in the pool by now
@@ -98,7 +99,7 @@ class Loader:
     def start(self, feed: Feed) -> None:
         """Looks up what the own cache and the pool have of the request's known tokens."""
         request, cache = feed.request, self._cache
-        feed.num_blocks = len(request.block_hashes)
+        feed.num_tokens, feed.num_blocks = request.num_tokens, len(request.block_hashes)
         matched = cache.match(request)
         cache.pool.reuse(matched)
         cache.pin(request.request_id, matched)

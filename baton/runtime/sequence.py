@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from baton.errors import BatonError
-from baton.types import FinishReason, GenerateOutput, OutputToken
+from baton.types import FinishReason, GenerateOutput, OutputToken, PushTarget
 
 if TYPE_CHECKING:
     from baton.runtime.engine import Engine
@@ -29,6 +30,14 @@ class EngineSequence:
 
     def offer_blocks(self, num_blocks: int) -> None:
         self._engine.post_to(self.request_id, lambda entry: self._engine.loader.offer(entry.feed, num_blocks))
+
+    async def reserve(self) -> PushTarget | None:
+        answer: Future[PushTarget | None] = Future()
+        self._engine.reserve(self.request_id, answer.set_result)
+        return await asyncio.wrap_future(answer)
+
+    def blocks_pushed(self, lease: str, num_blocks: int) -> None:
+        self._engine.post_to(self.request_id, lambda entry: self._engine.reservations.arrived(lease, num_blocks))
 
     def push_token(self, token: OutputToken) -> None:
         self._engine.post_to(self.request_id, lambda entry: self._engine.push(entry, token))

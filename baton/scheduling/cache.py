@@ -4,7 +4,8 @@
     tokens:                  0 ...                                     num_tokens
 
 The last known token is never matched: its logits are wanted, so it is computed. Blocks that were loaded ahead for a request that is not
-scheduled yet are *pinned* under its id; pins are broken, newest first, when somebody running needs the memory.
+scheduled yet are *pinned* under its id, and so is the last block of a prompt that was pushed here, half full: its *tail*. Pins are broken,
+newest first, when somebody running needs the memory.
 Knows nothing of where loaded blocks come from. Only the engine's thread calls it.
 """
 
@@ -21,6 +22,7 @@ class KVCache:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self._pins: dict[str, list[int]] = {}
+        self._tails: dict[str, tuple[int, int]] = {}  # block, and the number of known tokens whose end it holds
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -40,15 +42,22 @@ class KVCache:
 
         False where memory does not allow it; then only the cached prefix stays pinned.
         """
-        matched = self.match(request)
-        start = len(matched) * self.block_size
-        wanted = self.blocks_for(min(start + num_new_tokens, request.num_tokens)) - len(matched)
+        matched, size = self.match(request), self.block_size
+        tail, known = self._tails.pop(request.request_id, (-1, 0))
+        if tail >= 0 and not (len(matched) == known // size and request.num_tokens > known):
+            self.pool.release([tail])
+            tail = -1
+        held = [*matched, tail] if tail >= 0 else matched
+        start = known if tail >= 0 else len(matched) * size
+        wanted = self.blocks_for(min(start + num_new_tokens, request.num_tokens)) - len(held)
         self.pool.reuse(matched)
         self.unpin(request.request_id)  # what it pinned and cannot match (another's copy won) must not keep it out
         if not self._make_room(wanted):
             self.pin(request.request_id, matched)
+            if tail >= 0:
+                self._tails[request.request_id] = (tail, known)
             return False
-        request.block_ids = matched + self.pool.take(wanted)
+        request.block_ids = held + self.pool.take(wanted)
         request.num_computed_tokens = start
         return True
 
@@ -81,14 +90,25 @@ class KVCache:
         """Hands the caller's references on these blocks over to a pin."""
         self._pins.setdefault(request_id, []).extend(block_ids)
 
+    def give_tail(self, request_id: str, block_id: int, num_tokens: int) -> None:
+        """Hands over the caller's reference on the block that holds the end of the request's first `num_tokens` tokens. It is not full, so
+        no hash names it; with all blocks before it cached, those tokens need no computing."""
+        if request_id in self._tails:
+            self.pool.release([block_id])
+        else:
+            self._tails[request_id] = (block_id, num_tokens)
+
     def unpin(self, request_id: str) -> None:
+        """Gives up what the request holds without being scheduled."""
         self.pool.release(self._pins.pop(request_id, []))
+        if request_id in self._tails:
+            self.pool.release([self._tails.pop(request_id)[0]])
 
     def pinned(self) -> list[list[int]]:
-        return list(self._pins.values())
+        return [*self._pins.values(), *([block_id] for block_id, _ in self._tails.values())]
 
     def _make_room(self, count: int) -> bool:
-        for request_id in list(reversed(self._pins)):
+        for request_id in [*reversed(self._pins), *reversed(self._tails)]:
             if self.pool.num_free >= count:
                 break
             self.unpin(request_id)

@@ -1,4 +1,5 @@
-"""Random life around an engine: requests come, are held, fed, cancelled; blocks are short; pool calls return right, wrong, late or never.
+"""Random life around an engine: requests come, are held, fed, cancelled; blocks are short; pool calls return right, wrong, late or never;
+other workers write into reserved blocks, or too late; pushes fail, and read what they were given long after.
 Whatever happens, outputs are those of the reference, blocks are accounted for, and everything ends."""
 
 import threading
@@ -16,11 +17,11 @@ from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache
 from baton.scheduling.request import Request
 from baton.scheduling.scheduler import Scheduler
-from baton.types import GenerateOutput, GenerateRequest, OutputToken, SamplingParams
-from tests.properties.toy import BLOCK_SIZE, VOCAB, ToyRunner, ToyTransfer, reference
+from baton.types import GenerateOutput, GenerateRequest, OutputToken, PushTarget, SamplingParams
+from tests.properties.toy import BLOCK_SIZE, VOCAB, ToyPush, ToyReceiver, ToyRunner, ToySender, ToyTransfer, reference
 
 PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=26)  # few different tokens: prefixes meet
-BUDGET_S = 0.05
+BUDGET_S = 1000.0  # ends when a rule says so
 
 
 class Sink:
@@ -58,15 +59,26 @@ class EngineMachine(RuleBasedStateMachine):
             limits=Limits(vocab_size=VOCAB, max_model_len=num_blocks * BLOCK_SIZE),
             eos_token_ids=frozenset(),
             budget_s=BUDGET_S,
+            sender=(sender := ToySender()),
+            receiver=(receiver := ToyReceiver()),
         )
+        self.sender, self.receiver = sender, receiver
+        self.leases: dict[str, tuple[str, PushTarget, int]] = {}  # request, target, known tokens
         self.sinks: dict[str, tuple[Sink, GenerateRequest]] = {}
         self.entries: dict[str, Entry] = {}
         self.held: set[str] = set()
         self.count = 0
         assert threading.current_thread() is threading.main_thread()
 
-    @rule(prompt=PROMPTS, max_tokens=st.integers(1, 8), cut=st.integers(0, 3), hold=st.booleans(), await_saves=st.booleans())
-    def submit(self, prompt: list[int], max_tokens: int, cut: int, hold: bool, await_saves: bool) -> None:
+    @rule(
+        prompt=PROMPTS,
+        max_tokens=st.integers(1, 8),
+        cut=st.integers(0, 3),
+        hold=st.booleans(),
+        await_saves=st.booleans(),
+        push=st.booleans(),
+    )
+    def submit(self, prompt: list[int], max_tokens: int, cut: int, hold: bool, await_saves: bool, push: bool = False) -> None:
         self.count += 1
         whole = GenerateRequest(
             request_id=f"r{self.count}", prompt_token_ids=tuple(prompt), sampling=SamplingParams(max_tokens=max_tokens, temperature=0)
@@ -82,7 +94,75 @@ class EngineMachine(RuleBasedStateMachine):
         self.entries[request.request_id] = entry
         if hold:
             self.held.add(request.request_id)
-        self.engine._admit(entry)
+        push = push and not hold
+        known, first = len(inner.token_ids), cut if push else 0
+        numbers = range(first, -(-known // BLOCK_SIZE))
+        target = PushTarget(lease=request.request_id, session="", first_block=first, addresses=tuple(numbers))
+        self.engine._admit(entry, target if push else None)
+
+    @precondition(lambda self: self.sender.pushes)
+    @rule(data=st.data(), good=st.booleans(), settles=st.booleans())
+    def push_ends(self, data: st.DataObject, good: bool, settles: bool) -> None:
+        """Whatever is read before a push settles is what it was given."""
+        push = data.draw(st.sampled_from(self.sender.pushes))
+        self.check_source(push)
+        if not push.has_ended:
+            push.has_ended = True
+            push.end(good)
+        if good or settles:
+            self.sender.pushes.remove(push)
+            push.settle()
+        self.run_inbox()
+
+    def check_source(self, push: ToyPush) -> None:
+        for source, number in push.copies:
+            entries = self.runner.entries[source.address]
+            token_ids = push.sent.setdefault(number, list(entries))
+            assert entries == token_ids, "a block was written while a push could read it"
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def reserve(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.held)))
+        entry = self.entries[name]
+        if name not in self.engine._entries or not entry.feed.looked_up or entry.feed.ready:
+            return
+        known = entry.feed.num_tokens
+        answers: list[PushTarget | None] = []
+        self.engine.reservations.reserve(entry.feed, answers.append)
+        while not answers:
+            self.step()
+        if answers[0] is not None:
+            self.leases[answers[0].lease] = (name, answers[0], known)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), what=st.sampled_from(["arrive", "stray", "settle", "renew"]), count=st.integers(1, 4))
+    def lease_goes_on(self, data: st.DataObject, what: str, count: int) -> None:
+        lease = data.draw(st.sampled_from(list(self.leases)))
+        name, target, known = self.leases[lease]
+        reservation = self.engine.reservations._by_lease[lease]
+        if what == "arrive":
+            whole = [*self.sinks[name][1].prompt_token_ids, *self.sinks[name][1].output_token_ids] if name in self.sinks else [0] * known
+            for number in range(
+                target.first_block, min(target.first_block + reservation.num_arrived + count, target.first_block + len(target.addresses))
+            ):
+                if number - target.first_block < reservation.num_arrived:
+                    continue
+                token_ids = whole[number * BLOCK_SIZE : min((number + 1) * BLOCK_SIZE, known)]
+                self.runner.entries[target.addresses[number - target.first_block]][:] = token_ids + [777] * (BLOCK_SIZE - len(token_ids))
+            if name in self.sinks:
+                self.engine.reservations.arrived(lease, target.first_block + reservation.num_arrived + count)
+        elif what == "stray":
+            for address in target.addresses[reservation.num_arrived :]:
+                self.runner.entries[address][:] = [777] * BLOCK_SIZE
+        elif what == "settle":
+            del self.leases[lease]
+            self.engine.reservations.settle(lease)
+        else:
+            self.leases.clear()
+            self.receiver.renew()
+            self.engine.reservations.settle_old()
+        self.flush()
 
     @rule()
     def step(self) -> None:
@@ -97,7 +177,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def budget_is_over(self) -> None:
-        self.engine.loader.tick(time.monotonic() + 1)
+        self.engine.loader.tick(time.monotonic() + BUDGET_S)
         self.flush()
 
     @precondition(lambda self: self.held)
@@ -147,15 +227,25 @@ class EngineMachine(RuleBasedStateMachine):
         for name in list(self.held):
             if name in self.engine._entries:
                 self.engine.loader.release(self.entries[name].feed)
+        for lease in list(self.leases):
+            self.engine.reservations.settle(lease)
         for _ in range(3000):
             while self.transfer.answer_one(True):
                 pass
+            while self.sender.pushes:
+                push = self.sender.pushes.pop()
+                self.check_source(push)
+                if not push.has_ended:
+                    push.end(True)
+                push.settle()
             self.step()
             if not self.engine._entries and self.engine._inbox.empty():
                 break
         assert not self.engine._entries, "requests that never end"
         while self.transfer.answer_one(True):  # saves that nobody waited for
             self.run_inbox()
+        self.run_inbox()
+        assert not self.engine.pusher._shipments
         for sink, request in self.sinks.values():
             assert sink.finished
             assert sink.tokens == reference(request)

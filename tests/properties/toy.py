@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from baton.kv.store import Buffer
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import PENDING
-from baton.types import GenerateRequest, OutputToken
+from baton.types import GenerateRequest, OutputToken, PushTarget
 
 VOCAB = 50
 BLOCK_SIZE = 4
@@ -104,3 +104,35 @@ class ToyTransfer:
     def close(self) -> None:
         while self.answer_one(False):
             pass
+
+
+class ToyPush:
+    """A push that was handed to the sender. Until it settles, it may read its source blocks at any moment."""
+
+    def __init__(self, copies: Sequence[tuple[Buffer, int]], ended: Callable[[bool], None], settled: Callable[[], None]) -> None:
+        self.copies, self.end, self.settle, self.has_ended = copies, ended, settled, False
+        self.sent: dict[int, list[int | None]] = {}  # by block, as first seen
+
+
+class ToySender:
+    """Pushes that end and settle when the test says so. A target's address is (number of the block, in the prompt)."""
+
+    def __init__(self) -> None:
+        self.pushes: list[ToyPush] = []
+
+    def push(
+        self, target: PushTarget, copies: Sequence[tuple[Buffer, int]], ended: Callable[[bool], None], settled: Callable[[], None]
+    ) -> None:
+        self.pushes.append(ToyPush(copies, ended, settled))
+
+
+class ToyReceiver:
+    def __init__(self) -> None:
+        self.generation = 0
+
+    @property
+    def session(self) -> str:
+        return f"session {self.generation}"
+
+    def renew(self) -> None:
+        self.generation += 1

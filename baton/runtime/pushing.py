@@ -1,0 +1,242 @@
+"""KV that one worker writes straight into blocks which another has reserved, past the pool. Both halves, for the engine's thread.
+
+    decode worker: Reservations                         prefill worker: Pusher
+    takes blocks, says where they lie  ── PushTarget ─▶ pushes each as soon as its tokens are computed, the last one half full
+    what has arrived joins the cache  ◀─ how many ────  and keeps its own until the push has ended
+    settled: the rest is free again   ◀─ the lease is over: nothing of it is read or written any more
+
+A push that fails or takes too long is given up at once; but a write that was given up may still happen. So its blocks stay taken, on both
+sides, until somebody knows that it can't: `settled` there, the lease's end or a torn down session here.
+"""
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.kv.store import Buffer
+from baton.runtime.loading import Feed
+from baton.scheduling.blocks import BlockPool
+from baton.scheduling.cache import KVCache
+from baton.types import PushTarget
+
+MAX_RESERVED_FRACTION = 0.5  # of all blocks, unless it is one request's
+_REMEMBERED = 4096  # leases that are over
+
+
+class Sender(Protocol):
+    """`kv.push`, as far as it is needed here."""
+
+    def push(
+        self, target: PushTarget, copies: Sequence[tuple[Buffer, int]], ended: Callable[[bool], None], settled: Callable[[], None]
+    ) -> None:
+        """Starts to write each buffer to an address of the target's. `ended` is called once, with whether all has arrived, within the
+        sender's time limit; `settled` once, when nothing of it is read or written any more. On any thread."""
+        ...
+
+
+class Receiver(Protocol):
+    @property
+    def session(self) -> str:
+        """Where senders reach it; another one after each `renew`."""
+        ...
+
+    def renew(self) -> None:
+        """Tears the present session down: when it returns, no write that was begun under it happens any more. Blocks."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Shipment:
+    """What one request sends."""
+
+    target: PushTarget
+    on_progress: Callable[[], None]
+    num_tokens: int  # that were known at its start: all their KV is sent
+    num_sent: int  # leading blocks that were handed to the sender, or were never wanted
+    num_arrived: int
+    done: set[int] = field(default_factory=set[int])  # blocks that have arrived, beyond num_arrived
+    num_open: int = 0  # pushes that have not ended
+    num_unsettled: int = 0
+    failed: bool = False
+    closed: bool = False
+    waiting: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])  # for the lease's end
+
+    @property
+    def end(self) -> int:
+        return self.target.first_block + len(self.target.addresses)
+
+    @property
+    def ended(self) -> bool:
+        return self.num_open == 0 and (self.failed or self.num_arrived >= self.end)
+
+
+class Pusher:
+    def __init__(
+        self,
+        pool: BlockPool,
+        sender: Sender | None,
+        *,
+        block_size: int,
+        buffer: Callable[[int], Buffer],
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._pool, self._sender, self._size, self._buffer, self._post = pool, sender, block_size, buffer, post
+        self._shipments: dict[str, Shipment] = {}  # by lease
+        self._over: OrderedDict[str, None] = OrderedDict()
+        self._taken: dict[int, list[int]] = {}
+        self._calls = 0
+
+    def open(self, target: PushTarget, num_tokens: int, on_progress: Callable[[], None]) -> Shipment:
+        """`on_progress` is called on the engine's thread when a push has ended, until the shipment is closed."""
+        shipment = Shipment(target, on_progress, num_tokens, num_sent=target.first_block, num_arrived=target.first_block)
+        if self._sender is None or target.lease in self._over or target.lease in self._shipments:
+            shipment.failed = True
+        else:
+            self._shipments[target.lease] = shipment
+        return shipment
+
+    def send(self, shipment: Shipment, block_ids: Sequence[int], num_computed: int) -> None:
+        """The KV of the request's first tokens lies in its blocks now."""
+        complete = num_computed >= shipment.num_tokens
+        end = min(-(-shipment.num_tokens // self._size) if complete else num_computed // self._size, shipment.end)
+        first = shipment.num_sent
+        if end <= first or shipment.failed or shipment.closed or self._sender is None:
+            return
+        pinned = list(block_ids[first:end])
+        self._pool.reuse(pinned)
+        call = self._calls = self._calls + 1
+        self._taken[call] = pinned
+        shipment.num_sent = end
+        shipment.num_open += 1
+        shipment.num_unsettled += 1
+        addresses = shipment.target.addresses[first - shipment.target.first_block : end - shipment.target.first_block]
+        self._sender.push(
+            shipment.target,
+            [(self._buffer(block_id), address) for block_id, address in zip(pinned, addresses, strict=True)],
+            lambda good: self._post(lambda: self._ended(shipment, range(first, end), good)),
+            lambda: self._post(lambda: self._settled(shipment, call)),
+        )
+
+    def close(self, shipment: Shipment) -> None:
+        """The request is gone: nothing more is sent."""
+        shipment.closed = True
+        self._forget_if_over(shipment)
+
+    def when_over(self, lease: str, done: Callable[[], None]) -> None:
+        """Ends the lease, and calls `done` once nothing of it is read or written any more."""
+        self._remember(lease)
+        shipment = self._shipments.get(lease)
+        if shipment is None:
+            done()
+            return
+        shipment.failed = True
+        shipment.waiting.append(done)
+        self._forget_if_over(shipment)
+
+    def held(self) -> list[list[int]]:
+        return list(self._taken.values())
+
+    def _ended(self, shipment: Shipment, blocks: range, good: bool) -> None:
+        shipment.num_open -= 1
+        if good:
+            shipment.done.update(blocks)
+            while shipment.num_arrived in shipment.done:
+                shipment.done.discard(shipment.num_arrived)
+                shipment.num_arrived += 1
+        else:
+            shipment.failed = True
+        if not shipment.closed:
+            shipment.on_progress()
+
+    def _settled(self, shipment: Shipment, call: int) -> None:
+        self._pool.release(self._taken.pop(call))
+        shipment.num_unsettled -= 1
+        self._forget_if_over(shipment)
+
+    def _forget_if_over(self, shipment: Shipment) -> None:
+        if shipment.num_unsettled == 0 and (shipment.closed or shipment.failed) and self._shipments.pop(shipment.target.lease, None):
+            self._remember(shipment.target.lease)
+            for done in shipment.waiting:
+                done()
+
+    def _remember(self, lease: str) -> None:
+        self._over[lease] = None
+        while len(self._over) > _REMEMBERED:
+            self._over.popitem(last=False)
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    feed: Feed
+    session: str
+    first: int  # block of the prompt
+    block_ids: list[int]
+    num_arrived: int = 0
+
+
+class Reservations:
+    def __init__(
+        self,
+        cache: KVCache,
+        receiver: Receiver | None,
+        *,
+        buffer: Callable[[int], Buffer],
+        after_steps: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """`after_steps` runs a function once blocks that are free by now are written by no step any more."""
+        self._cache, self._receiver, self._buffer, self._after_steps = cache, receiver, buffer, after_steps
+        self._by_lease: dict[str, Reservation] = {}
+
+    def reserve(self, feed: Feed, answer: Callable[[PushTarget | None], None]) -> None:
+        """Blocks for what is neither here nor in the pool of a request that was looked up; None where there is no room."""
+        cache = self._cache
+        first = feed.num_found
+        count = min(cache.blocks_for(feed.num_tokens) - first, cache.pool.num_free)
+        reserved = sum(len(other.block_ids) for other in self._by_lease.values())
+        if reserved and reserved + count > MAX_RESERVED_FRACTION * cache.pool.num_blocks:
+            count = 0
+        if self._receiver is None or count <= 0 or feed.closed or feed.ready:
+            answer(None)
+            return
+        lease, session = secrets.token_hex(8), self._receiver.session
+        reservation = Reservation(feed, session, first, cache.pool.take(count))
+        self._by_lease[lease] = reservation
+        addresses = tuple(self._buffer(block_id).address for block_id in reservation.block_ids)
+        target = PushTarget(lease=lease, session=session, first_block=first, addresses=addresses)
+        self._after_steps(lambda: answer(target))
+
+    def arrived(self, lease: str, num_blocks: int) -> None:
+        """The first blocks of the prompt, this many, are known to have been written whole."""
+        reservation = self._by_lease.get(lease)
+        if reservation is None:
+            return
+        feed, size, start = reservation.feed, self._cache.block_size, reservation.num_arrived
+        reservation.num_arrived = max(start, min(num_blocks - reservation.first, len(reservation.block_ids)))
+        for index in range(start, reservation.num_arrived):
+            block_id, number = reservation.block_ids[index], reservation.first + index
+            full = (number + 1) * size <= feed.num_tokens
+            if full:
+                self._cache.pool.register([block_id], [feed.request.block_hashes[number]])
+            if feed.closed or feed.ready:
+                self._cache.pool.release([block_id])
+            elif full:
+                self._cache.pin(feed.request.request_id, [block_id])
+            else:
+                self._cache.give_tail(feed.request.request_id, block_id, feed.num_tokens)
+
+    def settle(self, lease: str) -> None:
+        """Nothing of the lease is written any more: what has not arrived is free. Idempotent."""
+        reservation = self._by_lease.pop(lease, None)
+        if reservation is not None:
+            self._cache.pool.release(reservation.block_ids[reservation.num_arrived :])
+
+    def settle_old(self) -> None:
+        """The receiver was renewed: so is every lease of a session before."""
+        for lease, reservation in list(self._by_lease.items()):
+            if self._receiver is None or reservation.session != self._receiver.session:
+                self.settle(lease)
+
+    def held(self) -> list[list[int]]:
+        return [reservation.block_ids[reservation.num_arrived :] for reservation in self._by_lease.values()]
