@@ -90,7 +90,7 @@ class Loader:
         self._on_matched, self._on_ready, self._on_saved = on_matched, on_ready, on_saved
         self._taken: dict[int, list[int]] = {}  # blocks of calls in flight, by call
         self._calls = 0
-        self._feeds: set[Feed] = set()  # with a deadline
+        self._feeds: dict[Feed, None] = {}  # with a deadline, oldest first
         self._num_saving = 0
         self.num_skipped_saves = 0
 
@@ -125,7 +125,7 @@ class Loader:
     def close(self, feed: Feed) -> None:
         """The request is gone. Calls in flight keep their blocks until they return."""
         feed.closed = True
-        self._feeds.discard(feed)
+        self._feeds.pop(feed, None)
         self._cache.unpin(feed.request.request_id)
 
     def _looked_up(self, feed: Feed, first: int, count: int) -> None:
@@ -228,7 +228,7 @@ class Loader:
     def await_saves(self, feed: Feed) -> None:
         """All is computed: what is not saved within the budget is given up, and `on_saved` called."""
         feed.saves_deadline = time.monotonic() + self._budget_s
-        self._feeds.add(feed)
+        self._feeds[feed] = None
 
     # -- time
 
@@ -236,7 +236,7 @@ class Loader:
         """Gives up calls that are past their deadline."""
         for feed in [feed for feed in self._feeds if feed.saves_deadline is not None and feed.saves_deadline <= now]:
             feed.saves_deadline, feed.saves_given_up = None, True
-            self._feeds.discard(feed)
+            self._feeds.pop(feed, None)
             self._on_saved(feed)
         for feed in [feed for feed in self._feeds if feed.deadline is not None and feed.deadline <= now]:
             self._settle(feed)
@@ -258,11 +258,11 @@ class Loader:
 
     def _expect(self, feed: Feed) -> None:
         feed.deadline = time.monotonic() + self._budget_s
-        self._feeds.add(feed)
+        self._feeds[feed] = None
 
     def _settle(self, feed: Feed) -> None:
         feed.deadline = None
-        self._feeds.discard(feed)
+        self._feeds.pop(feed, None)
 
     def _count_saved(self, feed: Feed) -> None:
         while feed.num_saved_blocks in feed.saved and feed.num_saved_blocks < feed.num_blocks:

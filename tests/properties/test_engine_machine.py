@@ -67,6 +67,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.sinks: dict[str, tuple[Sink, GenerateRequest]] = {}
         self.entries: dict[str, Entry] = {}
         self.held: set[str] = set()
+        self.known: dict[str, int] = {}  # tokens, by request
         self.count = 0
         assert threading.current_thread() is threading.main_thread()
 
@@ -96,6 +97,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.held.add(request.request_id)
         push = push and not hold
         known, first = len(inner.token_ids), cut if push else 0
+        self.known[request.request_id] = known
         numbers = range(first, -(-known // BLOCK_SIZE))
         target = PushTarget(lease=request.request_id, session="", first_block=first, addresses=tuple(numbers))
         self.engine._admit(entry, target if push else None)
@@ -116,7 +118,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def check_source(self, push: ToyPush) -> None:
         for source, number in push.copies:
-            entries = self.runner.entries[source.address]
+            entries = self.runner.entries[source.address][: self.known[push.lease] - number * BLOCK_SIZE]
             token_ids = push.sent.setdefault(number, list(entries))
             assert entries == token_ids, "a block was written while a push could read it"
 

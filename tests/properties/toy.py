@@ -109,8 +109,10 @@ class ToyTransfer:
 class ToyPush:
     """A push that was handed to the sender. Until it settles, it may read its source blocks at any moment."""
 
-    def __init__(self, copies: Sequence[tuple[Buffer, int]], ended: Callable[[bool], None], settled: Callable[[], None]) -> None:
-        self.copies, self.end, self.settle, self.has_ended = copies, ended, settled, False
+    def __init__(
+        self, lease: str, copies: Sequence[tuple[Buffer, int]], ended: Callable[[bool], None], settled: Callable[[], None]
+    ) -> None:
+        self.lease, self.copies, self.end, self.settle, self.has_ended = lease, copies, ended, settled, False
         self.sent: dict[int, list[int | None]] = {}  # by block, as first seen
 
 
@@ -123,7 +125,7 @@ class ToySender:
     def push(
         self, target: PushTarget, copies: Sequence[tuple[Buffer, int]], ended: Callable[[bool], None], settled: Callable[[], None]
     ) -> None:
-        self.pushes.append(ToyPush(copies, ended, settled))
+        self.pushes.append(ToyPush(target.lease, copies, ended, settled))
 
 
 class ToyReceiver:
