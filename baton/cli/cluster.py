@@ -139,7 +139,8 @@ class Cluster:
             shared = {"cluster": cluster, "master_metrics_port": metrics_port}
             master = self._service("kvstore", "kvstore-master", "kvstore-master", {**shared, "mode": "master", "master_port": master_port})
             groups.append([master])
-        threads = max(1, (os.cpu_count() or 1) // max(len(names), 1))
+        cores, busy = os.cpu_count() or 1, len(names) if plan.unified else -(-len(names) // 2)  # prefill and decode take turns
+        threads = max(1, cores // max(busy, 1))
         workers = [
             self._service(
                 "prefill" if role == "prefill" else "decode",

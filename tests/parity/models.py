@@ -1,5 +1,6 @@
 """Tiny random models of every family, made by transformers' own classes, and our engine pieces around them."""
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +79,13 @@ FAMILIES = [
 class Forward:
     """One sequence through our model, in whatever chunks."""
 
-    def __init__(self, folder: Path, *, block_size: int = 16, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> None:
+    def __init__(
+        self, folder: Path, *, block_size: int = 16, dtype: torch.dtype = torch.float32, kernels: str = "auto", one_call: bool = True
+    ) -> None:
         config = read_config(folder)
         self.model = load_model(folder, config, dtype=dtype, device=torch.device("cpu"))
-        self.model.prepare(choose(torch.device("cpu"), dtype, config.head_dim, kernels), 2048)
+        chosen = choose(torch.device("cpu"), dtype, config.head_dim, kernels)
+        self.model.prepare(chosen if one_call else dataclasses.replace(chosen, decoder=None), 2048)
         name = "float32" if dtype is torch.float32 else "bfloat16"
         layout = KVLayout(
             num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, block_size=block_size, dtype=name
@@ -91,8 +95,8 @@ class Forward:
         self.blocks = torch.randperm(self.pool.num_blocks, generator=torch.Generator().manual_seed(1))
 
     @torch.inference_mode()
-    def logits(self, token_ids: list[int], start: int, end: int) -> torch.Tensor:
-        """Of the positions start … end - 1; those before were given in earlier calls."""
+    def logits(self, token_ids: list[int], start: int, end: int, rows: list[int] | None = None) -> torch.Tensor:
+        """Of the positions start … end - 1, or of some rows of them; those before were given in earlier calls."""
         positions = torch.arange(start, end)
         batch = ForwardBatch(
             token_ids=torch.tensor(token_ids[start:end]),
@@ -101,8 +105,8 @@ class Forward:
             query_start=torch.tensor([0, end - start], dtype=torch.int32),
             context_lens=torch.tensor([end], dtype=torch.int32),
             block_tables=self.blocks[None, : -(-end // self.block_size)].int(),
-            logits_rows=None,
-            logits_owners=None,
+            logits_rows=None if rows is None else torch.tensor(rows, dtype=torch.int64),
+            logits_owners=None if rows is None else torch.zeros(len(rows), dtype=torch.int64),
             max_query_len=end - start,
             max_context_len=end,
             lengths=((end - start, end),),

@@ -44,6 +44,22 @@ def test_chunks_and_single_tokens_give_the_same_logits(pair: tuple[Any, Path], b
     torch.testing.assert_close(torch.cat(parts), reference(model, prompt), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_one_call_has_the_bits_of_many_and_rows_those_of_all(pair: tuple[Any, Path], dtype: torch.dtype, kernels: str) -> None:
+    prompt, chunks = tokens(130), ((0, 70, [69]), (70, 129, []), (129, 130, None))
+    many = Forward(pair[1], dtype=dtype, kernels=kernels, one_call=False)
+    whole = many.logits(prompt, 0, 130)
+    for forward in (Forward(pair[1], dtype=dtype, kernels=kernels), many):
+        if kernels == "auto":
+            assert torch.equal(forward.logits(prompt, 0, 130), whole)
+            found = [forward.logits(prompt, start, end, rows) for start, end, rows in chunks]
+            assert torch.equal(torch.cat(found), whole[[69, 129]])
+        assert forward.logits(prompt, 0, 130, []).shape == (0, 320)
+        near = 1e-4 if dtype is torch.float32 else 0.2
+        torch.testing.assert_close(forward.logits(prompt, 0, 130, [3, 129]), whole[[3, 129]], atol=near, rtol=0)
+
+
 def test_bf16_logits_stay_close_to_fp32(tmp_path: Path) -> None:
     model = FAMILIES[0].make(tmp_path)
     prompt = tokens(100)

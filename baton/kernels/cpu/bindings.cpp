@@ -356,7 +356,7 @@ PyObject* forward(Arguments& a) {
     {
         NoGil unlocked;
         baton::forward(d, {id, at, slot, cos_sin.const_data_ptr<float>(), place, kv.stride(1) * kv.element_size(), tables.const_data_ptr<int32_t>(),
-                           start, context, sequences, tables.stride(0), tokens, row, wanted, logits.data_ptr()});
+                           start, context, sequences, tables.stride(0), tokens, row, rows ? wanted : -1, logits.data_ptr()});
     }
     return THPVariable_Wrap(std::move(logits));
 }

@@ -49,7 +49,7 @@ void forward(const Decoder& d, const Step& s) {
         rope_write({qkv, s.cos_sin, s.positions, s.slots, w.q_norm, w.k_norm, q, kv, rows, qkv_size, d.num_heads, d.dim, d.eps, d.is_bf16});
         paged_attention({q, attended, kv, s.block_tables, s.query_start, s.context_lens, s.sequences, s.table_stride, d.num_heads, d.dim, heads,
                          heads, w.window, d.is_bf16});
-        if (s.rows && i + 1 == d.layers.size()) {  // from here on, nobody reads the other rows
+        if (s.num_rows >= 0 && i + 1 == d.layers.size()) {  // from here on, nobody reads the other rows
             rows = s.num_rows;
             if (!rows) return;
             select(attended, s.rows, rows, heads * size, q);

@@ -79,8 +79,8 @@ struct Step {  // of all sequences' new tokens
     int64_t layer_bytes;  // from one layer's to the next one's
     const int32_t *block_tables, *query_start, *context_lens;
     int64_t sequences, table_stride, tokens;
-    const int64_t* rows;  // whose logits are wanted; null: all
-    int64_t num_rows;
+    const int64_t* rows;  // whose logits are wanted
+    int64_t num_rows;     // negative: all
     void* logits;  // [num_rows, vocab]
 };
 void forward(const Decoder& decoder, const Step& step);
