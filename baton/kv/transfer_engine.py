@@ -52,10 +52,11 @@ class Engine:
         with _environment(protocol):
             self._engine: Any = module.TransferEngine()
             code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices)
+        self._ports = [self._engine.get_rpc_port()]
         if code != 0:
-            self._engine = None
+            self.close()
             raise ConfigError(f"Mooncake cannot transfer over {protocol} here (code {code}); is there a device for it?")
-        self.session = f"{host}:{self._engine.get_rpc_port()}"
+        self.session = f"{host}:{self._ports[0]}"
         try:
             for region in regions:
                 code = self._engine.register_memory(region.address, region.nbytes)
@@ -63,8 +64,7 @@ class Engine:
                     raise TransferError(
                         f"{region.nbytes} bytes cannot be registered for {protocol} (code {code}); with RDMA, check ulimit -l"
                     )
-            description = describe(self.session, timeout_s=5.0)
-            self._ports = [int(self.session.rpartition(":")[2])]
+            description = describe(f"127.0.0.1:{self._ports[0]}", timeout_s=5.0)
             self._ports += [port] if (port := int(description.get("tcp_data_port", 0))) else []
             if description["protocol"] != protocol:
                 raise ConfigError(f"asked for {protocol}, Mooncake has chosen {description['protocol']}; is there a device for {protocol}?")
@@ -103,12 +103,11 @@ class Engine:
         its threads have ended. Milliseconds. Idempotent. Raises InternalError if it did not come true."""
         if self._engine is None:
             return
-        ports = getattr(self, "_ports", [self._engine.get_rpc_port()])
         if sys.getrefcount(self._engine) > 2:
             raise InternalError("a Transfer Engine that is in use cannot be closed")
-        held = _shut(ports)
+        held = _shut(self._ports)
         self._engine = None  # the destructor joins the threads and closes the sockets, with the GIL held: see _shut
-        if left := [fd for fd, sock in _sockets() if _local_port(sock) in ports and _is_live(sock)]:
+        if left := [fd for fd, sock in _sockets() if _local_port(sock) in self._ports and _is_live(sock)]:
             raise InternalError(f"a closed Transfer Engine has left sockets {left}")
         _held.extend(held)
         while len(_held) > _MAX_HELD:
