@@ -21,6 +21,7 @@ from baton.kv.transfer_engine import Engine, describe
 
 logger = logging.getLogger(__name__)
 
+TCP_PIECE = 1 << 20  # a connection carries one write at a time: whole runs of blocks would leave most connections idle
 WINDOW = 256  # writes handed to Mooncake at a time; it queues 1024 per peer
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 50e-6, 1e-3
 ANSWER_S = 1.0  # a receiver that does not describe itself within this is away
@@ -99,7 +100,7 @@ class MooncakeSender:
         self._closed = False
 
     def push(self, session: str, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
-        push = _Push(merge(copies), done, settled, time.monotonic())
+        push = _Push(merge(copies, TCP_PIECE if self.protocol == "tcp" else None), done, settled, time.monotonic())
         with self._lock:
             if not self._closed:
                 if session not in self._lanes:

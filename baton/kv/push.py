@@ -69,16 +69,18 @@ class Sender(Protocol):
         ...
 
 
-def merge(copies: Iterable[Copy]) -> list[Copy]:
-    """The same bytes in as few copies as possible: neighbours on both sides become one. Sorted by target."""
-    merged: list[Copy] = []
+def merge(copies: Iterable[Copy], most: int | None = None) -> list[Copy]:
+    """The same bytes in as few copies as possible, of `most` bytes each at most: neighbours on both sides become one. Sorted by target."""
+    runs: list[Copy] = []
     for copy in sorted(copies, key=lambda copy: copy.target):
-        last = merged[-1] if merged else None
+        last = runs[-1] if runs else None
         if last is not None and last.source + last.nbytes == copy.source and last.target + last.nbytes == copy.target:
-            merged[-1] = Copy(last.source, last.target, last.nbytes + copy.nbytes)
+            runs[-1] = Copy(last.source, last.target, last.nbytes + copy.nbytes)
         else:
-            merged.append(copy)
-    return merged
+            runs.append(copy)
+    if most is None:
+        return runs
+    return [Copy(s + at, t + at, min(most, nbytes - at)) for s, t, nbytes in runs for at in range(0, nbytes, most)]
 
 
 @dataclass(frozen=True, slots=True)

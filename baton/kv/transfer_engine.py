@@ -24,10 +24,11 @@ from baton.kv.store import Buffer
 
 # What chooses the transport, read by Mooncake's C++ when an engine is made: its `protocol` argument does not.
 _CHOOSES = {"tcp": "MC_FORCE_TCP", "rdma": "MC_FORCE_HCA", "nvlink_intra": "MC_INTRANODE_NVLINK"}
-_LANES = {"MC_TCP_LANES_PER_PEER": "4"}  # the pool's client wants more (kv.mooncake)
+_LANES = {"MC_TCP_LANES_PER_PEER": "8"}  # connections to a peer; the pool's client wants more (kv.mooncake)
 _DEFAULTS = {
     "MC_TCP_STATUS_TIMEOUT_SEC": "2",  # a stopped receiver: the connection is closed after 2 s, and the push has failed
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "2",
+    "MC_TCP_SLICE_SIZE": "65483",  # one segment on loopback; its own 65536 makes one more, of 53 bytes, and each wakes the receiver
     "MC_LOG_LEVEL": "ERROR",
 }
 _GLOG_LEVEL, _GLOG_FATAL = "_ZN3fLI17FLAGS_minloglevelE", 3

@@ -23,16 +23,20 @@ def test_neighbours_on_both_sides_become_one() -> None:
     assert merge([Copy(10, 110, 10), Copy(0, 100, 10)]) == [Copy(0, 100, 20)]
     assert merge([Copy(0, 100, 10), Copy(20, 110, 10)]) == [Copy(0, 100, 10), Copy(20, 110, 10)]
     assert merge([]) == []
+    assert merge([Copy(0, 100, 10), Copy(10, 110, 15)], 10) == [Copy(0, 100, 10), Copy(10, 110, 10), Copy(20, 120, 5)]
 
 
-@given(st.permutations(range(12)), st.permutations(range(12)), st.integers(0, 12))
-def test_merging_moves_the_same_bytes(sources: list[int], targets: list[int], count: int) -> None:
+@given(st.permutations(range(12)), st.permutations(range(12)), st.integers(0, 12), st.integers(1, 20))
+def test_merging_moves_the_same_bytes(sources: list[int], targets: list[int], count: int, most: int) -> None:
     def moved(copies: list[Copy]) -> dict[int, int]:
         return {copy.target + i: copy.source + i for copy in copies for i in range(copy.nbytes)}
 
     copies = [Copy(source * 4, 1000 + target * 4, 4) for source, target in zip(sources[:count], targets, strict=False)]
     merged = merge(copies)
     assert moved(merged) == moved(copies)
+    cut = merge(copies, most)
+    assert moved(cut) == moved(copies)
+    assert all(0 < copy.nbytes <= most for copy in cut)
     ends = {(copy.source + copy.nbytes, copy.target + copy.nbytes) for copy in merged}
     assert not ends & {(copy.source, copy.target) for copy in merged}
 
