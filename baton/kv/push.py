@@ -52,7 +52,8 @@ class Receiver(Protocol):
         ...
 
     def fence(self) -> None:
-        """Ends all generations but the present one: when this returns, no write under an older session lands any more."""
+        """Ends all generations but the present one: when this returns, no write under an older session lands any more. Raises InternalError
+        if that is not certain; then nothing was freed."""
         ...
 
     def close(self) -> None: ...
