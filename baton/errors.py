@@ -15,6 +15,7 @@
     │   ├── UnsupportedModel
     │   └── BrokenCheckpoint
     ├── StoreError                the KV pool failed; callers turn it into a miss
+    ├── TransferError             memory can't be pushed into, or a peer's can't be reached; callers go another way
     ├── MembershipError           etcd (or the static list) can't be reached or understood
     └── InternalError             a bug in Baton
 
@@ -91,6 +92,10 @@ class BrokenCheckpoint(ModelError):
 
 class StoreError(BatonError):
     code = "store_error"
+
+
+class TransferError(BatonError):
+    code = "transfer_error"
 
 
 class MembershipError(BatonError):
