@@ -76,6 +76,15 @@ class PoolConfig(Strict):
     local_buffer: Size = 16 * 2**20
 
 
+class PushConfig(Strict):
+    """How prefill workers write KV straight into decode workers' memory. No protocols: never, KV goes by the pool alone."""
+
+    protocols: tuple[Literal["nvlink_intra", "rdma", "tcp"], ...] = ("tcp",)
+    host: str = "127.0.0.1"  # that peers reach this process's Transfer Engine at
+    devices: str = ""  # RDMA devices, comma-separated
+    limit_s: float = Field(default=5.0, gt=0)  # a push that takes longer has failed
+
+
 class WorkerConfig(Strict):
     """A prefill, decode or unified worker."""
 
@@ -86,6 +95,7 @@ class WorkerConfig(Strict):
     cluster: ClusterConfig = ClusterConfig()
     engine: EngineConfig = EngineConfig()
     pool: PoolConfig = PoolConfig()
+    push: PushConfig = PushConfig()
     max_local_prefill_tokens: int = Field(default=64, ge=0)  # a decode worker computes a missing prompt remainder up to this itself
     drain_grace_s: float = Field(default=30.0, ge=0)
 

@@ -4,7 +4,7 @@ time under its name, so that dashboards and autoscalers made for vLLM work as th
 A process makes one `Metrics` of its kind, hands it to whom it concerns, and serves it with `serve_metrics`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -78,7 +78,15 @@ class Metrics:
 class WorkerMetrics(Metrics):
     """Of a prefill, decode or unified worker."""
 
-    def __init__(self, model: str, worker: str, read_load: Callable[[], Load], read_transfer: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self,
+        model: str,
+        worker: str,
+        read_load: Callable[[], Load],
+        read_transfer: Callable[[], dict[str, float]],
+        pushed: Mapping[str, float] | None = None,
+    ) -> None:
+        """`pushed`: bytes, seconds and failures of direct pushes, which grow."""
         super().__init__(model, worker)
         self.gauge("num_requests_running", "Requests that hold KV blocks", lambda: read_load().num_running)
         self.gauge("num_requests_waiting", "Requests that are queued or loading KV", lambda: read_load().num_waiting)
@@ -86,6 +94,9 @@ class WorkerMetrics(Metrics):
         self.gauge("kv_blocks_cached", "KV blocks that the prefix cache can find", lambda: read_load().blocks_cached)
         for name in read_transfer():
             self.gauge(f"kv_pool_{name}", "KV pool traffic since the start", lambda name=name: read_transfer()[name])
+        counts = pushed or {}
+        for name in counts:
+            self.gauge(f"kv_{name}", "KV written into decode workers since the start", lambda name=name: counts[name])
         self.prompt_tokens = self.labelled(self.counter("prompt_tokens", "Prompt tokens taken"))
         self.generation_tokens = self.labelled(self.counter("generation_tokens", "Tokens generated"))
         self.prefix_cache_queries = self.labelled(self.counter("prefix_cache_queries", "Prompt tokens looked up in caches"))

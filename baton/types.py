@@ -85,7 +85,8 @@ class PushTarget:
     """Memory that a decode worker has reserved for a prompt's KV: block first_block + i belongs at addresses[i] of its process."""
 
     lease: str  # names the reservation
-    session: str  # where the decode worker receives: host:port, or what the transport calls it
+    machine: str  # that the decode worker runs on
+    sessions: tuple[tuple[str, str], ...]  # protocol, and where it receives over that
     first_block: int
     addresses: tuple[int, ...]
 

@@ -24,7 +24,7 @@ class Sequence(Protocol):
 
     async def reserve(self) -> PushTarget | None:
         """Reserves this worker's blocks for what is neither here nor in the pool, after `matched`; None where that can't be. The lease
-        outlives the sequence: it ends with `Engine.settle` or `Engine.renew`, and one of them must follow."""
+        outlives the sequence: it ends with `Engine.settle` or `Engine.fence`, and one of them must follow."""
         ...
 
     def blocks_pushed(self, lease: str, num_blocks: int) -> None:
@@ -69,16 +69,17 @@ class Engine(Protocol):
         """Problems found in the block bookkeeping; empty when every block is accounted for."""
         ...
 
-    async def settled(self, lease: str) -> None:
-        """Ends a push target's lease on the sending side; returns when nothing of it is read or written any more."""
+    async def settled(self, lease: str) -> bool:
+        """Ends a push target's lease on the sending side, waits until all that was sent has ended, and says whether it ended well: then
+        nothing of it is written any more. Else nobody knows."""
         ...
 
     def settle(self, lease: str) -> None:
         """Ends a lease on the receiving side: nothing of it is written any more. Idempotent."""
         ...
 
-    async def renew(self) -> None:
-        """Tears the receiving session down, and with it all its leases: for when nobody can say that theirs is over."""
+    async def fence(self, grace_s: float) -> None:
+        """Ends all leases that there are, by force: for when nobody can say that one is over. Others have `grace_s` to end well."""
         ...
 
     async def stop(self) -> None:

@@ -19,7 +19,7 @@ from baton.metrics import WorkerMetrics
 from baton.rpc import convert
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc
-from baton.types import GenerateRequest, Member, MemberState, StateUpdate
+from baton.types import GenerateRequest, Member, MemberState, PushTarget, StateUpdate
 
 logger = logging.getLogger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Worker"].full_name
@@ -41,10 +41,12 @@ class Intake:
         self.draining = False
         self._inside: dict[str, Sequence] = {}
 
-    def submit(self, request: GenerateRequest, *, hold: bool = False, await_saves: bool = False) -> Sequence:
+    def submit(
+        self, request: GenerateRequest, *, hold: bool = False, await_saves: bool = False, push: PushTarget | None = None
+    ) -> Sequence:
         if self.draining:
             raise Draining("this worker is draining; send the request to another one")
-        sequence = self.engine.submit(request, hold=hold, await_saves=await_saves)
+        sequence = self.engine.submit(request, hold=hold, await_saves=await_saves, push=push)
         self._inside[request.request_id] = sequence
         return sequence
 

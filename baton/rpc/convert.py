@@ -10,6 +10,7 @@ from baton.errors import BatonError, InternalError, Overloaded, RequestCancelled
 from baton.hashing import HASH_BYTES
 from baton.rpc.v1 import common_pb2 as common
 from baton.rpc.v1 import decode_pb2 as decode
+from baton.rpc.v1 import prefill_pb2 as prefill
 from baton.rpc.v1 import worker_pb2 as worker
 from baton.types import (
     BlocksRemoved,
@@ -23,6 +24,7 @@ from baton.types import (
     Member,
     MemberState,
     OutputToken,
+    PushTarget,
     Role,
     SamplingParams,
     StateUpdate,
@@ -117,6 +119,7 @@ def output_to_proto(output: GenerateOutput) -> common.SequenceOutput:
         tokens=[token_to_proto(token) for token in output.tokens],
         num_computed_tokens=output.num_computed_tokens,
         num_saved_blocks=output.num_saved_blocks,
+        num_pushed_blocks=output.num_pushed_blocks,
     )
     if output.finish_reason is not None:
         message.finish_reason = _FINISH[output.finish_reason]
@@ -139,7 +142,31 @@ def output_from_proto(message: common.SequenceOutput) -> GenerateOutput:
         ),
         num_computed_tokens=message.num_computed_tokens,
         num_saved_blocks=message.num_saved_blocks,
+        num_pushed_blocks=message.num_pushed_blocks,
         cache=CacheReport(**_plain(message.cache, CacheReport)) if message.HasField("cache") else None,
+    )
+
+
+# -- push targets
+
+
+def target_to_proto(target: PushTarget) -> prefill.PushTarget:
+    return prefill.PushTarget(
+        lease=target.lease,
+        machine=target.machine,
+        sessions=[prefill.PushSession(protocol=protocol, session=session) for protocol, session in target.sessions],
+        first_block=target.first_block,
+        addresses=target.addresses,
+    )
+
+
+def target_from_proto(message: prefill.PushTarget) -> PushTarget:
+    return PushTarget(
+        lease=message.lease,
+        machine=message.machine,
+        sessions=tuple((session.protocol, session.session) for session in message.sessions),
+        first_block=message.first_block,
+        addresses=tuple(message.addresses),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from baton.config import EngineConfig, WorkerConfig, member_id
 from baton.errors import ConfigError
 from baton.kernels.table import choose
-from baton.kv.connect import connect_pool
+from baton.kv.connect import connect_pool, connect_push
 from baton.kv.layout import KVLayout, block_key
 from baton.kv.pool import DTYPES, KVPool, num_blocks_for
 from baton.metrics import WorkerMetrics
@@ -21,11 +21,12 @@ from baton.models.registry import read_config
 from baton.runtime.engine import Engine
 from baton.runtime.loading import Transfer
 from baton.runtime.profile import measure_kv_memory
+from baton.runtime.pushing import Receiver, Sender
 from baton.runtime.runner import ModelRunner
 from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache
 from baton.scheduling.scheduler import Scheduler
-from baton.types import Member, Role
+from baton.types import Member, PushTarget, Role
 
 logger = logging.getLogger(__name__)
 _DEFAULTS = {"cpu": (16, 512, 64), "cuda": (64, 8192, 256)}  # block size; tokens and requests of a step
@@ -37,6 +38,8 @@ class BuiltWorker:
     member: Member
     metrics: WorkerMetrics
     pool_available: Callable[[], bool]  # whether KV can come from the pool now, as far as is known
+    can_push: Callable[[PushTarget], bool]  # whether there is a direct path there
+    receives: bool  # whether KV can be pushed here
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,15 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
     model = Path(config.model)
     loaded = load(model, config.engine)
     transfer = connect_pool(config.pool, loaded.pool.region)
-    engine = build_engine(loaded, transfer, budget_s=config.pool.budget_s, prefix_caching=config.engine.prefix_caching)
+    sender, receiver = connect_push(config.push, config.role, loaded.pool.region)
+    engine = build_engine(
+        loaded,
+        transfer,
+        budget_s=config.pool.budget_s,
+        prefix_caching=config.engine.prefix_caching,
+        sender=sender,
+        receiver=receiver,
+    )
     name = config.served_model_name or model.resolve().name
     member = Member(
         id=member_id(config.server, config.role),
@@ -75,10 +86,17 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         num_blocks=loaded.pool.num_blocks,
         max_model_len=loaded.max_model_len,
     )
-    metrics = WorkerMetrics(name, member.id, lambda: engine.load, transfer.stats.values)
+    metrics = WorkerMetrics(name, member.id, lambda: engine.load, transfer.stats.values, {} if sender is None else sender.values)
     engine.on_crash = lambda: os._exit(70)  # peers see broken streams at once, and a supervisor starts the worker again
     engine.on_step = lambda plan, seconds: metrics.step_seconds.observe(seconds)
-    return BuiltWorker(engine, member, metrics, lambda: transfer.available)
+    return BuiltWorker(
+        engine,
+        member,
+        metrics,
+        lambda: transfer.available,
+        lambda target: sender is not None and bool(sender.path(target).protocol),
+        receiver is not None,
+    )
 
 
 def load(model: Path, settings: EngineConfig) -> LoadedModel:
@@ -123,7 +141,15 @@ def load(model: Path, settings: EngineConfig) -> LoadedModel:
     return LoadedModel(config, runner, pool, fingerprint, max_model_len, budget, seqs)
 
 
-def build_engine(loaded: LoadedModel, transfer: Transfer, *, budget_s: float, prefix_caching: bool = True) -> Engine:
+def build_engine(
+    loaded: LoadedModel,
+    transfer: Transfer,
+    *,
+    budget_s: float,
+    prefix_caching: bool = True,
+    sender: Sender | None = None,
+    receiver: Receiver | None = None,
+) -> Engine:
     """An engine that can be started. `budget_s` bounds each call to the KV pool."""
     block_size = loaded.pool.layout.block_size
     cache = KVCache(loaded.pool.num_blocks, block_size, prefix_caching=prefix_caching)
@@ -136,6 +162,8 @@ def build_engine(loaded: LoadedModel, transfer: Transfer, *, budget_s: float, pr
         limits=Limits(vocab_size=loaded.config.vocab_size, max_model_len=loaded.max_model_len),
         eos_token_ids=loaded.config.eos_token_ids,
         budget_s=budget_s,
+        sender=sender,
+        receiver=receiver,
     )
 
 

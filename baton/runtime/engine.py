@@ -126,7 +126,7 @@ class Engine:
         )
         self.pusher = Pusher(scheduler.cache.pool, sender, block_size=scheduler.cache.block_size, buffer=buffer, post=self._post)
         self.reservations = Reservations(scheduler.cache, receiver, buffer=buffer, after_steps=self._after_steps)
-        self._receiver = receiver
+        self._sender, self._receiver = sender, receiver
         self._transfer, self._eos_token_ids = transfer, eos_token_ids
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._entries: dict[str, Entry] = {}
@@ -194,20 +194,22 @@ class Engine:
         self._post(lambda: answer.set_result(self._check_integrity()))
         return await asyncio.wrap_future(answer)
 
-    async def settled(self, lease: str) -> None:
-        """Ends a push target's lease on the sending side; returns when nothing of it is read or written any more."""
-        over: Future[None] = Future()
-        self._post(lambda: self.pusher.when_over(lease, lambda: over.set_result(None)))
-        await asyncio.wrap_future(over)
+    async def settled(self, lease: str) -> bool:
+        """Ends a push target's lease on the sending side, waits until all that was sent has ended, and says whether it ended well."""
+        over: Future[bool] = Future()
+        self._post(lambda: self.pusher.when_over(lease, over.set_result))
+        return await asyncio.wrap_future(over)
 
     def settle(self, lease: str) -> None:
         """Ends a lease on the receiving side: nothing of it is written any more."""
         self._post(lambda: self.reservations.settle(lease))
 
-    async def renew(self) -> None:
-        """Tears the receiving session down, with which all its leases end: for when nobody can say that theirs has."""
+    async def fence(self, grace_s: float) -> None:
+        """Ends all leases that there are, after `grace_s`: for when nobody can say that one is over."""
         if self._receiver is not None:
-            await asyncio.to_thread(self._receiver.renew)
+            await asyncio.to_thread(self._receiver.advance)
+            await asyncio.sleep(grace_s)
+            await asyncio.to_thread(self._receiver.fence)
             self._post(self.reservations.settle_old)
 
     async def stop(self) -> None:
@@ -218,7 +220,9 @@ class Engine:
         await asyncio.to_thread(self._thread.join)
         for sequence in list(self._live.values()):
             sequence.deliver(Draining("this worker is stopping; send the request to another one"))
-        await asyncio.to_thread(self._transfer.close)
+        for part in (self._sender, self._receiver, self._transfer):
+            if part is not None:
+                await asyncio.to_thread(part.close)
 
     def forget(self, request_id: str) -> None:
         self._live.pop(request_id, None)

@@ -5,8 +5,8 @@
     what has arrived joins the cache  ◀─ how many ────  and keeps its own until the push has ended
     settled: the rest is free again   ◀─ the lease is over: nothing of it is read or written any more
 
-A push that fails or takes too long is given up at once; but a write that was given up may still happen. So its blocks stay taken, on both
-sides, until somebody knows that it can't: `settled` there, the lease's end or a torn down session here.
+A push that fails or takes too long is given up at once; but a write that was given up may still happen. So its blocks stay taken: there
+until it has settled, here until the lease has ended well or its session is fenced (docs/transfer.md).
 """
 
 import secrets
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.store import Buffer
 from baton.runtime.loading import Feed
 from baton.scheduling.blocks import BlockPool
@@ -26,25 +27,24 @@ _REMEMBERED = 4096  # leases that are over
 
 
 class Sender(Protocol):
-    """`kv.push`, as far as it is needed here."""
+    """`kv.direct`, as far as it is needed here. `done` and `settled` are each called once, on any thread; see `kv.push`."""
 
-    def push(
-        self, target: PushTarget, copies: Sequence[tuple[Buffer, int]], ended: Callable[[bool], None], settled: Callable[[], None]
-    ) -> None:
-        """Starts to write each buffer to an address of the target's. `ended` is called once, with whether all has arrived, within the
-        sender's time limit; `settled` once, when nothing of it is read or written any more. On any thread."""
-        ...
+    def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Receiver(Protocol):
-    @property
-    def session(self) -> str:
-        """Where senders reach it; another one after each `renew`."""
-        ...
+    machine: str
 
-    def renew(self) -> None:
-        """Tears the present session down: when it returns, no write that was begun under it happens any more. Blocks."""
-        ...
+    @property
+    def sessions(self) -> tuple[tuple[str, str], ...]: ...
+
+    def advance(self) -> None: ...
+
+    def fence(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -60,8 +60,9 @@ class Shipment:
     num_open: int = 0  # pushes that have not ended
     num_unsettled: int = 0
     failed: bool = False
+    dirty: bool = False  # a push has not ended well: some of its bytes may still land
     closed: bool = False
-    waiting: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])  # for the lease's end
+    waiting: list[Callable[[bool], None]] = field(default_factory=list[Callable[[bool], None]])  # for the lease's end
 
     @property
     def end(self) -> int:
@@ -84,7 +85,7 @@ class Pusher:
     ) -> None:
         self._pool, self._sender, self._size, self._buffer, self._post = pool, sender, block_size, buffer, post
         self._shipments: dict[str, Shipment] = {}  # by lease
-        self._over: OrderedDict[str, None] = OrderedDict()
+        self._over: OrderedDict[str, bool] = OrderedDict()  # with whether they are dirty
         self._taken: dict[int, list[int]] = {}
         self._calls = 0
 
@@ -111,25 +112,28 @@ class Pusher:
         shipment.num_sent = end
         shipment.num_open += 1
         shipment.num_unsettled += 1
-        addresses = shipment.target.addresses[first - shipment.target.first_block : end - shipment.target.first_block]
-        self._sender.push(
-            shipment.target,
-            [(self._buffer(block_id), address) for block_id, address in zip(pinned, addresses, strict=True)],
-            lambda good: self._post(lambda: self._ended(shipment, range(first, end), good)),
-            lambda: self._post(lambda: self._settled(shipment, call)),
-        )
+        copies: list[Copy] = []
+        for index, block_id in enumerate(pinned, first - shipment.target.first_block):
+            source = self._buffer(block_id)
+            copies.append(Copy(source.address, shipment.target.addresses[index], source.nbytes))
+
+        def done(result: PushResult) -> None:
+            self._post(lambda: self._ended(shipment, range(first, end), result.status is PushStatus.GOOD))
+
+        self._sender.push(shipment.target, copies, done, lambda: self._post(lambda: self._settled(shipment, call)))
 
     def close(self, shipment: Shipment) -> None:
         """The request is gone: nothing more is sent."""
         shipment.closed = True
         self._forget_if_over(shipment)
 
-    def when_over(self, lease: str, done: Callable[[], None]) -> None:
-        """Ends the lease, and calls `done` once nothing of it is read or written any more."""
-        self._remember(lease)
+    def when_over(self, lease: str, done: Callable[[bool], None]) -> None:
+        """Ends the lease: nothing more is sent. Calls `done` when all that was sent has ended, with whether it ended well: then nothing
+        of it is written any more."""
         shipment = self._shipments.get(lease)
         if shipment is None:
-            done()
+            done(not self._over.get(lease, False))
+            self._over.setdefault(lease, False)
             return
         shipment.failed = True
         shipment.waiting.append(done)
@@ -146,7 +150,7 @@ class Pusher:
                 shipment.done.discard(shipment.num_arrived)
                 shipment.num_arrived += 1
         else:
-            shipment.failed = True
+            shipment.failed = shipment.dirty = True
         if not shipment.closed:
             shipment.on_progress()
 
@@ -157,20 +161,17 @@ class Pusher:
 
     def _forget_if_over(self, shipment: Shipment) -> None:
         if shipment.num_unsettled == 0 and (shipment.closed or shipment.failed) and self._shipments.pop(shipment.target.lease, None):
-            self._remember(shipment.target.lease)
+            self._over[shipment.target.lease] = shipment.dirty
+            while len(self._over) > _REMEMBERED:
+                self._over.popitem(last=False)
             for done in shipment.waiting:
-                done()
-
-    def _remember(self, lease: str) -> None:
-        self._over[lease] = None
-        while len(self._over) > _REMEMBERED:
-            self._over.popitem(last=False)
+                done(not shipment.dirty)
 
 
 @dataclass(slots=True, eq=False)
 class Reservation:
     feed: Feed
-    session: str
+    sessions: tuple[tuple[str, str], ...]
     first: int  # block of the prompt
     block_ids: list[int]
     num_arrived: int = 0
@@ -200,11 +201,12 @@ class Reservations:
         if self._receiver is None or count <= 0 or feed.closed or feed.ready:
             answer(None)
             return
-        lease, session = secrets.token_hex(8), self._receiver.session
-        reservation = Reservation(feed, session, first, cache.pool.take(count))
+        lease, sessions = secrets.token_hex(8), self._receiver.sessions
+        reservation = Reservation(feed, sessions, first, cache.pool.take(count))
         self._by_lease[lease] = reservation
         addresses = tuple(self._buffer(block_id).address for block_id in reservation.block_ids)
-        target = PushTarget(lease=lease, session=session, first_block=first, addresses=addresses)
+        machine = self._receiver.machine
+        target = PushTarget(lease=lease, machine=machine, sessions=sessions, first_block=first, addresses=addresses)
         self._after_steps(lambda: answer(target))
 
     def arrived(self, lease: str, num_blocks: int) -> None:
@@ -233,9 +235,9 @@ class Reservations:
             self._cache.pool.release(reservation.block_ids[reservation.num_arrived :])
 
     def settle_old(self) -> None:
-        """The receiver was renewed: so is every lease of a session before."""
+        """Sessions before the present one are fenced: nothing of their leases is written any more."""
         for lease, reservation in list(self._by_lease.items()):
-            if self._receiver is None or reservation.session != self._receiver.session:
+            if self._receiver is None or reservation.sessions != self._receiver.sessions:
                 self.settle(lease)
 
     def held(self) -> list[list[int]]:

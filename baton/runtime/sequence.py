@@ -34,7 +34,18 @@ class EngineSequence:
     async def reserve(self) -> PushTarget | None:
         answer: Future[PushTarget | None] = Future()
         self._engine.reserve(self.request_id, answer.set_result)
-        return await asyncio.wrap_future(answer)
+        reserved = asyncio.wrap_future(answer)
+        try:
+            return await asyncio.shield(reserved)
+        except asyncio.CancelledError:
+            reserved.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, reserved: asyncio.Future[PushTarget | None]) -> None:
+        """Of who has gone meanwhile: nobody else knows of the lease."""
+        target = reserved.result()
+        if target is not None:
+            self._engine.settle(target.lease)
 
     def blocks_pushed(self, lease: str, num_blocks: int) -> None:
         self._engine.post_to(self.request_id, lambda entry: self._engine.reservations.arrived(lease, num_blocks))

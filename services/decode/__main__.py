@@ -9,6 +9,7 @@ from baton.rpc.channel import Channels
 from baton.rpc.v1 import decode_pb2, decode_pb2_grpc
 from baton.runtime.build import build_worker
 from baton.types import Role
+from services.decode.leases import Leases
 from services.decode.servicer import DecodeServicer
 
 
@@ -17,6 +18,7 @@ async def serve(config: WorkerConfig) -> None:
         raise ConfigError(f"role={config.role} is not for this service; use decode or unified")
     built = build_worker(config)
     channels = Channels(config.cluster.lease_s)
+    leases = Leases(built.engine, channels, lease_s=config.cluster.lease_s)
 
     def add_services(host: Host, intake: Intake) -> list[str]:
         servicer = DecodeServicer(
@@ -28,6 +30,7 @@ async def serve(config: WorkerConfig) -> None:
             max_local_prefill_tokens=config.max_local_prefill_tokens,
             unified=config.role is Role.UNIFIED,
             pool_available=built.pool_available,
+            leases=leases if built.receives else None,
         )
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, host.grpc)
         return [decode_pb2.DESCRIPTOR.services_by_name["Decode"].full_name]
@@ -35,6 +38,7 @@ async def serve(config: WorkerConfig) -> None:
     try:
         await host_worker(config, built.engine, built.member, built.metrics, add_services)
     finally:
+        await leases.close()
         await channels.close()
 
 

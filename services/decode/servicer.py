@@ -17,7 +17,8 @@ from baton.metrics import WorkerMetrics
 from baton.rpc import convert
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
-from baton.types import CacheReport, GenerateOutput, GenerateRequest
+from baton.types import CacheReport, GenerateOutput, GenerateRequest, PushTarget
+from services.decode.leases import Leases
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +97,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         max_local_prefill_tokens: int,
         unified: bool,
         pool_available: Callable[[], bool],
+        leases: Leases | None,
     ) -> None:
+        """`leases`: where KV can be pushed into this worker's memory."""
         self._intake, self._fingerprint, self._channels, self._metrics = intake, fingerprint, channels, metrics
         self._lease_s, self._max_local, self._unified = lease_s, max_local_prefill_tokens, unified
-        self._pool_available = pool_available
+        self._pool_available, self._leases = pool_available, leases
 
     async def Generate(self, request: decode_pb2.GenerateRequest, context: Context) -> AsyncIterator[decode_pb2.GenerateResponse]:
         async with guarded(context), aclosing(self._generate(request)) as responses:
@@ -168,8 +171,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             return "no prefill worker, computed here"
         if request.sequence.sampling.HasField("prompt_logprobs"):
             return "prompt logprobs, computed here"
-        if not self._pool_available():  # its KV could not come here
-            return "no KV pool, computed here"
+        if self._leases is None and not self._pool_available():  # its KV could not come here
+            return "no KV pool and no direct push, computed here"
         return ""
 
     async def _feed(
@@ -190,12 +193,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 feeding.decide(candidate.id, feeding.reason)
                 pushed = False
                 try:
-                    async for output in self._prefill(candidate, request):
-                        feeding.prefill_cache = output.cache or feeding.prefill_cache
-                        sequence.offer_blocks(output.num_saved_blocks)
-                        for token in output.tokens:
-                            pushed = True
-                            sequence.push_token(token)
+                    async with self._reserved(sequence, candidate) as (target, arrived):
+                        if target is None and not self._pool_available():
+                            feeding.decide("", "no room to have it pushed here, and no KV pool, computed here")
+                            break
+                        async for output in self._prefill(candidate, request, target):
+                            feeding.prefill_cache = output.cache or feeding.prefill_cache
+                            arrived(output.num_pushed_blocks)
+                            sequence.offer_blocks(output.num_saved_blocks)
+                            for token in output.tokens:
+                                pushed = True
+                                sequence.push_token(token)
                     self._metrics.prefill("remote")
                     return
                 except BatonError as error:
@@ -213,9 +221,34 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         finally:
             sequence.release()
 
-    async def _prefill(self, candidate: decode_pb2.PrefillCandidate, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
+    @contextlib.asynccontextmanager
+    async def _reserved(
+        self, sequence: Sequence, candidate: decode_pb2.PrefillCandidate
+    ) -> AsyncIterator[tuple[PushTarget | None, Callable[[int], None]]]:
+        """Blocks for the candidate to write into, and how to say that so many have arrived. Their lease ends here, well or not."""
+        leases = self._leases
+        target = await sequence.reserve() if leases is not None else None
+        last = 0
+
+        def arrived(num_blocks: int) -> None:
+            nonlocal last
+            if target is not None and num_blocks > last:
+                last = num_blocks
+                sequence.blocks_pushed(target.lease, num_blocks)
+
+        try:
+            yield target, arrived
+        finally:
+            if target is not None and leases is not None:
+                leases.end(target.lease, candidate.address, well=last >= target.first_block + len(target.addresses))
+
+    async def _prefill(
+        self, candidate: decode_pb2.PrefillCandidate, request: GenerateRequest, target: PushTarget | None
+    ) -> AsyncIterator[GenerateOutput]:
         """The outputs of one prefill call, which is cancelled if it is left early. Raises a BatonError where it fails or falls silent."""
         message = prefill_pb2.PrefillRequest(sequence=convert.request_to_proto(request), fingerprint=self._fingerprint)
+        if target is not None:
+            message.target.CopyFrom(convert.target_to_proto(target))
         call = prefill_pb2_grpc.PrefillStub(self._channels.get(candidate.address)).Prefill(message)
         try:
             while True:

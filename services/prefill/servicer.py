@@ -1,7 +1,7 @@
-"""Prefill.Prefill: computes a prompt, fills the KV pool, and gives the first token."""
+"""Prefill.Prefill: computes a prompt, writes its KV into the decode worker's memory or the pool, and gives the first token."""
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from baton.errors import InvalidRequest
 from baton.hosting.heartbeat import with_heartbeat
@@ -9,12 +9,15 @@ from baton.hosting.worker import Context, Intake, guarded
 from baton.metrics import WorkerMetrics
 from baton.rpc import convert
 from baton.rpc.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
-from baton.types import GenerateOutput, GenerateRequest
+from baton.types import GenerateOutput, GenerateRequest, PushTarget
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
-    def __init__(self, intake: Intake, fingerprint: str, metrics: WorkerMetrics, *, heartbeat_s: float) -> None:
+    def __init__(
+        self, intake: Intake, fingerprint: str, metrics: WorkerMetrics, *, heartbeat_s: float, can_push: Callable[[PushTarget], bool]
+    ) -> None:
         self._intake, self._fingerprint, self._metrics, self._heartbeat_s = intake, fingerprint, metrics, heartbeat_s
+        self._can_push = can_push
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Context) -> AsyncIterator[common_pb2.SequenceOutput]:
         async with guarded(context):
@@ -24,7 +27,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                     "serve different weights, block sizes or dtypes; give both the same model folder and engine settings"
                 )
             sequence_request = _for_one_token(convert.request_from_proto(request.sequence))
-            sequence = self._intake.submit(sequence_request, await_saves=True)
+            target = convert.target_from_proto(request.target) if request.HasField("target") else None
+            if target is not None and not self._can_push(target):
+                target = None  # the pool, then
+            sequence = self._intake.submit(sequence_request, await_saves=target is None, push=target)
             self._metrics.prompt_tokens.inc(len(sequence_request.prompt_token_ids))
             try:
                 async for news in with_heartbeat(aiter(sequence), self._heartbeat_s):
@@ -33,6 +39,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                     yield convert.output_to_proto(output)
             finally:
                 self._intake.done(sequence_request.request_id)
+
+    async def EndLease(self, request: prefill_pb2.EndLeaseRequest, context: Context) -> prefill_pb2.EndLeaseResponse:
+        return prefill_pb2.EndLeaseResponse(clean=await self._intake.engine.settled(request.lease))
 
     def _count(self, output: GenerateOutput) -> None:
         self._metrics.generation_tokens.inc(len(output.tokens))

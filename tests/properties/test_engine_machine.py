@@ -99,7 +99,7 @@ class EngineMachine(RuleBasedStateMachine):
         known, first = len(inner.token_ids), cut if push else 0
         self.known[request.request_id] = known
         numbers = range(first, -(-known // BLOCK_SIZE))
-        target = PushTarget(lease=request.request_id, session="", first_block=first, addresses=tuple(numbers))
+        target = PushTarget(lease=request.request_id, machine="", sessions=(), first_block=first, addresses=tuple(numbers))
         self.engine._admit(entry, target if push else None)
 
     @precondition(lambda self: self.sender.pushes)
@@ -117,8 +117,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.run_inbox()
 
     def check_source(self, push: ToyPush) -> None:
-        for source, number in push.copies:
-            entries = self.runner.entries[source.address][: self.known[push.lease] - number * BLOCK_SIZE]
+        for source, number, _ in push.copies:
+            entries = self.runner.entries[source][: self.known[push.lease] - number * BLOCK_SIZE]
             token_ids = push.sent.setdefault(number, list(entries))
             assert entries == token_ids, "a block was written while a push could read it"
 
@@ -138,7 +138,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.leases[answers[0].lease] = (name, answers[0], known)
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), what=st.sampled_from(["arrive", "stray", "settle", "renew"]), count=st.integers(1, 4))
+    @rule(data=st.data(), what=st.sampled_from(["arrive", "stray", "settle", "fence"]), count=st.integers(1, 4))
     def lease_goes_on(self, data: st.DataObject, what: str, count: int) -> None:
         lease = data.draw(st.sampled_from(list(self.leases)))
         name, target, known = self.leases[lease]
@@ -162,7 +162,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.reservations.settle(lease)
         else:
             self.leases.clear()
-            self.receiver.renew()
+            self.receiver.advance()
             self.engine.reservations.settle_old()
         self.flush()
 

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
+from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.store import Buffer
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import PENDING
@@ -109,32 +110,42 @@ class ToyTransfer:
 class ToyPush:
     """A push that was handed to the sender. Until it settles, it may read its source blocks at any moment."""
 
-    def __init__(
-        self, lease: str, copies: Sequence[tuple[Buffer, int]], ended: Callable[[bool], None], settled: Callable[[], None]
-    ) -> None:
-        self.lease, self.copies, self.end, self.settle, self.has_ended = lease, copies, ended, settled, False
+    def __init__(self, lease: str, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
+        self.lease, self.copies, self.settle, self.has_ended, self._done = lease, copies, settled, False, done
         self.sent: dict[int, list[int | None]] = {}  # by block, as first seen
+
+    def end(self, good: bool) -> None:
+        self._done(PushResult(PushStatus.GOOD if good else PushStatus.UNKNOWN, 0, 0.0))
 
 
 class ToySender:
-    """Pushes that end and settle when the test says so. A target's address is (number of the block, in the prompt)."""
+    """Pushes that end and settle when the test says so. A target's address is the number of the block in the prompt."""
 
     def __init__(self) -> None:
         self.pushes: list[ToyPush] = []
 
-    def push(
-        self, target: PushTarget, copies: Sequence[tuple[Buffer, int]], ended: Callable[[bool], None], settled: Callable[[], None]
-    ) -> None:
-        self.pushes.append(ToyPush(target.lease, copies, ended, settled))
+    def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
+        self.pushes.append(ToyPush(target.lease, copies, done, settled))
+
+    def close(self) -> None:
+        pass
 
 
 class ToyReceiver:
+    machine = "here"
+
     def __init__(self) -> None:
         self.generation = 0
 
     @property
-    def session(self) -> str:
-        return f"session {self.generation}"
+    def sessions(self) -> tuple[tuple[str, str], ...]:
+        return (("tcp", f"session {self.generation}"),)
 
-    def renew(self) -> None:
+    def advance(self) -> None:
         self.generation += 1
+
+    def fence(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

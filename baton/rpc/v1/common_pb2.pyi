@@ -118,7 +118,7 @@ class SequenceRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., salt: _Optional[str] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("tokens", "finish_reason", "stop_token_id", "prompt_logprobs", "num_computed_tokens", "num_saved_blocks", "cache")
+    __slots__ = ("tokens", "finish_reason", "stop_token_id", "prompt_logprobs", "num_computed_tokens", "num_saved_blocks", "cache", "num_pushed_blocks")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,7 @@ class SequenceOutput(_message.Message):
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_SAVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PUSHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[OutputToken]
     finish_reason: FinishReason
     stop_token_id: int
@@ -133,4 +134,5 @@ class SequenceOutput(_message.Message):
     num_computed_tokens: int
     num_saved_blocks: int
     cache: CacheReport
-    def __init__(self, tokens: _Optional[_Iterable[_Union[OutputToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., num_computed_tokens: _Optional[int] = ..., num_saved_blocks: _Optional[int] = ..., cache: _Optional[_Union[CacheReport, _Mapping]] = ...) -> None: ...
+    num_pushed_blocks: int
+    def __init__(self, tokens: _Optional[_Iterable[_Union[OutputToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., num_computed_tokens: _Optional[int] = ..., num_saved_blocks: _Optional[int] = ..., cache: _Optional[_Union[CacheReport, _Mapping]] = ..., num_pushed_blocks: _Optional[int] = ...) -> None: ...

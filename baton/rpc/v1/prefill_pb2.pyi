@@ -1,15 +1,52 @@
 from baton.rpc.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class PushSession(_message.Message):
+    __slots__ = ("protocol", "session")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    protocol: str
+    session: str
+    def __init__(self, protocol: _Optional[str] = ..., session: _Optional[str] = ...) -> None: ...
+
+class PushTarget(_message.Message):
+    __slots__ = ("lease", "machine", "sessions", "first_block", "addresses")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    lease: str
+    machine: str
+    sessions: _containers.RepeatedCompositeFieldContainer[PushSession]
+    first_block: int
+    addresses: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease: _Optional[str] = ..., machine: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[PushSession, _Mapping]]] = ..., first_block: _Optional[int] = ..., addresses: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class PrefillRequest(_message.Message):
-    __slots__ = ("sequence", "fingerprint")
+    __slots__ = ("sequence", "fingerprint", "target")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
     sequence: _common_pb2.SequenceRequest
     fingerprint: str
-    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceRequest, _Mapping]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    target: PushTarget
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceRequest, _Mapping]] = ..., fingerprint: _Optional[str] = ..., target: _Optional[_Union[PushTarget, _Mapping]] = ...) -> None: ...
+
+class EndLeaseRequest(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: str
+    def __init__(self, lease: _Optional[str] = ...) -> None: ...
+
+class EndLeaseResponse(_message.Message):
+    __slots__ = ("clean",)
+    CLEAN_FIELD_NUMBER: _ClassVar[int]
+    clean: bool
+    def __init__(self, clean: _Optional[bool] = ...) -> None: ...

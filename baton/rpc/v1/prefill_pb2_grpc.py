@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class PrefillStub:
-    """Computes the prompt, saves its full blocks to the KV pool as chunks end, samples the first token, ends. Outputs without tokens are
+    """Computes the prompt, writes its blocks to the target as chunks end (without one: saves the full ones to the KV pool), samples the first
+    token, ends. Outputs without tokens are
     progress; one comes at least every second, so silence means a lost worker.
     """
 
@@ -42,15 +43,28 @@ class PrefillStub:
                 request_serializer=baton_dot_rpc_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=baton_dot_rpc_dot_v1_dot_common__pb2.SequenceOutput.FromString,
                 _registered_method=True)
+        self.EndLease = channel.unary_unary(
+                '/baton.rpc.v1.Prefill/EndLease',
+                request_serializer=baton_dot_rpc_dot_v1_dot_prefill__pb2.EndLeaseRequest.SerializeToString,
+                response_deserializer=baton_dot_rpc_dot_v1_dot_prefill__pb2.EndLeaseResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServicer:
-    """Computes the prompt, saves its full blocks to the KV pool as chunks end, samples the first token, ends. Outputs without tokens are
+    """Computes the prompt, writes its blocks to the target as chunks end (without one: saves the full ones to the KV pool), samples the first
+    token, ends. Outputs without tokens are
     progress; one comes at least every second, so silence means a lost worker.
     """
 
     def Prefill(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndLease(self, request, context):
+        """Nothing more is sent under the lease; answers when all that was sent has ended.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -63,6 +77,11 @@ def add_PrefillServicer_to_server(servicer, server):
                     request_deserializer=baton_dot_rpc_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
                     response_serializer=baton_dot_rpc_dot_v1_dot_common__pb2.SequenceOutput.SerializeToString,
             ),
+            'EndLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndLease,
+                    request_deserializer=baton_dot_rpc_dot_v1_dot_prefill__pb2.EndLeaseRequest.FromString,
+                    response_serializer=baton_dot_rpc_dot_v1_dot_prefill__pb2.EndLeaseResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'baton.rpc.v1.Prefill', rpc_method_handlers)
@@ -72,7 +91,8 @@ def add_PrefillServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Prefill:
-    """Computes the prompt, saves its full blocks to the KV pool as chunks end, samples the first token, ends. Outputs without tokens are
+    """Computes the prompt, writes its blocks to the target as chunks end (without one: saves the full ones to the KV pool), samples the first
+    token, ends. Outputs without tokens are
     progress; one comes at least every second, so silence means a lost worker.
     """
 
@@ -93,6 +113,33 @@ class Prefill:
             '/baton.rpc.v1.Prefill/Prefill',
             baton_dot_rpc_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
             baton_dot_rpc_dot_v1_dot_common__pb2.SequenceOutput.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.rpc.v1.Prefill/EndLease',
+            baton_dot_rpc_dot_v1_dot_prefill__pb2.EndLeaseRequest.SerializeToString,
+            baton_dot_rpc_dot_v1_dot_prefill__pb2.EndLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

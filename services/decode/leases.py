@@ -1,0 +1,64 @@
+"""The end of leases: blocks that were reserved for a prefill worker's writes come back, whatever became of it."""
+
+import asyncio
+import logging
+
+import grpc.aio
+
+from baton.hosting.engine import Engine
+from baton.rpc.channel import Channels
+from baton.rpc.v1 import prefill_pb2, prefill_pb2_grpc
+
+logger = logging.getLogger(__name__)
+GRACE_S = 0.5  # that other leases have to end well before a fence
+
+
+class Leases:
+    """A lease that ended well is settled at once. Else its sender is asked; where it can't say that nothing is under way, or is gone,
+    the receiver's sessions are fenced."""
+
+    def __init__(self, engine: Engine, channels: Channels, *, lease_s: float) -> None:
+        self._engine, self._channels, self._lease_s = engine, channels, lease_s
+        self._tasks = set[asyncio.Task[None]]()
+        self._fence: asyncio.Task[None] | None = None
+        self._dirty = False
+
+    def end(self, lease: str, address: str, *, well: bool) -> None:
+        """`well`: the sender has said that everything arrived."""
+        if well:
+            self._engine.settle(lease)
+            return
+        task = asyncio.create_task(self._ask(lease, address), name=f"lease-{lease}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, lease: str, address: str) -> None:
+        try:
+            stub = prefill_pb2_grpc.PrefillStub(self._channels.get(address))
+            answer = await stub.EndLease(prefill_pb2.EndLeaseRequest(lease=lease), timeout=self._lease_s)
+            if answer.clean:
+                self._engine.settle(lease)
+                return
+            why = "not all of its writes have ended well"
+        except grpc.aio.AioRpcError as error:
+            why = f"{address} does not answer ({error.code().name})"
+        logger.warning("the blocks reserved under lease %s are fenced: %s", lease, why)
+        self._dirty = True
+        if self._fence is None or self._fence.done():
+            self._fence = asyncio.create_task(self._fence_until_clean(), name="fence")
+
+    async def _fence_until_clean(self) -> None:
+        while self._dirty:
+            self._dirty = False
+            try:
+                await self._engine.fence(GRACE_S)
+            except Exception:
+                logger.exception("sessions cannot be fenced; their blocks stay reserved, and it is tried again")
+                self._dirty = True
+                await asyncio.sleep(self._lease_s)
+
+    async def close(self) -> None:
+        tasks = [*self._tasks, *([self._fence] if self._fence is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
