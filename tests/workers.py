@@ -101,7 +101,9 @@ async def worker(
         WorkerServicer(intake, lambda: Member(id=name, role=role, address=address), lease_s=LEASE_S), server
     )
     if role is Role.PREFILL:
-        prefill_pb2_grpc.add_PrefillServicer_to_server(PrefillServicer(intake, fingerprint, metrics, heartbeat_s=LEASE_S / 4), server)
+        prefill_pb2_grpc.add_PrefillServicer_to_server(
+            PrefillServicer(intake, fingerprint, metrics, heartbeat_s=LEASE_S / 4, can_push=lambda target: False), server
+        )
     else:
         servicer = DecodeServicer(
             intake,
@@ -112,6 +114,7 @@ async def worker(
             max_local_prefill_tokens=8,
             unified=role is Role.UNIFIED,
             pool_available=lambda: pool_available,
+            leases=None,
         )
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
     engine.start()

@@ -51,7 +51,7 @@ async def test_a_prefill_call_gives_one_token_whatever_was_asked() -> None:
     ("role", "length", "pool_available", "says"),
     [
         (Role.DECODE, 8, True, "8 of 8 tokens missing, computed here"),
-        (Role.DECODE, 60, False, "no KV pool, computed here"),
+        (Role.DECODE, 60, False, "no KV pool and no direct push, computed here"),
         (Role.UNIFIED, 60, True, "unified worker"),
     ],
 )
