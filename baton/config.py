@@ -80,7 +80,7 @@ class PushConfig(Strict):
     """How prefill workers write KV straight into decode workers' memory. No protocols: never, KV goes by the pool alone."""
 
     protocols: tuple[Literal["nvlink_intra", "rdma", "tcp"], ...] = ("tcp",)
-    host: str = "127.0.0.1"  # that peers reach this process's Transfer Engine at
+    host: str = ""  # that peers reach this process's Transfer Engine at; empty: server.advertise, or server.host
     devices: str = ""  # RDMA devices, comma-separated
     limit_s: float = Field(default=5.0, gt=0)  # a push that takes longer has failed
 

@@ -66,7 +66,8 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
     model = Path(config.model)
     loaded = load(model, config.engine)
     transfer = connect_pool(config.pool, loaded.pool.region)
-    sender, receiver = connect_push(config.push, config.role, loaded.pool.region)
+    host = config.push.host or config.server.advertise or config.server.host
+    sender, receiver = connect_push(config.push.model_copy(update={"host": host}), config.role, loaded.pool.region)
     engine = build_engine(
         loaded,
         transfer,

@@ -44,7 +44,7 @@ def make_prompt(seed: int, length: int) -> list[int]:
 def test_turns_of_a_conversation_send_what_is_new(cluster: RunningCluster) -> None:
     """Each turn sends the blocks that the decode worker lacks, and no byte more."""
     block_bytes, conversation, known = 0.0, make_prompt(1, 100), 0
-    for turn in range(5):
+    for turn in range(8):
         before = pushed(cluster)
         tokens, route = complete(cluster, conversation)
         assert "prefill=prefill-0" in route

@@ -123,7 +123,7 @@ def test_an_etcd_that_runs_already(tiny_model: Path, tmp_path: Path) -> None:
     try:
         with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=0, etcd=server.url) as cluster:
             answer = complete(cluster, "hello " * 20)
-            assert "prefill=local" in answer.headers["x-baton-route"]
+            assert "prefill=prefill-0" in answer.headers["x-baton-route"]
             assert "no KV pool, computed here" in answer.headers["x-baton-route"]
             assert "etcd" not in cluster.children()
     finally:
