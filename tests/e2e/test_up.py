@@ -121,10 +121,11 @@ def test_drain_lets_streams_finish(tiny_model: Path) -> None:
 def test_an_etcd_that_runs_already(tiny_model: Path, tmp_path: Path) -> None:
     server = Etcd(tmp_path / "etcd")
     try:
-        with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=0, etcd=server.url) as cluster:
+        options = ["--set", "decode.push.protocols=[]"]
+        with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=0, etcd=server.url, options=options) as cluster:
             answer = complete(cluster, "hello " * 20)
-            assert "prefill=prefill-0" in answer.headers["x-baton-route"]
-            assert "no KV pool, computed here" in answer.headers["x-baton-route"]
+            assert "prefill=local" in answer.headers["x-baton-route"]
+            assert "no KV pool and no direct push, computed here" in answer.headers["x-baton-route"]
             assert "etcd" not in cluster.children()
     finally:
         server.kill()
