@@ -92,6 +92,14 @@ class PushTarget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseEnd:
+    """What a prefill worker says of a lease that has ended there."""
+
+    known: bool  # it was asked for something under this lease; else it, or the process before it, may have been
+    clean: bool  # all that was sent has arrived, or nothing was: nothing of it is written any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheReport:
     """Where a request's prompt KV came from, in tokens. What is left of the prompt was computed."""
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from baton.types import GenerateOutput, GenerateRequest, Load, OutputToken, PushTarget, StateUpdate
+from baton.types import GenerateOutput, GenerateRequest, LeaseEnd, Load, OutputToken, PushTarget, StateUpdate
 
 
 class Sequence(Protocol):
@@ -69,9 +69,12 @@ class Engine(Protocol):
         """Problems found in the block bookkeeping; empty when every block is accounted for."""
         ...
 
-    async def settled(self, lease: str) -> bool:
-        """Ends a push target's lease on the sending side, waits until all that was sent has ended, and says whether it ended well: then
-        nothing of it is written any more. Else nobody knows."""
+    async def settled(self, lease: str) -> LeaseEnd:
+        """Ends a push target's lease on the sending side, and waits until all that was sent under it has ended."""
+        ...
+
+    async def reserved(self, lease: str) -> bool:
+        """Whether a lease on the receiving side still has blocks."""
         ...
 
     def settle(self, lease: str) -> None:

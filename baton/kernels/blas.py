@@ -8,7 +8,7 @@ import ctypes
 import logging
 import statistics
 import time
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ def _operation() -> ctypes.c_void_p:
     return made
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _layout(kind: int, rows: int, columns: int, stride: int) -> ctypes.c_void_p:
-    """Column-major: our rows are its columns."""
+    """Column-major: our rows are its columns. One for each number of rows that a step may have, and each weight's shape."""
     made = ctypes.c_void_p()
     sizes = (ctypes.c_uint64(columns), ctypes.c_uint64(rows), ctypes.c_int64(stride))
     _check(_library().cublasLtMatrixLayoutCreate(ctypes.byref(made), kind, *sizes))
@@ -85,28 +85,32 @@ def _proposals(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> list
     status = _library().cublasLtMatmulAlgoGetHeuristic(handle, _operation(), a, b, c, c, preference, len(found), found, ctypes.byref(count))
     _library().cublasLtMatmulPreferenceDestroy(preference)
     _check(status)
-    return list(found[: count.value])
+    return [proposal for proposal in found[: count.value] if proposal.state == 0]
 
 
-def _run(proposal: _Proposal, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+def _run(proposal: _Proposal, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> bool:
+    """False where it does not fit these sizes; then nothing was written."""
     (handle, workspace), (a, b, c) = _handle(x.device), _layouts(x, weight, out)
     one, before, to = ctypes.c_float(1), ctypes.c_float(add), ctypes.c_void_p(out.data_ptr())
-    status = _library().cublasLtMatmul(
+    status: int = _library().cublasLtMatmul(
         handle, _operation(), ctypes.byref(one), ctypes.c_void_p(weight.data_ptr()), a, ctypes.c_void_p(x.data_ptr()), b,
         ctypes.byref(before), to, c, to, c, ctypes.byref(proposal.algorithm), ctypes.c_void_p(workspace.data_ptr()),
         ctypes.c_size_t(_WORKSPACE), ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream),
     )  # fmt: skip
-    _check(status)
+    return status == 0
 
 
-_chosen: dict[tuple[object, ...], _Proposal] = {}
+_chosen: dict[tuple[object, ...], _Proposal | None] = {}
 
 
-def _choose(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> _Proposal:
+def _choose(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> _Proposal | None:
     key = (weight.shape, weight.dtype, add, x.device)
     if key not in _chosen:
         scratch = torch.zeros_like(out)
-        proposals = _proposals(x, weight, scratch)
+        proposals = [proposal for proposal in _proposals(x, weight, scratch) if _run(proposal, x, weight, scratch, add)]
+        if not proposals:
+            _chosen[key] = None
+            return None
         until = time.monotonic() + _HEAT_S * (not _chosen)
         while time.monotonic() < until:
             _run(proposals[0], x, weight, scratch, False)
@@ -133,10 +137,11 @@ def _choose(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool)
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if len(x) < LEAST or x.dtype not in _TYPES or weight.dtype is not x.dtype or torch.cuda.is_current_stream_capturing():
         return False
-    aligned = all(each.stride(1) == 1 and each.data_ptr() % 16 == 0 and each.stride(0) % 8 == 0 for each in (x, weight))
+    aligned = all(each.stride(1) == 1 and each.data_ptr() % 256 == 0 and each.stride(0) % 128 == 0 for each in (x, weight))
     return aligned and weight.shape[0] % 8 == 0 and _library() is not None
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
-    """out [M, N] = x [M, K] · weight [N, K]ᵀ, or += that. Of what it serves."""
-    _run(_choose(x, weight, out, add), x, weight, out, add)
+def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> bool:
+    """out [M, N] = x [M, K] · weight [N, K]ᵀ, or += that, of what it serves. False where it can't be done; then nothing was written."""
+    proposal = _choose(x, weight, out, add)
+    return proposal is not None and _run(proposal, x, weight, out, add)

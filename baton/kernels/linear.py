@@ -228,10 +228,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if config is None and not by_blas:
         return functional.linear(x, weight, bias)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    if config is None:
-        blas.multiply(x, weight, out)
-    else:
+    if config is not None:
         run(config, _rows(x), weight, bias, out)
+    elif not blas.multiply(x, weight, out):
+        return functional.linear(x, weight)
     return out
 
 
@@ -240,8 +240,8 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     config = planned(x, weight) if residual.is_contiguous() else None
     if config is not None:
         run(config, _rows(x), weight, bias, residual, add=True)
-    elif bias is None and blas.serves(x, weight):
-        blas.multiply(x, weight, residual, add=True)
+    elif bias is None and blas.serves(x, weight) and residual.is_contiguous() and blas.multiply(x, weight, residual, add=True):
+        pass
     elif bias is None:
         torch.addmm(residual, x, weight.t(), out=residual)
     else:

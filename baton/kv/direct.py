@@ -29,23 +29,28 @@ class DirectReceiver:
         self._receivers = [
             MooncakeReceiver(region, host=config.host, protocol=protocol, devices=config.devices) for protocol in config.protocols
         ]
+        self._advanced = False
+        self.sessions = self._sessions()
+        """Of the present generation: protocol and session. Replaced as a whole."""
 
-    @property
-    def sessions(self) -> tuple[tuple[str, str], ...]:
-        """Of the present generation: protocol and session."""
+    def _sessions(self) -> tuple[tuple[str, str], ...]:
         return tuple((receiver.protocol, receiver.session) for receiver in self._receivers)
 
     def advance(self) -> None:
-        """New sessions for who asks from now on. Blocks. Raises TransferError."""
-        for receiver in self._receivers:
-            receiver.advance()
+        """New sessions for who asks from now on; none, if those before are not fenced yet. Blocks. Raises TransferError."""
+        if not self._advanced:
+            for receiver in self._receivers:
+                receiver.advance()
+            self.sessions, self._advanced = self._sessions(), True
 
     def fence(self) -> None:
-        """Ends all older sessions: no write under them lands any more. Blocks. Raises InternalError where that can't be said."""
+        """Ends all older sessions: no write under them lands any more. Blocks. Raises InternalError or TransferError where that can't be
+        said."""
         for receiver in self._receivers:
-            if not receiver.revocable:
-                raise TransferError(f"writes over {receiver.protocol} can't be revoked from this side")
             receiver.fence()
+        if fixed := [receiver.protocol for receiver in self._receivers if not receiver.revocable]:
+            raise TransferError(f"writes over {', '.join(fixed)} can't be revoked from this side: their sender has to end them")
+        self._advanced = False
 
     def close(self) -> None:
         for receiver in self._receivers:

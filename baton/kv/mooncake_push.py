@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from baton.errors import BatonError, InternalError, TransferError
+from baton.errors import BatonError, TransferError
 from baton.kv.push import ONE_MACHINE, Copy, PushResult, PushStatus, merge
 from baton.kv.store import Buffer
 from baton.kv.transfer_engine import Engine, describe
@@ -109,7 +109,7 @@ class MooncakeSender:
                     self._threads[session].start()
                 self._lanes[session].put(push)
                 return
-        self._tell(push, PushStatus.FAILED, "the sender was closed")
+        self._tell(push, PushStatus.FAILED, "the sender was closed", begun=False)
         _call(settled)
 
     def close(self) -> None:
@@ -137,7 +137,10 @@ class MooncakeSender:
             except queue.Empty:
                 push = None
             if push is not None:
-                self._run(session, push)
+                try:
+                    self._run(session, push)
+                except Exception:  # nobody may wait for this lane in vain
+                    logger.exception("push to %s", session)
                 continue
             with self._lock:
                 if lane.empty():
@@ -151,7 +154,7 @@ class MooncakeSender:
         except Exception as error:
             if not isinstance(error, BatonError):
                 logger.exception("push to %s", session)
-            self._tell(push, PushStatus.FAILED, str(error))
+            self._tell(push, PushStatus.FAILED, str(error), begun=False)
             _call(push.settled)
             return
         try:
@@ -245,15 +248,17 @@ class MooncakeSender:
                 return
         try:
             generation.engine.close()
-        except InternalError:
+        except Exception:
             logger.exception("the sources of %d pushes stay fenced", len(generation.unsettled))
             return
         for settled in generation.unsettled:
             _call(settled)
 
-    def _tell(self, push: _Push, status: PushStatus, reason: str) -> None:
+    def _tell(self, push: _Push, status: PushStatus, reason: str, *, begun: bool = True) -> None:
+        """Over NVLink it is this side's device that writes: with the push, its writes have settled."""
         nbytes, seconds = sum(copy.nbytes for copy in push.copies), time.monotonic() - push.start
-        _call(lambda: push.done(PushResult(status, nbytes, seconds, reason)))
+        lands_late = begun and status is not PushStatus.GOOD and self.protocol != ONE_MACHINE
+        _call(lambda: push.done(PushResult(status, nbytes, seconds, reason, lands_late)))
 
 
 def _call(what: Callable[[], None]) -> None:

@@ -37,6 +37,7 @@ class PushResult:
     nbytes: int
     seconds: float
     reason: str = ""  # of what is not GOOD
+    lands_late: bool = False  # bytes that the sender gave away may still arrive, even when it has settled
 
 
 class Receiver(Protocol):

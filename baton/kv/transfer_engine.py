@@ -7,6 +7,7 @@ while this process lives, so a write under an old session meets nobody.
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import stat
 import struct
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,7 +50,7 @@ class Engine:
         memory cannot be registered."""
         if protocol not in _CHOOSES:
             raise ConfigError(f"unknown transfer protocol {protocol!r}; there are {', '.join(_CHOOSES)}")
-        self.protocol = protocol
+        self.protocol, self._closed = protocol, False
         module = _load()
         with _environment(protocol):
             self._engine: Any = module.TransferEngine()
@@ -102,15 +104,16 @@ class Engine:
     def close(self) -> None:
         """When this returns, no byte is read from or written into the registered memory by this engine any more: its sockets are closed,
         its threads have ended. Milliseconds. Idempotent. Raises InternalError if it did not come true."""
-        if self._engine is None:
+        if self._closed:
             return
-        if sys.getrefcount(self._engine) > 2:
-            raise InternalError("a Transfer Engine that is in use cannot be closed")
-        held = _shut(self._ports)
-        self._engine = None  # the destructor joins the threads and closes the sockets, with the GIL held: see _shut
+        if self._engine is not None:
+            if sys.getrefcount(self._engine) > 2:
+                raise InternalError("a Transfer Engine that is in use cannot be closed")
+            _held.extend(_shut(self._ports))
+            self._engine = None  # the destructor joins the threads and closes the sockets, with the GIL held: see _shut
         if left := [fd for fd, sock in _sockets() if _local_port(sock) in self._ports and _is_live(sock)]:
             raise InternalError(f"a closed Transfer Engine has left sockets {left}")
-        _held.extend(held)
+        self._closed = True
         while len(_held) > _MAX_HELD:
             os.close(_held.popleft())
 
@@ -119,18 +122,31 @@ def describe(session: str, timeout_s: float) -> dict[str, Any]:
     """What the engine behind a session says of itself: `protocol`, `tcp_data_port`, `buffers`. Raises TransferError without an answer."""
     host, _, port = session.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=timeout_s) as connection, connection.makefile("rb") as answer:
+        deadline = time.monotonic() + timeout_s
+        with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
             request = _METADATA + b"{}"
             connection.sendall(struct.pack("<Q", len(request)) + request)
-            (size,) = struct.unpack("<Q", answer.read(8))
+            (size,) = struct.unpack("<Q", _read(connection, 8, deadline))
             if size > _MAX_DESCRIPTION:
                 raise ValueError(f"a description of {size} bytes")
-            description = json.loads(answer.read(size)[1:])
+            description = json.loads(_read(connection, size, deadline)[1:])
             description["protocol"] = str(description["protocol"])
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise TransferError(f"no Transfer Engine answers at {session} ({error})") from error
     description.pop("timestamp", None)
     return description
+
+
+def _read(connection: socket.socket, size: int, deadline: float) -> bytes:
+    """Raises TimeoutError or ValueError where not all of it comes in time."""
+    there = bytearray()
+    while len(there) < size:
+        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+        part = connection.recv(min(size - len(there), 1 << 16))
+        if not part or time.monotonic() > deadline:
+            raise ValueError(f"{len(there)} of {size} bytes came in time")
+        there += part
+    return bytes(there)
 
 
 def _shut(ports: Sequence[int]) -> list[int]:
@@ -166,8 +182,10 @@ def _sockets() -> Iterator[tuple[int, socket.socket]]:
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
             sock = socket.socket(fileno=os.dup(int(name)))
-        except OSError:
-            continue  # closed meanwhile
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EBADF):  # closed meanwhile
+                raise
+            continue
         with sock:
             if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
                 yield int(name), sock

@@ -20,7 +20,7 @@ from baton.models.loader import dummy_model, load_model, weights_fingerprint
 from baton.models.registry import read_config
 from baton.runtime.engine import Engine
 from baton.runtime.loading import Transfer
-from baton.runtime.profile import measure_kv_memory
+from baton.runtime.profile import measure_kv_memory, warm_up
 from baton.runtime.pushing import Receiver, Sender
 from baton.runtime.runner import ModelRunner
 from baton.runtime.validation import Limits
@@ -126,6 +126,7 @@ def load(model: Path, settings: EngineConfig) -> LoadedModel:
         network = load_model(model, config, dtype=DTYPES[dtype], device=device)
     longest = min(settings.max_model_len or config.max_model_len, config.max_model_len)
     network.prepare(kernels, longest)
+    warm_up(network, layout, device, num_tokens=min(budget, longest))
     num_blocks = settings.num_blocks
     if num_blocks is None:
         memory = settings.kv_memory

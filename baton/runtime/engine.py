@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from baton.errors import BatonError, Draining, InternalError, Overloaded, WorkerLost
 from baton.kv.store import Buffer
@@ -38,6 +38,7 @@ from baton.types import (
     FinishReason,
     GenerateOutput,
     GenerateRequest,
+    LeaseEnd,
     Load,
     OutputToken,
     PushTarget,
@@ -86,6 +87,11 @@ class Entry:
     def awaits(self) -> bool:
         """Its KV is not yet where it was asked to be."""
         return (self.feed.await_saves and not self.feed.saves_ended) or (self.shipment is not None and not self.shipment.ended)
+
+    @property
+    def num_saved_blocks(self) -> int:
+        """To be told of: who gets the blocks pushed need not load them."""
+        return 0 if self.shipment is not None and not self.shipment.failed else self.feed.num_saved_blocks
 
     @property
     def num_pushed_blocks(self) -> int:
@@ -194,11 +200,19 @@ class Engine:
         self._post(lambda: answer.set_result(self._check_integrity()))
         return await asyncio.wrap_future(answer)
 
-    async def settled(self, lease: str) -> bool:
-        """Ends a push target's lease on the sending side, waits until all that was sent has ended, and says whether it ended well."""
-        over: Future[bool] = Future()
-        self._post(lambda: self.pusher.when_over(lease, over.set_result))
+    async def settled(self, lease: str) -> LeaseEnd:
+        if self._stopping:
+            raise Draining("this worker is stopping")
+        over: Future[LeaseEnd] = Future()
+        self._post(lambda: self.pusher.when_over(lease, lambda end: _answer(over, end)))
         return await asyncio.wrap_future(over)
+
+    async def reserved(self, lease: str) -> bool:
+        if self._stopping:
+            return False
+        answer: Future[bool] = Future()
+        self._post(lambda: _answer(answer, lease in self.reservations))
+        return await asyncio.wrap_future(answer)
 
     def settle(self, lease: str) -> None:
         """Ends a lease on the receiving side: nothing of it is written any more."""
@@ -223,6 +237,7 @@ class Engine:
         for part in (self._sender, self._receiver, self._transfer):
             if part is not None:
                 await asyncio.to_thread(part.close)
+        self.pusher.stop()  # the thread has ended: nobody else touches it
 
     def forget(self, request_id: str) -> None:
         self._live.pop(request_id, None)
@@ -257,7 +272,7 @@ class Engine:
         if request.status is not RequestStatus.LOADING or request.finish_reason is not None:
             return
         request.append(token.token_id)
-        self._emit(entry, GenerateOutput(tokens=(token,), num_computed_tokens=0, num_saved_blocks=entry.feed.num_saved_blocks))
+        self._emit(entry, GenerateOutput(tokens=(token,), num_computed_tokens=0, num_saved_blocks=entry.num_saved_blocks))
 
     def abort(self, entry: Entry) -> None:
         self.scheduler.remove(entry.request)
@@ -284,6 +299,7 @@ class Engine:
         """A bug outside of a step leaves nothing to trust: every request must move to another worker, and `on_crash` is called."""
         try:
             while self._work_inbox():
+                self._flush()  # what came meanwhile need not wait for the step
                 self.loader.tick(time.monotonic())
                 self._stalled = not self._step()
                 self._flush()
@@ -416,7 +432,7 @@ class Engine:
             tokens=(token,) if token is not None else (),
             prompt_logprobs=self._take_prompt_logprobs(entry) if token is not None and first else (),
             num_computed_tokens=item.end,
-            num_saved_blocks=entry.feed.num_saved_blocks,
+            num_saved_blocks=entry.num_saved_blocks,
             num_pushed_blocks=entry.num_pushed_blocks,
             cache=request.cache,
         )
@@ -435,7 +451,7 @@ class Engine:
                 finish_reason=reason,
                 stop_token_id=entry.request.stop_token_id,
                 num_computed_tokens=output.num_computed_tokens,
-                num_saved_blocks=entry.feed.num_saved_blocks,
+                num_saved_blocks=entry.num_saved_blocks,
                 cache=entry.request.cache,
             )
             if entry.awaits:
@@ -454,7 +470,7 @@ class Engine:
             stop_token_id=end.stop_token_id,
             prompt_logprobs=output.prompt_logprobs,
             num_computed_tokens=end.num_computed_tokens,
-            num_saved_blocks=entry.feed.num_saved_blocks,
+            num_saved_blocks=entry.num_saved_blocks,
             num_pushed_blocks=entry.num_pushed_blocks,
             cache=end.cache,
         )
@@ -479,7 +495,7 @@ class Engine:
         """Some of its KV is where it was asked to be."""
         progress = GenerateOutput(
             num_computed_tokens=entry.request.num_computed_tokens,
-            num_saved_blocks=entry.feed.num_saved_blocks,
+            num_saved_blocks=entry.num_saved_blocks,
             num_pushed_blocks=entry.num_pushed_blocks,
         )
         if entry.finish is not None and not entry.awaits:
@@ -528,6 +544,12 @@ class Engine:
         queued = {*self.scheduler.running, *self.scheduler.waiting}
         problems += [f"request {request.request_id} is scheduled, but has ended" for request in queued - known]
         return problems
+
+
+def _answer(future: Future[Any], value: object) -> None:
+    """To who may have gone."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(value)
 
 
 def _deliver(batch: list[tuple[EngineSequence, Delivery]]) -> None:

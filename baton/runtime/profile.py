@@ -16,7 +16,6 @@ def measure_kv_memory(model: Decoder, layout: KVLayout, device: torch.device, *,
     which is measured by computing one."""
     if device.type != "cuda":
         return _CPU_BYTES
-    _step(model, KVPool(layout, 2, device), 2)  # compiles what shorter prompts need
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     before = torch.cuda.memory_allocated(device)
@@ -26,6 +25,14 @@ def measure_kv_memory(model: Decoder, layout: KVLayout, device: torch.device, *,
     needed = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     return max(int(total * share) - (total - free) - needed - _RESERVE_BYTES, 0)
+
+
+def warm_up(model: Decoder, layout: KVLayout, device: torch.device, *, num_tokens: int) -> None:
+    """Compiles and chooses what prompts need, short and of `num_tokens` tokens, so that no request pays for it."""
+    if device.type == "cuda":
+        pool = KVPool(layout, 2, device)
+        _step(model, pool, 2)
+        _step(model, pool, num_tokens)
 
 
 @torch.inference_mode()

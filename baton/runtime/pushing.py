@@ -20,7 +20,7 @@ from baton.kv.store import Buffer
 from baton.runtime.loading import Feed
 from baton.scheduling.blocks import BlockPool
 from baton.scheduling.cache import KVCache
-from baton.types import PushTarget
+from baton.types import LeaseEnd, PushTarget
 
 MAX_RESERVED_FRACTION = 0.5  # of all blocks, unless it is one request's
 _REMEMBERED = 4096  # leases that are over
@@ -36,9 +36,7 @@ class Sender(Protocol):
 
 class Receiver(Protocol):
     machine: str
-
-    @property
-    def sessions(self) -> tuple[tuple[str, str], ...]: ...
+    sessions: tuple[tuple[str, str], ...]
 
     def advance(self) -> None: ...
 
@@ -62,7 +60,7 @@ class Shipment:
     failed: bool = False
     dirty: bool = False  # a push has not ended well: some of its bytes may still land
     closed: bool = False
-    waiting: list[Callable[[bool], None]] = field(default_factory=list[Callable[[bool], None]])  # for the lease's end
+    waiting: list[Callable[[LeaseEnd], None]] = field(default_factory=list["Callable[[LeaseEnd], None]"])  # for the lease's end
 
     @property
     def end(self) -> int:
@@ -92,7 +90,8 @@ class Pusher:
     def open(self, target: PushTarget, num_tokens: int, on_progress: Callable[[], None]) -> Shipment:
         """`on_progress` is called on the engine's thread when a push has ended, until the shipment is closed."""
         shipment = Shipment(target, on_progress, num_tokens, num_sent=target.first_block, num_arrived=target.first_block)
-        if self._sender is None or target.lease in self._over or target.lease in self._shipments:
+        fits = target.addresses and shipment.end <= -(-num_tokens // self._size)
+        if self._sender is None or not fits or target.lease in self._over or target.lease in self._shipments:
             shipment.failed = True
         else:
             self._shipments[target.lease] = shipment
@@ -118,7 +117,7 @@ class Pusher:
             copies.append(Copy(source.address, shipment.target.addresses[index], source.nbytes))
 
         def done(result: PushResult) -> None:
-            self._post(lambda: self._ended(shipment, range(first, end), result.status is PushStatus.GOOD))
+            self._post(lambda: self._ended(shipment, range(first, end), result))
 
         self._sender.push(shipment.target, copies, done, lambda: self._post(lambda: self._settled(shipment, call)))
 
@@ -127,13 +126,13 @@ class Pusher:
         shipment.closed = True
         self._forget_if_over(shipment)
 
-    def when_over(self, lease: str, done: Callable[[bool], None]) -> None:
-        """Ends the lease: nothing more is sent. Calls `done` when all that was sent has ended, with whether it ended well: then nothing
-        of it is written any more."""
+    def when_over(self, lease: str, done: Callable[[LeaseEnd], None]) -> None:
+        """Ends the lease: nothing more is sent. Calls `done` when all that was sent has ended."""
         shipment = self._shipments.get(lease)
         if shipment is None:
-            done(not self._over.get(lease, False))
-            self._over.setdefault(lease, False)
+            known, dirty = lease in self._over, self._over.get(lease, False)
+            self._remember(lease, dirty)
+            done(LeaseEnd(known=known, clean=not dirty))
             return
         shipment.failed = True
         shipment.waiting.append(done)
@@ -142,15 +141,23 @@ class Pusher:
     def held(self) -> list[list[int]]:
         return list(self._taken.values())
 
-    def _ended(self, shipment: Shipment, blocks: range, good: bool) -> None:
+    def stop(self) -> None:
+        """The sender is closed: what is under way has ended."""
+        for shipment in list(self._shipments.values()):
+            shipment.failed = shipment.dirty = True
+            shipment.num_unsettled = 0
+            self._forget_if_over(shipment)
+
+    def _ended(self, shipment: Shipment, blocks: range, result: PushResult) -> None:
         shipment.num_open -= 1
-        if good:
+        shipment.dirty = shipment.dirty or result.lands_late
+        if result.status is PushStatus.GOOD:
             shipment.done.update(blocks)
             while shipment.num_arrived in shipment.done:
                 shipment.done.discard(shipment.num_arrived)
                 shipment.num_arrived += 1
         else:
-            shipment.failed = shipment.dirty = True
+            shipment.failed = True
         if not shipment.closed:
             shipment.on_progress()
 
@@ -160,12 +167,17 @@ class Pusher:
         self._forget_if_over(shipment)
 
     def _forget_if_over(self, shipment: Shipment) -> None:
-        if shipment.num_unsettled == 0 and (shipment.closed or shipment.failed) and self._shipments.pop(shipment.target.lease, None):
-            self._over[shipment.target.lease] = shipment.dirty
-            while len(self._over) > _REMEMBERED:
-                self._over.popitem(last=False)
+        lease = shipment.target.lease
+        if shipment.num_unsettled == 0 and (shipment.closed or shipment.failed) and self._shipments.get(lease) is shipment:
+            del self._shipments[lease]
+            self._remember(lease, shipment.dirty)
             for done in shipment.waiting:
-                done(not shipment.dirty)
+                done(LeaseEnd(known=True, clean=not shipment.dirty))
+
+    def _remember(self, lease: str, dirty: bool) -> None:
+        self._over[lease] = dirty
+        while len(self._over) > _REMEMBERED:
+            self._over.popitem(last=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -193,9 +205,9 @@ class Reservations:
     def reserve(self, feed: Feed, answer: Callable[[PushTarget | None], None]) -> None:
         """Blocks for what is neither here nor in the pool of a request that was looked up; None where there is no room."""
         cache = self._cache
-        first = feed.num_found
+        first = max(feed.num_found, len(cache.match(feed.request)))
         count = min(cache.blocks_for(feed.num_tokens) - first, cache.pool.num_free)
-        reserved = sum(len(other.block_ids) for other in self._by_lease.values())
+        reserved = sum(len(other.block_ids) - other.num_arrived for other in self._by_lease.values())
         if reserved and reserved + count > MAX_RESERVED_FRACTION * cache.pool.num_blocks:
             count = 0
         if self._receiver is None or count <= 0 or feed.closed or feed.ready:
@@ -227,6 +239,9 @@ class Reservations:
                 self._cache.pin(feed.request.request_id, [block_id])
             else:
                 self._cache.give_tail(feed.request.request_id, block_id, feed.num_tokens)
+
+    def __contains__(self, lease: str) -> bool:
+        return lease in self._by_lease
 
     def settle(self, lease: str) -> None:
         """Nothing of the lease is written any more: what has not arrived is free. Idempotent."""

@@ -21,40 +21,47 @@ class Leases:
         self._engine, self._channels, self._lease_s = engine, channels, lease_s
         self._tasks = set[asyncio.Task[None]]()
         self._fence: asyncio.Task[None] | None = None
-        self._dirty = False
+        self._dirty = set[str]()  # leases that only a fence can end
 
-    def end(self, lease: str, address: str, *, well: bool) -> None:
-        """`well`: the sender has said that everything arrived."""
+    def end(self, lease: str, address: str, *, well: bool, broken: bool) -> None:
+        """`well`: the sender has said that everything arrived. `broken`: its call has failed, so that it may have died meanwhile."""
         if well:
             self._engine.settle(lease)
             return
-        task = asyncio.create_task(self._ask(lease, address), name=f"lease-{lease}")
+        task = asyncio.create_task(self._ask(lease, address, broken), name=f"lease-{lease}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, lease: str, address: str) -> None:
+    async def _ask(self, lease: str, address: str, broken: bool) -> None:
+        if not await self._engine.reserved(lease):  # a fence has ended it already
+            return
         try:
             stub = prefill_pb2_grpc.PrefillStub(self._channels.get(address))
             answer = await stub.EndLease(prefill_pb2.EndLeaseRequest(lease=lease), timeout=self._lease_s)
-            if answer.clean:
+            if answer.clean and (answer.known or not broken):
                 self._engine.settle(lease)
                 return
-            why = "not all of its writes have ended well"
+            why = "not all of its writes have ended well" if answer.known else "its sender has been replaced"
         except grpc.aio.AioRpcError as error:
             why = f"{address} does not answer ({error.code().name})"
+        except Exception as error:
+            logger.exception("ending lease %s", lease)
+            why = f"{type(error).__name__}"
         logger.warning("the blocks reserved under lease %s are fenced: %s", lease, why)
-        self._dirty = True
+        self._dirty.add(lease)
         if self._fence is None or self._fence.done():
             self._fence = asyncio.create_task(self._fence_until_clean(), name="fence")
 
     async def _fence_until_clean(self) -> None:
-        while self._dirty:
-            self._dirty = False
+        """A fence ends all leases from before it, so those that it takes along need no other."""
+        while True:
+            self._dirty = {lease for lease in self._dirty if await self._engine.reserved(lease)}
+            if not self._dirty:
+                return
             try:
                 await self._engine.fence(GRACE_S)
             except Exception:
                 logger.exception("sessions cannot be fenced; their blocks stay reserved, and it is tried again")
-                self._dirty = True
                 await asyncio.sleep(self._lease_s)
 
     async def close(self) -> None:

@@ -236,11 +236,16 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 last = num_blocks
                 sequence.blocks_pushed(target.lease, num_blocks)
 
+        broken = False
         try:
             yield target, arrived
+        except BatonError:
+            broken = True
+            raise
         finally:
             if target is not None and leases is not None:
-                leases.end(target.lease, candidate.address, well=last >= target.first_block + len(target.addresses))
+                well = last >= target.first_block + len(target.addresses)
+                leases.end(target.lease, candidate.address, well=well, broken=broken)
 
     async def _prefill(
         self, candidate: decode_pb2.PrefillCandidate, request: GenerateRequest, target: PushTarget | None

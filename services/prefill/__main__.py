@@ -15,7 +15,12 @@ async def serve(config: WorkerConfig) -> None:
 
     def add_services(host: Host, intake: Intake) -> list[str]:
         servicer = PrefillServicer(
-            intake, built.member.fingerprint, built.metrics, heartbeat_s=config.cluster.lease_s / 4, can_push=built.can_push
+            intake,
+            built.member.fingerprint,
+            built.metrics,
+            heartbeat_s=config.cluster.lease_s / 4,
+            can_push=built.can_push,
+            pool_available=built.pool_available,
         )
         prefill_pb2_grpc.add_PrefillServicer_to_server(servicer, host.grpc)
         return [prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name]

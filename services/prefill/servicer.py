@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import AsyncIterator, Callable
 
-from baton.errors import InvalidRequest
+from baton.errors import InvalidRequest, TransferError
 from baton.hosting.heartbeat import with_heartbeat
 from baton.hosting.worker import Context, Intake, guarded
 from baton.metrics import WorkerMetrics
@@ -14,10 +14,17 @@ from baton.types import GenerateOutput, GenerateRequest, PushTarget
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     def __init__(
-        self, intake: Intake, fingerprint: str, metrics: WorkerMetrics, *, heartbeat_s: float, can_push: Callable[[PushTarget], bool]
+        self,
+        intake: Intake,
+        fingerprint: str,
+        metrics: WorkerMetrics,
+        *,
+        heartbeat_s: float,
+        can_push: Callable[[PushTarget], bool],
+        pool_available: Callable[[], bool],
     ) -> None:
         self._intake, self._fingerprint, self._metrics, self._heartbeat_s = intake, fingerprint, metrics, heartbeat_s
-        self._can_push = can_push
+        self._can_push, self._pool_available = can_push, pool_available
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Context) -> AsyncIterator[common_pb2.SequenceOutput]:
         async with guarded(context):
@@ -30,6 +37,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             target = convert.target_from_proto(request.target) if request.HasField("target") else None
             if target is not None and not self._can_push(target):
                 target = None  # the pool, then
+                if not self._pool_available():
+                    raise TransferError("there is no direct path to this decode worker, and no KV pool: give both one of push.protocols")
             sequence = self._intake.submit(sequence_request, await_saves=target is None, push=target)
             self._metrics.prompt_tokens.inc(len(sequence_request.prompt_token_ids))
             try:
@@ -41,7 +50,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 self._intake.done(sequence_request.request_id)
 
     async def EndLease(self, request: prefill_pb2.EndLeaseRequest, context: Context) -> prefill_pb2.EndLeaseResponse:
-        return prefill_pb2.EndLeaseResponse(clean=await self._intake.engine.settled(request.lease))
+        async with guarded(context):
+            end = await self._intake.engine.settled(request.lease)
+        return prefill_pb2.EndLeaseResponse(clean=end.clean, known=end.known)
 
     def _count(self, output: GenerateOutput) -> None:
         self._metrics.generation_tokens.inc(len(output.tokens))

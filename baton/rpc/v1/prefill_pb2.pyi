@@ -46,7 +46,9 @@ class EndLeaseRequest(_message.Message):
     def __init__(self, lease: _Optional[str] = ...) -> None: ...
 
 class EndLeaseResponse(_message.Message):
-    __slots__ = ("clean",)
+    __slots__ = ("clean", "known")
     CLEAN_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
     clean: bool
-    def __init__(self, clean: _Optional[bool] = ...) -> None: ...
+    known: bool
+    def __init__(self, clean: _Optional[bool] = ..., known: _Optional[bool] = ...) -> None: ...

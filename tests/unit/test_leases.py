@@ -1,0 +1,124 @@
+"""Leases on both sides, where the order of things decides what may be said."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from baton.kv.push import Copy, PushResult, PushStatus
+from baton.kv.store import Buffer
+from baton.rpc.channel import Channels
+from baton.runtime.pushing import Pusher
+from baton.scheduling.blocks import BlockPool
+from baton.types import LeaseEnd, PushTarget
+from services.decode import leases
+
+SIZE = 4
+
+
+class Sender:
+    def __init__(self) -> None:
+        self.pushes: list[tuple[Callable[[PushResult], None], Callable[[], None]]] = []
+
+    def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
+        self.pushes.append((done, settled))
+
+    def close(self) -> None:
+        pass
+
+
+def pusher() -> tuple[Pusher, Sender, BlockPool]:
+    pool, sender = BlockPool(16), Sender()
+    made = Pusher(pool, sender, block_size=SIZE, buffer=lambda block_id: Buffer(block_id, 1), post=lambda action: action())
+    return made, sender, pool
+
+
+def target(lease: str, num_blocks: int, first: int = 0) -> PushTarget:
+    return PushTarget(lease=lease, machine="m", sessions=(("tcp", "s"),), first_block=first, addresses=tuple(range(num_blocks)))
+
+
+def ended(made: Pusher, lease: str) -> list[LeaseEnd]:
+    answers: list[LeaseEnd] = []
+    made.when_over(lease, answers.append)
+    return answers
+
+
+def test_a_lease_that_nobody_knows_is_not_opened_later() -> None:
+    made, sender, pool = pusher()
+    assert ended(made, "a") == [LeaseEnd(known=False, clean=True)]
+    shipment = made.open(target("a", 2), 8, lambda: None)
+    made.send(shipment, pool.take(2), 8)
+    assert shipment.ended
+    assert not sender.pushes
+
+
+def test_the_end_waits_for_what_is_under_way() -> None:
+    for result, clean in (
+        (PushResult(PushStatus.GOOD, 1, 0.0), True),
+        (PushResult(PushStatus.FAILED, 1, 0.0), True),  # nothing had begun
+        (PushResult(PushStatus.UNKNOWN, 1, 0.0, lands_late=True), False),
+    ):
+        made, sender, pool = pusher()
+        blocks = pool.take(2)
+        shipment = made.open(target("a", 2), 8, lambda: None)
+        made.send(shipment, blocks, 8)
+        pool.release(blocks)
+        made.close(shipment)
+        answers = ended(made, "a")
+        again = made.open(target("a", 2), 8, lambda: None)  # a second request under the name says nothing about the first
+        made.close(again)
+        assert answers == []
+        assert pool.num_free == 14
+        done, settled = sender.pushes[0]
+        done(result)
+        assert answers == []
+        settled()
+        assert answers == [LeaseEnd(known=True, clean=clean)]
+        assert pool.num_free == 16
+        assert ended(made, "a") == [LeaseEnd(known=True, clean=clean)]
+
+
+def test_a_target_that_does_not_fit_the_prompt_is_not_waited_for() -> None:
+    made, _, _ = pusher()
+    assert all(made.open(wrong, 8, lambda: None).ended for wrong in (target("a", 0), target("b", 3), target("c", 1, first=2)))
+
+
+class Decoder:
+    """The engine's side of leases: a fence ends all that there were when it began."""
+
+    def __init__(self) -> None:
+        self.leases: set[str] = set()
+        self.num_fences = 0
+
+    async def reserved(self, lease: str) -> bool:
+        return lease in self.leases
+
+    def settle(self, lease: str) -> None:
+        self.leases.discard(lease)
+
+    async def fence(self, grace_s: float) -> None:
+        before = set(self.leases)
+        await asyncio.sleep(grace_s)
+        self.leases -= before
+        self.num_fences += 1
+
+
+async def test_one_fence_does_not_bring_the_next(monkeypatch: Any) -> None:
+    """Those whose pushes a fence breaks find their leases ended."""
+    monkeypatch.setattr(leases, "GRACE_S", 0.05)
+    engine, channels = Decoder(), Channels(1.0)
+    made = leases.Leases(engine, channels, lease_s=0.2)  # type: ignore[arg-type]
+    try:
+        for number in range(20):
+            engine.leases.add(str(number))
+        made.end("0", "127.0.0.1:9", well=False, broken=True)  # nobody is there
+        while not engine.num_fences:
+            await asyncio.sleep(0.01)
+        engine.leases.add("later")
+        for number in range(1, 20):
+            made.end(str(number), "127.0.0.1:9", well=False, broken=True)
+        await asyncio.sleep(0.5)
+        assert engine.num_fences == 1
+        assert engine.leases == {"later"}
+    finally:
+        await made.close()
+        await channels.close()
