@@ -24,7 +24,7 @@ class Sequence(Protocol):
 
     async def reserve(self) -> PushTarget | None:
         """Reserves this worker's blocks for what is neither here nor in the pool, after `matched`; None where that can't be. The lease
-        outlives the sequence: it ends with `Engine.settle` or `Engine.fence`, and one of them must follow."""
+        outlives the sequence: it ends with `Leases.settle` or `Leases.fence`, and one of them must follow."""
         ...
 
     def blocks_pushed(self, lease: str, num_blocks: int) -> None:
@@ -44,7 +44,30 @@ class Sequence(Protocol):
     def close(self) -> None: ...
 
 
+class Leases(Protocol):
+    """Of memory that another worker writes into (docs/transfer.md)."""
+
+    async def settled(self, lease: str) -> LeaseEnd:
+        """Ends a push target's lease on the sending side, and waits until all that was sent under it has ended."""
+        ...
+
+    async def reserved(self, lease: str) -> bool:
+        """Whether a lease on the receiving side still has blocks."""
+        ...
+
+    def settle(self, lease: str) -> None:
+        """Ends a lease on the receiving side: nothing of it is written any more. Idempotent."""
+        ...
+
+    async def fence(self, grace_s: float) -> None:
+        """Ends all leases that there are, by force: for when nobody can say that one is over. Others have `grace_s` to end well."""
+        ...
+
+
 class Engine(Protocol):
+    @property
+    def leases(self) -> Leases: ...
+
     def start(self) -> None:
         """Once, on the event loop that will use it."""
         ...
@@ -67,22 +90,6 @@ class Engine(Protocol):
 
     async def check_integrity(self) -> list[str]:
         """Problems found in the block bookkeeping; empty when every block is accounted for."""
-        ...
-
-    async def settled(self, lease: str) -> LeaseEnd:
-        """Ends a push target's lease on the sending side, and waits until all that was sent under it has ended."""
-        ...
-
-    async def reserved(self, lease: str) -> bool:
-        """Whether a lease on the receiving side still has blocks."""
-        ...
-
-    def settle(self, lease: str) -> None:
-        """Ends a lease on the receiving side: nothing of it is written any more. Idempotent."""
-        ...
-
-    async def fence(self, grace_s: float) -> None:
-        """Ends all leases that there are, by force: for when nobody can say that one is over. Others have `grace_s` to end well."""
         ...
 
     async def stop(self) -> None:

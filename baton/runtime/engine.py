@@ -9,7 +9,7 @@ nothing to compute. A step that raises fails the requests in it, and nobody else
 
 Where the runner can hold more than one step, the next one is decided and submitted while the device computes (see Request's pending
 tokens). Blocks that become free meanwhile may still be written by steps in flight: later steps come after those anyway, and loads from
-the pool wait for them (`_after_steps`).
+the pool wait for them (`Flights.after`).
 """
 
 import asyncio
@@ -17,16 +17,16 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import replace
 
 from baton.errors import BatonError, Draining, InternalError, Overloaded, WorkerLost
 from baton.kv.store import Buffer
+from baton.runtime.entry import Entry
+from baton.runtime.flights import Flights, Runner
+from baton.runtime.leases import EngineLeases, asked
 from baton.runtime.loading import Feed, Loader, Transfer
-from baton.runtime.pushing import Pusher, Receiver, Reservations, Sender, Shipment
+from baton.runtime.pushing import Pusher, Receiver, Reservations, Sender
 from baton.runtime.sequence import Delivery, EngineSequence
 from baton.runtime.state import StatePublisher
 from baton.runtime.validation import Limits, validate
@@ -38,64 +38,16 @@ from baton.types import (
     FinishReason,
     GenerateOutput,
     GenerateRequest,
-    LeaseEnd,
     Load,
     OutputToken,
     PushTarget,
     StateUpdate,
-    TokenLogprobs,
 )
 
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # also the heartbeat of the state stream
 STALLED_WAIT_S = 0.01  # work is queued, but memory is held by calls in flight
-
-
-class Runner(Protocol):
-    @property
-    def depth(self) -> int:
-        """How many steps may be in flight while another one is submitted: 0 where a step is computed by `submit` itself."""
-        ...
-
-    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Starts the step; the answer waits for its end. Steps are computed in the order of their submission."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A step that was submitted."""
-
-    number: int
-    plan: StepPlan
-    result: Callable[[], StepResult]
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """The engine thread's half of a request."""
-
-    request: Request
-    feed: Feed
-    sequence: EngineSequence
-    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])  # by position
-    finish: GenerateOutput | None = None  # held back until the saves, or the pushes, have ended
-    shipment: Shipment | None = None
-
-    @property
-    def awaits(self) -> bool:
-        """Its KV is not yet where it was asked to be."""
-        return (self.feed.await_saves and not self.feed.saves_ended) or (self.shipment is not None and not self.shipment.ended)
-
-    @property
-    def num_saved_blocks(self) -> int:
-        """To be told of: who gets the blocks pushed need not load them."""
-        return 0 if self.shipment is not None and not self.shipment.failed else self.feed.num_saved_blocks
-
-    @property
-    def num_pushed_blocks(self) -> int:
-        return 0 if self.shipment is None else self.shipment.num_arrived
 
 
 class Engine:
@@ -118,6 +70,7 @@ class Engine:
         self.on_crash: Callable[[], None] = lambda: None
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
+        self._flights = Flights()
         self.loader = Loader(
             scheduler.cache,
             transfer,
@@ -125,13 +78,14 @@ class Engine:
             buffer=buffer,
             budget_s=budget_s,
             post=self._post,
-            after_steps=self._after_steps,
+            after_steps=self._flights.after,
             on_matched=self._matched,
             on_ready=self._ready,
             on_saved=self._saved,
         )
         self.pusher = Pusher(scheduler.cache.pool, sender, block_size=scheduler.cache.block_size, buffer=buffer, post=self._post)
-        self.reservations = Reservations(scheduler.cache, receiver, buffer=buffer, after_steps=self._after_steps)
+        self.reservations = Reservations(scheduler.cache, receiver, buffer=buffer, after_steps=self._flights.after)
+        self.leases = EngineLeases(self.pusher, self.reservations, receiver, post=self._post, stopping=lambda: self._stopping)
         self._sender, self._receiver = sender, receiver
         self._transfer, self._eos_token_ids = transfer, eos_token_ids
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -143,9 +97,6 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._stalled = True
-        self._flights: deque[Flight] = deque()
-        self._num_submitted = 0
-        self._fenced: deque[tuple[int, Callable[[], None]]] = deque()  # with the last step that each waits for
         self._collected_at = 0.0
 
     # -- the event loop's side
@@ -196,35 +147,7 @@ class Engine:
     async def check_integrity(self) -> list[str]:
         if self._stopping:
             return []
-        answer: Future[list[str]] = Future()
-        self._post(lambda: answer.set_result(self._check_integrity()))
-        return await asyncio.wrap_future(answer)
-
-    async def settled(self, lease: str) -> LeaseEnd:
-        if self._stopping:
-            raise Draining("this worker is stopping")
-        over: Future[LeaseEnd] = Future()
-        self._post(lambda: self.pusher.when_over(lease, lambda end: _answer(over, end)))
-        return await asyncio.wrap_future(over)
-
-    async def reserved(self, lease: str) -> bool:
-        if self._stopping:
-            return False
-        answer: Future[bool] = Future()
-        self._post(lambda: _answer(answer, lease in self.reservations))
-        return await asyncio.wrap_future(answer)
-
-    def settle(self, lease: str) -> None:
-        """Ends a lease on the receiving side: nothing of it is written any more."""
-        self._post(lambda: self.reservations.settle(lease))
-
-    async def fence(self, grace_s: float) -> None:
-        """Ends all leases that there are, after `grace_s`: for when nobody can say that one is over."""
-        if self._receiver is not None:
-            await asyncio.to_thread(self._receiver.advance)
-            await asyncio.sleep(grace_s)
-            await asyncio.to_thread(self._receiver.fence)
-            self._post(self.reservations.settle_old)
+        return await asked(self._post, lambda tell: tell(self._check_integrity()))
 
     async def stop(self) -> None:
         if self._stopping:
@@ -352,7 +275,6 @@ class Engine:
     def _submit(self, plan: StepPlan) -> None:
         for item in plan.scheduled:
             self._admitted(item)
-        self._num_submitted += 1
         if not self._flights:
             self._collected_at = time.monotonic()
         try:
@@ -360,12 +282,12 @@ class Engine:
         except Exception as error:
             self._step_failed(plan, error)
             return
-        self._flights.append(Flight(self._num_submitted, plan, result))
+        self._flights.add(plan, result)
         self.scheduler.advance(plan)
 
     def _collect(self) -> None:
         """Takes in the oldest step in flight."""
-        flight = self._flights.popleft()
+        flight = self._flights.oldest()
         plan = flight.plan
         try:
             result = flight.result()
@@ -380,21 +302,13 @@ class Engine:
             now = time.monotonic()
             self.on_step(plan, now - self._collected_at)
             self._collected_at = now
-        while self._fenced and self._fenced[0][0] <= flight.number:
-            self._fenced.popleft()[1]()
+        self._flights.ended(flight)
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         logger.error("a step of %d requests failed", len(plan.scheduled), exc_info=error)
         for item in plan.scheduled:
             if item.request.status is not RequestStatus.FINISHED:
                 self._fail(item.request, InternalError(f"the engine failed in a step: {type(error).__name__}: {error}"))
-
-    def _after_steps(self, action: Callable[[], None]) -> None:
-        """Runs `action` once no step in flight can write into blocks that are free by now."""
-        if self._flights:
-            self._fenced.append((self._flights[-1].number, action))
-        else:
-            action()
 
     def _admitted(self, item: ScheduledRequest) -> None:
         """The first time that a request is scheduled, its cache is known."""
@@ -430,7 +344,7 @@ class Engine:
         token = result.tokens.get(request.request_id) if item.samples else None
         output = GenerateOutput(
             tokens=(token,) if token is not None else (),
-            prompt_logprobs=self._take_prompt_logprobs(entry) if token is not None and first else (),
+            prompt_logprobs=entry.take_prompt_logprobs() if token is not None and first else (),
             num_computed_tokens=item.end,
             num_saved_blocks=entry.num_saved_blocks,
             num_pushed_blocks=entry.num_pushed_blocks,
@@ -438,42 +352,21 @@ class Engine:
         )
         self._emit(entry, output)
 
-    def _take_prompt_logprobs(self, entry: Entry) -> tuple[TokenLogprobs | None, ...]:
-        if entry.request.sampling.prompt_logprobs is None:
-            return ()
-        return (None, *(entry.prompt_logprobs[i] for i in range(1, entry.request.num_prompt_tokens)))
-
     def _emit(self, entry: Entry, output: GenerateOutput) -> None:
         """Queues an output; adds the finish reason, and ends the request, when it has one and nothing is awaited any more."""
-        reason = entry.request.finish_reason
-        if reason is not None:
-            end = GenerateOutput(
-                finish_reason=reason,
-                stop_token_id=entry.request.stop_token_id,
-                num_computed_tokens=output.num_computed_tokens,
-                num_saved_blocks=entry.num_saved_blocks,
-                cache=entry.request.cache,
-            )
-            if entry.awaits:
-                entry.finish = end
-                if entry.feed.await_saves:
-                    self.loader.await_saves(entry.feed)
-            else:
-                self._finish(entry, output, end)
+        request = entry.request
+        if request.finish_reason is not None:
+            last = replace(output, finish_reason=request.finish_reason, stop_token_id=request.stop_token_id, cache=request.cache)
+            if not entry.awaits:
+                self._finish(entry, last)
                 return
+            entry.finish = replace(last, tokens=(), prompt_logprobs=())
+            if entry.feed.await_saves:
+                self.loader.await_saves(entry.feed)
         self._outbox.append((entry.sequence, output))
 
-    def _finish(self, entry: Entry, output: GenerateOutput, end: GenerateOutput) -> None:
-        last = GenerateOutput(
-            tokens=output.tokens,
-            finish_reason=end.finish_reason,
-            stop_token_id=end.stop_token_id,
-            prompt_logprobs=output.prompt_logprobs,
-            num_computed_tokens=end.num_computed_tokens,
-            num_saved_blocks=entry.num_saved_blocks,
-            num_pushed_blocks=entry.num_pushed_blocks,
-            cache=end.cache,
-        )
+    def _finish(self, entry: Entry, last: GenerateOutput) -> None:
+        last = replace(last, num_saved_blocks=entry.num_saved_blocks, num_pushed_blocks=entry.num_pushed_blocks)
         self._outbox.append((entry.sequence, last))
         self.scheduler.remove(entry.request)
         self._drop(entry)
@@ -499,7 +392,7 @@ class Engine:
             num_pushed_blocks=entry.num_pushed_blocks,
         )
         if entry.finish is not None and not entry.awaits:
-            self._finish(entry, progress, entry.finish)
+            self._finish(entry, entry.finish)
         else:
             self._outbox.append((entry.sequence, progress))
 
@@ -544,12 +437,6 @@ class Engine:
         queued = {*self.scheduler.running, *self.scheduler.waiting}
         problems += [f"request {request.request_id} is scheduled, but has ended" for request in queued - known]
         return problems
-
-
-def _answer(future: Future[Any], value: object) -> None:
-    """To who may have gone."""
-    if future.set_running_or_notify_cancel():
-        future.set_result(value)
 
 
 def _deliver(batch: list[tuple[EngineSequence, Delivery]]) -> None:

@@ -45,7 +45,7 @@ class EngineSequence:
         """Of who has gone meanwhile: nobody else knows of the lease."""
         target = reserved.result()
         if target is not None:
-            self._engine.settle(target.lease)
+            self._engine.leases.settle(target.lease)
 
     def blocks_pushed(self, lease: str, num_blocks: int) -> None:
         self._engine.post_to(self.request_id, lambda entry: self._engine.reservations.arrived(lease, num_blocks))

@@ -18,7 +18,7 @@ async def serve(config: WorkerConfig) -> None:
         raise ConfigError(f"role={config.role} is not for this service; use decode or unified")
     built = build_worker(config)
     channels = Channels(config.cluster.lease_s)
-    leases = Leases(built.engine, channels, lease_s=config.cluster.lease_s)
+    leases = Leases(built.engine.leases, channels, lease_s=config.cluster.lease_s)
 
     def add_services(host: Host, intake: Intake) -> list[str]:
         servicer = DecodeServicer(

@@ -51,7 +51,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     async def EndLease(self, request: prefill_pb2.EndLeaseRequest, context: Context) -> prefill_pb2.EndLeaseResponse:
         async with guarded(context):
-            end = await self._intake.engine.settled(request.lease)
+            end = await self._intake.engine.leases.settled(request.lease)
         return prefill_pb2.EndLeaseResponse(clean=end.clean, known=end.known)
 
     def _count(self, output: GenerateOutput) -> None:

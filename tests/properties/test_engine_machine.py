@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from baton.kv.store import Buffer
-from baton.runtime.engine import Engine, Entry
+from baton.runtime.engine import Engine
+from baton.runtime.entry import Entry
 from baton.runtime.loading import Feed
 from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache

@@ -1,0 +1,40 @@
+"""Entry: what the engine's thread keeps of a request beside the scheduler's own."""
+
+from dataclasses import dataclass, field
+
+from baton.runtime.loading import Feed
+from baton.runtime.pushing import Shipment
+from baton.runtime.sequence import EngineSequence
+from baton.scheduling.request import Request
+from baton.types import GenerateOutput, TokenLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """The other half is `EngineSequence`, the event loop's."""
+
+    request: Request
+    feed: Feed
+    sequence: EngineSequence
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])  # by position
+    finish: GenerateOutput | None = None  # held back until the saves, or the pushes, have ended
+    shipment: Shipment | None = None
+
+    @property
+    def awaits(self) -> bool:
+        """Its KV is not yet where it was asked to be."""
+        return (self.feed.await_saves and not self.feed.saves_ended) or (self.shipment is not None and not self.shipment.ended)
+
+    @property
+    def num_saved_blocks(self) -> int:
+        """To be told of: who gets the blocks pushed need not load them."""
+        return 0 if self.shipment is not None and not self.shipment.failed else self.feed.num_saved_blocks
+
+    @property
+    def num_pushed_blocks(self) -> int:
+        return 0 if self.shipment is None else self.shipment.num_arrived
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        if self.request.sampling.prompt_logprobs is None:
+            return ()
+        return (None, *(self.prompt_logprobs[i] for i in range(1, self.request.num_prompt_tokens)))
