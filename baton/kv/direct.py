@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -68,6 +69,7 @@ class DirectSender:
             for protocol in config.protocols
         }
         self._told: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()  # of the values: each session has a thread
         self.values = {"push_bytes": 0.0, "push_seconds": 0.0, "push_failures": 0.0}
 
     def path(self, target: PushTarget) -> Choice:
@@ -82,11 +84,12 @@ class DirectSender:
         choice = self.path(target)
 
         def counted(result: PushResult) -> None:
-            if result.status is PushStatus.GOOD:
-                self.values["push_bytes"] += result.nbytes
-                self.values["push_seconds"] += result.seconds
-            else:
-                self.values["push_failures"] += 1
+            good = result.status is PushStatus.GOOD
+            with self._lock:
+                self.values["push_bytes"] += result.nbytes * good
+                self.values["push_seconds"] += result.seconds * good
+                self.values["push_failures"] += not good
+            if not good:
                 logger.warning("push of %d bytes over %s: %s", result.nbytes, choice.protocol, result.reason)
             done(result)
 

@@ -56,12 +56,6 @@ class MooncakeReceiver:
                 self._generations[0].close()
                 del self._generations[0]
 
-    def renew(self) -> str:
-        """A new session; when this returns, no write under any older one lands any more. Raises TransferError, and nothing has changed."""
-        self.advance()
-        self.fence()
-        return self.session
-
     def close(self) -> None:
         with self._lock:
             for engine in self._generations:

@@ -179,7 +179,8 @@ def test_generations_of_a_receiver(described) -> None:
     assert [engine.closed for engine in FakeEngine.made] == [False, False]
     receiver.fence()
     assert [engine.closed for engine in FakeEngine.made] == [True, False]
-    receiver.renew()
+    receiver.advance()
+    receiver.fence()
     assert [engine.closed for engine in FakeEngine.made] == [True, True, False]
     receiver.close()
     assert all(engine.closed for engine in FakeEngine.made)
