@@ -168,7 +168,7 @@ def test_a_push_that_waited_too_long_is_not_begun(sender, described) -> None:
     first, second = Push(sender, "stuck:1"), Push(sender, "stuck:1")
     assert first.result().status is PushStatus.UNKNOWN
     result = second.result()
-    assert (result.status, result.seconds < 0.6) == (PushStatus.FAILED, True)
+    assert (result.status, result.seconds < 5) == (PushStatus.FAILED, True)
     assert sum(len(engine.writes) for engine in FakeEngine.made) == 1
 
 
