@@ -61,7 +61,7 @@ class Pool:
 
     def stats(self) -> kvstore_pb2.GetStatsResponse:
         with self.channel() as channel:
-            return self.stub(channel).GetStats(kvstore_pb2.GetStatsRequest(), timeout=5, wait_for_ready=True)
+            return self.stub(channel).GetStats(kvstore_pb2.GetStatsRequest(), timeout=30, wait_for_ready=True)
 
     def wait(self, condition: Callable[[kvstore_pb2.GetStatsResponse], bool], timeout_s: float = 30) -> kvstore_pb2.GetStatsResponse:
         deadline = time.monotonic() + timeout_s
@@ -94,11 +94,13 @@ def free_port() -> int:
 @pytest.fixture
 def pool(tmp_path: Path) -> Iterator[Pool]:
     made = Pool(tmp_path)
-    made.start("master", "master")
-    made.start("node0", "node")
-    made.wait(lambda seen: seen.available and len(seen.segments) == 1)
-    yield made
-    made.stop()
+    try:
+        made.start("master", "master")
+        made.start("node0", "node")
+        made.wait(lambda seen: seen.available and len(seen.segments) == 1)
+        yield made
+    finally:
+        made.stop()
 
 
 @pytest.fixture

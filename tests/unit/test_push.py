@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -165,7 +166,11 @@ def test_sources_stay_fenced_until_the_engine_has_ended(sender, described) -> No
 def test_a_push_that_waited_too_long_is_not_begun(sender, described) -> None:
     described["stuck:1"] = {"protocol": "tcp"}
     FakeEngine.ending["stuck:1"] = 0
-    first, second = Push(sender, "stuck:1"), Push(sender, "stuck:1")
+    first = Push(sender, "stuck:1")
+    while not any(engine.writes for engine in FakeEngine.made):
+        time.sleep(0.001)
+    sender._limit_s = 0.01  # it is over long before the first one's
+    second = Push(sender, "stuck:1")
     assert first.result().status is PushStatus.UNKNOWN
     result = second.result()
     assert (result.status, result.seconds < 5) == (PushStatus.FAILED, True)
