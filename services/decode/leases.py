@@ -55,7 +55,9 @@ class Leases:
     async def _fence_until_clean(self) -> None:
         """A fence ends all leases from before it, so those that it takes along need no other."""
         while True:
-            self._dirty = {lease for lease in self._dirty if await self._leases.reserved(lease)}
+            for lease in tuple(self._dirty):  # it grows meanwhile
+                if not await self._leases.reserved(lease):
+                    self._dirty.discard(lease)
             if not self._dirty:
                 return
             try:

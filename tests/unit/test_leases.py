@@ -90,6 +90,7 @@ class Decoder:
         self.num_fences = 0
 
     async def reserved(self, lease: str) -> bool:
+        await asyncio.sleep(0.005)  # as long as a step takes
         return lease in self.leases
 
     def settle(self, lease: str) -> None:
@@ -119,6 +120,24 @@ async def test_one_fence_does_not_bring_the_next(monkeypatch: Any) -> None:
         await asyncio.sleep(0.5)
         assert engine.num_fences == 1
         assert engine.leases == {"later"}
+    finally:
+        await made.close()
+        await channels.close()
+
+
+async def test_leases_that_end_together_all_end(monkeypatch: Any) -> None:
+    """A worker has died: each of its leases asks for a fence while the fence looks who needs it."""
+    monkeypatch.setattr(leases, "GRACE_S", 0.0)
+    engine, channels = Decoder(), Channels(1.0)
+    made = leases.Leases(engine, channels, lease_s=0.2)  # type: ignore[arg-type]
+    try:
+        for number in range(40):
+            engine.leases.add(str(number))
+            made.end(str(number), "127.0.0.1:9", well=False, broken=True)  # nobody is there
+            await asyncio.sleep(0.001 * (number % 3))
+        async with asyncio.timeout(5):
+            while engine.leases:
+                await asyncio.sleep(0.01)
     finally:
         await made.close()
         await channels.close()
