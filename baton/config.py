@@ -106,7 +106,8 @@ class RouterConfig(Strict):
     server: ServerConfig = ServerConfig()
     http_port: int = Field(default=8000, ge=0, le=65535)
     cluster: ClusterConfig = ClusterConfig()
-    policy: Literal["round_robin", "least_load", "prefix_aware"] = "prefix_aware"
+    policy: Literal["predicted", "prefix_aware", "least_load", "round_robin"] = "predicted"
+    local_prefill: bool = True  # predicted: a decode worker may be told to compute a whole prompt where that costs everybody less
     max_body: Size = 16 * 2**20
     max_migrations: int = Field(default=3, ge=0)  # per sequence
     drain_grace_s: float = Field(default=30.0, ge=0)

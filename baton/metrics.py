@@ -4,7 +4,7 @@ time under its name, so that dashboards and autoscalers made for vLLM work as th
 A process makes one `Metrics` of its kind, hands it to whom it concerns, and serves it with `serve_metrics`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from baton.types import Load, PoolState
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_ERROR = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)  # relative
 _TWINS = frozenset(
     {
         "num_requests_running",
@@ -63,8 +64,8 @@ class Metrics:
     def counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"baton:{name}", help, [*self._labels, *labels], registry=self._own)
 
-    def histogram(self, name: str, help: str) -> Histogram:
-        family = Histogram(f"baton:{name}", help, [*self._labels], buckets=_LATENCY, registry=self._own)
+    def histogram(self, name: str, help: str, buckets: Sequence[float] = _LATENCY) -> Histogram:
+        family = Histogram(f"baton:{name}", help, [*self._labels], buckets=buckets, registry=self._own)
         return family.labels(**self._labels)
 
     def labelled(self, family: Counter, **labels: str) -> Counter:
@@ -119,8 +120,12 @@ class RouterMetrics(Metrics):
         self.cached_tokens = self.labelled(self.counter("cached_tokens", "Prompt tokens that nobody had to compute"))
         self.generation_tokens = self.labelled(self.counter("generation_tokens", "Tokens generated"))
         self.migrations = self.labelled(self.counter("migrations", "Sequences continued on another worker"))
+        self._prediction = self.histogram("ttft_prediction_error", "|predicted - actual| / actual time to first token", _ERROR)
         self._success = self.counter("request_success", "Finished requests", "finished_reason")
         self._failures = self.counter("request_failures", "Failed requests", "code")
+
+    def predicted(self, predicted_s: float, actual_s: float) -> None:
+        self._prediction.observe(abs(predicted_s - actual_s) / actual_s if actual_s > 0 else 0.0)
 
     def success(self, reason: str) -> None:
         self.labelled(self._success, finished_reason=reason).inc()

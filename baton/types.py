@@ -142,7 +142,28 @@ class Member:
     block_size: int = 0  # tokens
     num_blocks: int = 0
     max_model_len: int = 0
+    max_num_batched_tokens: int = 0  # of a step
     metrics_address: str = ""  # host:port of its Prometheus endpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What work takes on one worker, as it has learned by itself; seconds. Zero: not met yet."""
+
+    base_s: float = 0.0  # of any step
+    token_s: float = 0.0  # of a prompt's token in it
+    pair_s: float = 0.0  # of two tokens of a prompt, one attending to the other
+    row_s: float = 0.0  # of a request that gets a token
+    context_s: float = 0.0  # of a token that such a request reads
+    push_token_s: float = 0.0  # of a token's KV on its way to a decode worker
+
+    def prompt_s(self, tokens: float, start: float = 0.0) -> float:
+        """What `tokens` of a prompt, from position `start` on, add to the steps that compute them."""
+        return self.token_s * tokens + self.pair_s * tokens * (start + tokens / 2)
+
+    def decode_s(self, rows: float, context: float) -> float:
+        """What `rows` requests that read `context` tokens together add to a step."""
+        return self.row_s * rows + self.context_s * context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,9 +173,11 @@ class Load:
     num_running: int = 0
     num_waiting: int = 0  # queued, or loading KV
     num_waiting_tokens: int = 0  # known tokens of waiting and running requests that are not computed yet
+    num_context_tokens: int = 0  # computed tokens of running requests
     blocks_total: int = 0
     blocks_free: int = 0  # neither held by a request nor caching anything, plus evictable cached ones
     blocks_cached: int = 0  # blocks that hold a hash (held or evictable)
+    pace: Pace = Pace()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import statistics
+import time
 from collections.abc import Iterator
 
 import psutil
@@ -48,10 +49,13 @@ def main() -> None:
         "--peer-pid", type=int, help="the second one's first process: it is stopped while the first is measured, for idle servers that spin"
     )
     parser.add_argument("--quick", action="store_true", help="half of the requests")
+    parser.add_argument("--only", nargs="*", default=[], metavar="IN/OUT/CONCURRENCY", help="some of the loads")
     arguments = parser.parse_args()
     print("| in / out, concurrency | ours tok/s, TTFT ms | peer tok/s, TTFT ms | tok/s ÷ | TTFT ÷ |\n|---|---|---|---|---|")
-    seed = 0
+    seed = time.time_ns() % 2**31  # servers keep what they have seen
     for length, output, concurrency, requests in LOADS:
+        if arguments.only and f"{length}/{output}/{concurrency}" not in arguments.only:
+            continue
         seen: dict[str, list[tuple[float, float]]] = {arguments.ours: [], arguments.peer: []}
         for _ in range(arguments.rounds):
             for url, results in seen.items():

@@ -34,7 +34,7 @@ def up(
     decode: Annotated[int | None, typer.Option(min=0, help="Decode workers; 1, or 0 beside --unified.")] = None,
     unified: Annotated[int, typer.Option(min=0, help="Workers that do both.")] = 0,
     kvstore: Annotated[int, typer.Option(min=0, help="Nodes that lend memory to the KV pool; 0: no pool.")] = 1,
-    policy: Annotated[str, typer.Option(help="round_robin, least_load or prefix_aware.")] = "prefix_aware",
+    policy: Annotated[str, typer.Option(help="predicted, prefix_aware, least_load or round_robin.")] = "predicted",
     http_port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="0: any free one.")] = 9000,
     etcd: Annotated[str, typer.Option(help="auto (a private one, if installed), none, or the URL of one that runs.")] = "auto",

@@ -45,7 +45,7 @@ class Plan:
     decode: int = 1
     unified: int = 0
     kvstore: int = 1
-    policy: str = "prefix_aware"
+    policy: str = "predicted"
     http_port: int = 8000
     grpc_port: int = 9000
     etcd: str = "auto"
@@ -61,7 +61,6 @@ class Child:
     log: Path
     process: asyncio.subprocess.Process | None = None
     quick_deaths: int = 0
-    was_steady: bool = False
     keeper: asyncio.Task[None] | None = None
 
     @property
@@ -78,7 +77,7 @@ class Cluster:
         self._logs = plan.log_dir or self._folder
         self._logs.mkdir(parents=True, exist_ok=True)
         self._groups: list[list[Child]] = []  # in starting order
-        self._stopping = False
+        self._stopping = self._was_ready = False
         self._failed: asyncio.Future[str] | None = None
         self.http = f"http://127.0.0.1:{plan.http_port or _free_port()}"
         self.grpc = f"127.0.0.1:{plan.grpc_port or _free_port()}"
@@ -95,6 +94,7 @@ class Cluster:
             if group[0].role in ("etcd", "kvstore-master"):
                 await self._until(self._listening(group[0]), group[0].name)
         await self._until(self._ready(), "the router")
+        self._was_ready = True
 
     async def run(self) -> None:
         """Until a child fails for good. Raises ConfigError then."""
@@ -199,9 +199,8 @@ class Cluster:
             started = time.monotonic()
             code = await child.process.wait() if child.process is not None else None
             steady = code is not None and time.monotonic() - started > _STEADY_S
-            child.was_steady = child.was_steady or steady
             child.quick_deaths = 0 if steady else child.quick_deaths + 1
-            refused = code == EXIT_CONFIG and child.role != "etcd" and not child.was_steady
+            refused = code == EXIT_CONFIG and child.role != "etcd" and not self._was_ready
             if self._stopping:
                 return
             if refused or child.quick_deaths > _MAX_QUICK_DEATHS:

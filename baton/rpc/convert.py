@@ -24,6 +24,7 @@ from baton.types import (
     Member,
     MemberState,
     OutputToken,
+    Pace,
     PushTarget,
     Role,
     SamplingParams,
@@ -184,11 +185,15 @@ def member_from_proto(message: worker.Member) -> Member:
 
 
 def load_to_proto(load: Load) -> worker.Load:
-    return worker.Load(**_plain(load, Load))
+    fields = _plain(load, Load)
+    fields["pace"] = worker.Pace(**_plain(load.pace, Pace))
+    return worker.Load(**fields)
 
 
 def load_from_proto(message: worker.Load) -> Load:
-    return Load(**_plain(message, Load))
+    fields = _plain(message, Load)
+    fields["pace"] = Pace(**_plain(message.pace, Pace))
+    return Load(**fields)
 
 
 def _event_to_proto(event: KVEvent) -> worker.KVEvent:

@@ -86,6 +86,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         block_size=loaded.pool.layout.block_size,
         num_blocks=loaded.pool.num_blocks,
         max_model_len=loaded.max_model_len,
+        max_num_batched_tokens=loaded.max_num_batched_tokens,
     )
     metrics = WorkerMetrics(name, member.id, lambda: engine.load, transfer.stats.values, {} if sender is None else sender.values)
     engine.on_crash = lambda: os._exit(70)  # peers see broken streams at once, and a supervisor starts the worker again

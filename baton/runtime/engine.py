@@ -26,6 +26,7 @@ from baton.runtime.entry import Entry
 from baton.runtime.flights import Flights, Runner
 from baton.runtime.leases import EngineLeases, asked
 from baton.runtime.loading import Feed, Loader, Transfer
+from baton.runtime.pace import PaceLearner
 from baton.runtime.pushing import Pusher, Receiver, Reservations, Sender
 from baton.runtime.sequence import Delivery, EngineSequence
 from baton.runtime.state import StatePublisher
@@ -70,7 +71,7 @@ class Engine:
         self.on_crash: Callable[[], None] = lambda: None
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
-        self._flights = Flights()
+        self._flights, self._pace = Flights(), PaceLearner()
         self.loader = Loader(
             scheduler.cache,
             transfer,
@@ -300,6 +301,7 @@ class Engine:
             for item in live:
                 self._computed(item, result, save=item.request in kept)
             now = time.monotonic()
+            self._pace.observe(plan, now - self._collected_at)
             self.on_step(plan, now - self._collected_at)
             self._collected_at = now
         self._flights.ended(flight)
@@ -420,13 +422,16 @@ class Engine:
     def _measure(self) -> Load:
         scheduler, pool = self.scheduler, self.scheduler.cache.pool
         missing = sum(entry.request.num_tokens - entry.request.num_computed_tokens for entry in self._entries.values())
+        pace = replace(self._pace.pace, push_token_s=self.pusher.token_s)
         return Load(
             num_running=len(scheduler.running),
             num_waiting=len(self._entries) - len(scheduler.running),
             num_waiting_tokens=missing,
+            num_context_tokens=sum(request.num_computed_tokens for request in scheduler.running),
             blocks_total=pool.num_blocks,
             blocks_free=pool.num_free,
             blocks_cached=pool.num_cached,
+            pace=pace,
         )
 
     def _check_integrity(self) -> list[str]:

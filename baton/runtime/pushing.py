@@ -23,6 +23,7 @@ from baton.scheduling.cache import KVCache
 from baton.types import LeaseEnd, PushTarget
 
 MAX_RESERVED_FRACTION = 0.5  # of all blocks, unless it is one request's
+_KEPT = 0.95  # of what a push counts for in `token_s`, after one more
 _REMEMBERED = 4096  # leases that are over
 
 
@@ -86,6 +87,12 @@ class Pusher:
         self._over: OrderedDict[str, bool] = OrderedDict()  # with whether they are dirty
         self._taken: dict[int, list[int]] = {}
         self._calls = 0
+        self._tokens = self._seconds = 0.0  # pushed, and what it took; faded
+
+    @property
+    def token_s(self) -> float:
+        """Seconds that a token's KV is on its way, lately; 0 where none has gone."""
+        return self._seconds / self._tokens if self._tokens else 0.0
 
     def open(self, target: PushTarget, num_tokens: int, on_progress: Callable[[], None]) -> Shipment:
         """`on_progress` is called on the engine's thread when a push has ended, until the shipment is closed."""
@@ -152,6 +159,8 @@ class Pusher:
         shipment.num_open -= 1
         shipment.dirty = shipment.dirty or result.lands_late
         if result.status is PushStatus.GOOD:
+            self._tokens = _KEPT * self._tokens + len(blocks) * self._size
+            self._seconds = _KEPT * self._seconds + result.seconds
             shipment.done.update(blocks)
             while shipment.num_arrived in shipment.done:
                 shipment.done.discard(shipment.num_arrived)

@@ -149,6 +149,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         sequence = self._intake.submit(sequence_request, hold=bool(candidates))
         feeding, feeder = Feeding(len(sequence_request.prompt_token_ids)), None
         feeding.decide("", why_here)
+        if why_here and not self._unified:
+            self._metrics.prefill("local")
         try:
             if candidates:
                 name = f"feed-{sequence_request.request_id}"
@@ -168,7 +170,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if self._unified:
             return "unified worker"
         if not request.prefill_candidates:
-            return "no prefill worker, computed here"
+            return "no prefill worker asked, computed here"
         if request.sequence.sampling.HasField("prompt_logprobs"):
             return "prompt logprobs, computed here"
         if self._leases is None and not self._pool_available():  # its KV could not come here

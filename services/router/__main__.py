@@ -22,7 +22,7 @@ from baton.types import Member, Role
 from services.router.app import Gateway, make_app
 from services.router.dispatch import Dispatcher
 from services.router.generation import Generator
-from services.router.policy import POLICIES
+from services.router.policies import POLICIES
 from services.router.servicer import RouterServicer
 from services.router.workers import Workers
 
@@ -52,7 +52,9 @@ def build(config: RouterConfig, workers: Workers, channels: Channels) -> Gateway
         POLICIES[config.policy],
         lease_s=config.cluster.lease_s,
         max_migrations=config.max_migrations,
+        local_prefill=config.local_prefill,
         on_migration=metrics.migrations.inc,
+        on_first_token=metrics.predicted,
     )
     return Gateway(
         model=name,

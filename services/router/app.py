@@ -21,7 +21,7 @@ from services.router.answers import Answers, error_body
 from services.router.dispatch import Dispatcher
 from services.router.generation import Ask, Choice, Generator
 from services.router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
-from services.router.policy import POLICIES, Facts
+from services.router.policy import pair_up
 from services.router.text import Piece
 from services.router.workers import HashesBySize
 
@@ -58,7 +58,7 @@ class Gateway:
             return "the router is draining"
         view = self.dispatcher.workers.view(HashesBySize((), ""))
         try:
-            POLICIES["least_load"](Facts(num_prompt_tokens=0, turn=0), view)
+            pair_up(view)
         except NoWorkers as error:
             return error.message
         return None

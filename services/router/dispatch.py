@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
@@ -23,6 +24,8 @@ from services.router.policy import Facts, Placement, Policy
 from services.router.sessions import Sessions
 from services.router.workers import HashesBySize, Workers
 
+_FIRST_GUESS = 128.0  # output tokens, before any request has ended
+_LEARNED = 0.02  # how much of the expectation each ended request makes
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +39,7 @@ class Route:
     reason: str = ""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    predicted_s: float | None = None  # until the first token
     moves: list[str] = dataclasses.field(default_factory=list[str])  # why it left each earlier worker
 
     def __str__(self) -> str:
@@ -45,6 +49,8 @@ class Route:
             f"prefill={self.prefill or 'local'}",
             f"cached={self.num_cached_tokens}/{self.num_prompt_tokens}",
         ]
+        if self.predicted_s is not None:
+            parts.append(f"predicted_ttft={self.predicted_s:.3f}")
         if self.moves:
             parts.append(f"moves={len(self.moves)}")
         text = "; ".join([*parts, f'reason="{self.reason}"'])
@@ -61,12 +67,16 @@ class Dispatcher:
         *,
         lease_s: float,
         max_migrations: int,
+        local_prefill: bool = True,
         on_migration: Callable[[], None] = lambda: None,
+        on_first_token: Callable[[float, float], None] = lambda predicted_s, actual_s: None,
     ) -> None:
         self.workers, self.policy_name, self._policy = workers, policy_name, policy
         self._sessions = Sessions(channels, lease_s=lease_s)
         self._lease_s, self._max_migrations, self._on_migration = lease_s, max_migrations, on_migration
+        self._local_prefill, self._on_first_token = local_prefill, on_first_token
         self._turns = itertools.count()
+        self._num_output_tokens = _FIRST_GUESS  # of a request, lately
 
     def route(self) -> Route:
         return Route(self.policy_name)
@@ -77,21 +87,25 @@ class Dispatcher:
         Raises NoWorkers, Overloaded, WorkerLost (too often), or what a worker says of a wrong request.
         """
         hashes = HashesBySize(request.prompt_token_ids, request.salt)
-        facts = Facts(num_prompt_tokens=len(request.prompt_token_ids), turn=next(self._turns))
+        facts = self._facts(request)
         route.num_prompt_tokens = facts.num_prompt_tokens
         output = list(request.output_token_ids)
         refused: list[str] = []
         for attempt in itertools.count():
             placement = await self._place(facts, hashes, refused)
-            route.decode, route.prefill, route.reason = placement.decode, "", placement.reason
+            route.decode, route.prefill, route.reason, route.predicted_s = placement.decode, "", placement.reason, placement.ttft_s
+            placed = time.monotonic()
             name = request.request_id if attempt == 0 else f"{request.request_id}~{attempt}"
             part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
             try:
                 async with aclosing(self._call(part, placement, route)) as items:
                     async for item in items:
+                        if not output and placement.ttft_s is not None:
+                            self._on_first_token(placement.ttft_s, time.monotonic() - placed)
                         output += [token.token_id for token in item.tokens]
                         yield item
                         if item.finish_reason is not None:
+                            self._num_output_tokens += _LEARNED * (len(output) - self._num_output_tokens)
                             return
                 raise WorkerLost(f"{placement.decode} ended the stream too early")
             except Unavailable as error:
@@ -104,6 +118,15 @@ class Dispatcher:
                 logger.warning("%s moves from %s after %d tokens: %s", request.request_id, placement.decode, len(output), error.message)
                 route.moves.append(f"{placement.decode}: {error.message}")
                 self._on_migration()
+
+    def _facts(self, request: GenerateRequest) -> Facts:
+        left = request.sampling.max_tokens - len(request.output_token_ids)
+        return Facts(
+            num_prompt_tokens=len(request.prompt_token_ids) + len(request.output_token_ids),
+            turn=next(self._turns),
+            num_output_tokens=min(left, self._num_output_tokens),
+            local_prefill=self._local_prefill,
+        )
 
     async def _place(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> Placement:
         """Waits up to a lease for a worker that can take it."""
@@ -118,8 +141,6 @@ class Dispatcher:
                     raise
                 refused.clear()
                 await self.workers.wait_change(min(left, 0.5))
-        for worker_id in (placement.decode, *placement.prefills[:1]):
-            self.workers.routed(worker_id, facts.num_prompt_tokens if worker_id != placement.decode or not placement.prefills else 0)
         return placement
 
     def _others(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> bool:
@@ -132,10 +153,16 @@ class Dispatcher:
     async def _call(self, request: GenerateRequest, placement: Placement, route: Route) -> AsyncGenerator[GenerateOutput]:
         candidates = [decode_pb2.PrefillCandidate(id=name, address=self.workers.address(name)) for name in placement.prefills]
         message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request), prefill_candidates=candidates)
+        computes = placement.prefills[0] if placement.prefills else placement.decode
+        take_back = self.workers.routed(computes, placement.missing_tokens)
+        if computes != placement.decode:
+            self.workers.routed(placement.decode, 0)
         async with aclosing(self._sessions.generate(placement.decode, self.workers.address(placement.decode), message)) as responses:
             async for response in responses:
                 if response.HasField("prefill"):
                     route.prefill = response.prefill.prefill_id
+                    if (route.prefill or placement.decode) != computes:
+                        take_back()
                     route.reason = f"{placement.reason}; {response.prefill.reason}"
                 output = convert.output_from_proto(response.output)
                 if output.cache is not None:

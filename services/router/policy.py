@@ -5,10 +5,10 @@ workers are not in the view.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.errors import NoWorkers
-from baton.types import Role
+from baton.types import Pace, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,19 +22,27 @@ class WorkerView:
     num_requests: int
     pending_tokens: int
     matched_tokens: int  # leading prompt tokens in its prefix cache
+    num_waiting: int = 0  # of num_requests
+    context_tokens: int = 0  # computed tokens of its running requests
+    batched_tokens: int = 0  # of a step at most; 0: not announced
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     num_prompt_tokens: int
     turn: int  # counts requests, for round robin
+    num_output_tokens: float = 0.0  # expected
+    local_prefill: bool = True  # a decode worker may be told to compute a whole prompt itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     decode: str
-    prefills: tuple[str, ...]  # best first; none for a unified worker
+    prefills: tuple[str, ...]  # best first; none: `decode` computes the prompt itself
+    missing_tokens: int  # of the prompt, where it is computed
     reason: str  # for people
+    ttft_s: float | None = None  # predicted
 
 
 Cost = Callable[[Facts, WorkerView], float]
@@ -42,18 +50,27 @@ Policy = Callable[[Facts, Sequence[WorkerView]], Placement]
 _DECODE_STEP_TOKENS = 16.0  # what a running request costs a decode worker, in tokens of prompt
 
 
+def pair_up(workers: Sequence[WorkerView]) -> list[tuple[WorkerView, list[WorkerView]]]:
+    """Each entrance (a unified worker, or a decode worker) with the prefill workers that fit it; at least one for a decode worker. Raises
+    NoWorkers where there is no entrance."""
+    prefills: dict[str, list[WorkerView]] = {}
+    for worker in workers:
+        if worker.role is Role.PREFILL:
+            prefills.setdefault(worker.fingerprint, []).append(worker)
+    pairs = [(w, prefills[w.fingerprint]) for w in workers if w.role is Role.DECODE and w.fingerprint in prefills]
+    pairs += [(w, []) for w in workers if w.role is Role.UNIFIED]
+    if not pairs:
+        raise NoWorkers(_explain(workers))
+    return pairs
+
+
 def _choose(facts: Facts, workers: Sequence[WorkerView], cost: Cost, why: Callable[[WorkerView], str]) -> Placement:
     """The cheapest entrance, then the prefill workers that fit it, cheapest first. Ties go to the lower id."""
-    prefills = sorted((w for w in workers if w.role is Role.PREFILL), key=lambda w: (cost(facts, w), w.id))
-    fitting = {w.fingerprint for w in prefills}
-    entrances = [w for w in workers if w.role is Role.UNIFIED or (w.role is Role.DECODE and w.fingerprint in fitting)]
-    if not entrances:
-        raise NoWorkers(_explain(workers))
-    chosen = min(entrances, key=lambda w: (cost(facts, w), w.id))
-    if chosen.role is Role.UNIFIED:
-        return Placement(decode=chosen.id, prefills=(), reason=why(chosen))
-    ranked = [w for w in prefills if w.fingerprint == chosen.fingerprint]
-    return Placement(decode=chosen.id, prefills=tuple(w.id for w in ranked), reason=why(ranked[0]))
+    chosen, fitting = min(pair_up(workers), key=lambda pair: (cost(facts, pair[0]), pair[0].id))
+    ranked = sorted(fitting, key=lambda w: (cost(facts, w), w.id))
+    computes = ranked[0] if ranked else chosen
+    missing = facts.num_prompt_tokens - computes.matched_tokens
+    return Placement(decode=chosen.id, prefills=tuple(w.id for w in ranked), missing_tokens=missing, reason=why(computes))
 
 
 def _explain(workers: Sequence[WorkerView]) -> str:
@@ -102,6 +119,3 @@ def prefix_aware(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
 
 def _load(worker: WorkerView) -> float:
     return worker.pending_tokens + _DECODE_STEP_TOKENS * worker.num_requests
-
-
-POLICIES: dict[str, Policy] = {"round_robin": round_robin, "least_load": least_load, "prefix_aware": prefix_aware}

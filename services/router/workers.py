@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import grpc
@@ -37,6 +37,7 @@ class Worker:
     load: Load = dataclasses.field(default_factory=Load)
     routed_requests: int = 0  # sent there, not seen in its load yet
     routed_tokens: int = 0
+    num_reports: int = 0  # of its load
     watcher: asyncio.Task[None] | None = None
     gone: bool = False  # no member any more
 
@@ -85,16 +86,30 @@ class Workers:
                 num_requests=w.load.num_running + w.load.num_waiting + w.routed_requests,
                 pending_tokens=w.load.num_waiting_tokens + w.routed_tokens,
                 matched_tokens=matched[w.member.id],
+                num_waiting=w.load.num_waiting + w.routed_requests,
+                context_tokens=w.load.num_context_tokens,
+                batched_tokens=w.member.max_num_batched_tokens,
+                pace=w.load.pace,
             )
             for w in usable
         ]
 
-    def routed(self, worker_id: str, num_tokens: int) -> None:
-        """A request is on its way there; counted until the worker's next report, so that a burst spreads."""
+    def routed(self, worker_id: str, num_tokens: int) -> Callable[[], None]:
+        """A request is on its way there; counted until the worker's next report, so that a burst spreads, or until what is returned is
+        called: it did not come."""
         worker = self._workers.get(worker_id)
-        if worker is not None:
-            worker.routed_requests += 1
-            worker.routed_tokens += num_tokens
+        if worker is None:
+            return lambda: None
+        worker.routed_requests += 1
+        worker.routed_tokens += num_tokens
+        report = worker.num_reports
+
+        def take_back() -> None:
+            if worker.num_reports == report:
+                worker.routed_requests -= 1
+                worker.routed_tokens -= num_tokens
+
+        return take_back
 
     def lost(self, worker_id: str) -> None:
         """A call found it gone; it is not used until its stream speaks again."""
@@ -198,6 +213,7 @@ class Workers:
                 changed = worker.state is not update.state
                 worker.state, worker.load = update.state, update.load
                 if not update.repeated_load:
+                    worker.num_reports += 1
                     worker.routed_requests = worker.routed_tokens = 0
                 if changed:
                     await self._notify()

@@ -19,7 +19,8 @@ BLOCK_SIZE, LEASE_S = 16, 3.0
 
 @pytest.fixture(scope="module")
 def cluster(demo_model: Path) -> Iterator[RunningCluster]:
-    with running_cluster(model=demo_model, prefill=1, decode=1, kvstore=0, options=["--set", "all.cluster.lease_s=3"]) as running:
+    options = ["--set", "all.cluster.lease_s=3", "--set", "router.local_prefill=false"]
+    with running_cluster(model=demo_model, prefill=1, decode=1, kvstore=0, options=options) as running:
         yield running
 
 

@@ -65,7 +65,7 @@ def test_status_chat_and_bench(unified: RunningCluster) -> None:
     assert "unified-0" in baton("status", "--url", unified.url).stdout
     told = baton("chat", "hi", "--url", unified.url, "--max-tokens", "5").stdout
     assert "first token after" in told
-    assert "policy=prefix_aware" in told
+    assert "policy=predicted" in told
 
 
 def test_bench_counts_exactly(unified: RunningCluster, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The router's pure parts: index, policies, text, bodies, routes."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 from baton.errors import InvalidRequest, NoWorkers
 from baton.hashing import block_hashes
 from baton.tokenizer import Detokenizer, Tokenizer
-from baton.types import BlocksRemoved, BlocksStored, FinishReason, GenerateOutput, OutputToken, Role, SamplingParams
+from baton.types import BlocksRemoved, BlocksStored, FinishReason, GenerateOutput, OutputToken, Pace, Role, SamplingParams
 from services.router.answers import Answers
 from services.router.dispatch import Route
 from services.router.generation import Ask, Choice
 from services.router.index import PrefixIndex
 from services.router.openai import ChatBody, CompletionBody, parse
-from services.router.policy import POLICIES, Facts, WorkerView
+from services.router.policies import POLICIES
+from services.router.policy import Facts, WorkerView
+from services.router.predicted import predicted
 from services.router.text import Piece, TextStream
 
 
@@ -118,10 +121,65 @@ def test_every_set_of_workers_gives_a_placement_or_a_reason(policy: str) -> None
             names = {w.id for w in workers}
             if names >= {"p0", "d0"} or "u0" in names:
                 decode, prefills = place(policy, list(workers))
-                assert (decode, prefills) in {("u0", ()), ("d0", ("p0",))}
+                assert (decode, prefills) in {("u0", ()), ("d0", ("p0",)), ("d0", ())}
             else:
                 with pytest.raises(NoWorkers, match="is ready; start one"):
                     place(policy, list(workers))
+
+
+PACE = Pace(base_s=0.01, token_s=0.001, row_s=0.0005)
+
+
+def placed(workers: list[WorkerView], *, prompt: int = 1000, output: int = 50, local: bool = True) -> tuple[str, tuple[str, ...]]:
+    facts = Facts(num_prompt_tokens=prompt, turn=0, num_output_tokens=output, local_prefill=local)
+    placement = predicted(facts, workers)
+    return placement.decode, placement.prefills
+
+
+def one_and_one(queued: int, running: int, *, pace: Pace = PACE, prompt: int = 1000) -> list[WorkerView]:
+    """A prefill worker with `queued` prompts, a decode worker with `running` requests."""
+    return [
+        worker("p0", Role.PREFILL, num_requests=queued, num_waiting=queued, pending_tokens=queued * prompt, pace=pace),
+        worker("d0", Role.DECODE, num_requests=running, context_tokens=running * prompt, pace=pace),
+    ]
+
+
+def test_a_decode_worker_computes_prompts_where_that_costs_everybody_less() -> None:
+    assert placed(one_and_one(0, 0)) == ("d0", ("p0",))  # a tie
+    assert placed(one_and_one(3, 1)) == ("d0", ())
+    assert placed(one_and_one(3, 1), local=False) == ("d0", ("p0",))
+    assert placed(one_and_one(3, 20)) == ("d0", ("p0",))  # it would hold up twenty
+
+
+def test_seconds_not_tokens_decide() -> None:
+    slow = replace(PACE, token_s=0.01)
+    pair = [worker("p0", Role.PREFILL, pace=slow), worker("p1", Role.PREFILL, pending_tokens=3000, pace=PACE), worker("d0", Role.DECODE)]
+    assert placed(pair, local=False) == ("d0", ("p1", "p0"))
+    cached = replace(pair[0], matched_tokens=900)
+    assert placed([cached, *pair[1:]], local=False) == ("d0", ("p0", "p1"))
+
+
+def test_who_has_not_met_a_prompt_yet_is_taken_for_the_average() -> None:
+    """A decode worker that only decoded so far is not thought to compute prompts in no time."""
+    p0, d0 = one_and_one(0, 4)
+    assert placed([p0, replace(d0, pace=Pace(base_s=0.01, row_s=0.0005))]) == ("d0", ("p0",))
+    unknown = one_and_one(0, 0, pace=Pace())
+    assert placed(unknown) == ("d0", ("p0",))
+    assert predicted(Facts(num_prompt_tokens=10, turn=0), unknown).ttft_s is None
+
+
+def test_the_time_to_the_first_token_is_predicted() -> None:
+    views = one_and_one(2, 0)
+    placement = predicted(Facts(num_prompt_tokens=1000, turn=0, local_prefill=False), [replace(v, batched_tokens=512) for v in views])
+    assert placement.ttft_s == pytest.approx(3 * 1000 * PACE.token_s + 6 * PACE.base_s)
+    slow_link = [replace(views[0], pace=replace(PACE, push_token_s=0.005)), views[1]]
+    placement = predicted(Facts(num_prompt_tokens=1000, turn=0, local_prefill=False), slow_link)
+    assert placement.ttft_s == pytest.approx(5.0)
+
+
+def test_decode_workers_fill_evenly() -> None:
+    busy = worker("d0", Role.DECODE, num_requests=8, context_tokens=8000, pace=PACE)
+    assert placed([worker("p0", Role.PREFILL, pace=PACE), busy, worker("d1", Role.DECODE, pace=PACE)]) == ("d1", ("p0",))
 
 
 # -- text

@@ -1,0 +1,83 @@
+"""What a worker learns of its own steps."""
+
+import random
+
+import pytest
+
+from baton.runtime.pace import PaceLearner
+from baton.scheduling.plan import ScheduledRequest, StepPlan
+from baton.types import Pace
+
+TRUE = Pace(base_s=0.008, token_s=0.0006, pair_s=2e-8, row_s=0.0004, context_s=1e-7)
+
+
+def step(prompts: list[tuple[int, int]], contexts: list[int]) -> StepPlan:
+    """`prompts`: start and tokens of each; `contexts`: of each request that decodes."""
+    items = [(start, count) for start, count in prompts] + [(context, 1) for context in contexts]
+    return StepPlan(tuple(ScheduledRequest(None, start, count, True, []) for start, count in items))  # type: ignore[arg-type]
+
+
+def seconds(pace: Pace, plan: StepPlan) -> float:
+    long = [item for item in plan.scheduled if item.num_new_tokens > 1]
+    short = [item.start for item in plan.scheduled if item.num_new_tokens == 1]
+    return pace.base_s + sum(pace.prompt_s(item.num_new_tokens, item.start) for item in long) + pace.decode_s(len(short), sum(short))
+
+
+def random_step(rng: random.Random, *, prompts: bool) -> StepPlan:
+    contexts = [rng.randrange(1, 3000) for _ in range(rng.randrange(0 if prompts else 1, 32))]
+    return step([(rng.randrange(0, 4000), rng.randrange(2, 512))] if prompts else [], contexts)
+
+
+def teach(learner: PaceLearner, pace: Pace, rng: random.Random, count: int, *, share: float, noise: float = 0.05) -> None:
+    for _ in range(count):
+        plan = random_step(rng, prompts=rng.random() < share)
+        learner.observe(plan, seconds(pace, plan) * rng.uniform(1 - noise, 1 + noise))
+
+
+def worst_error(learner: PaceLearner, pace: Pace, rng: random.Random) -> float:
+    plans = [random_step(rng, prompts=prompts) for prompts in (True, False) for _ in range(50)]
+    return max(abs(seconds(learner.pace, plan) / seconds(pace, plan) - 1) for plan in plans)
+
+
+def test_it_learns_what_steps_take() -> None:
+    rng, learner = random.Random(1), PaceLearner()
+    assert learner.pace == Pace()
+    teach(learner, TRUE, rng, 200, share=0.5)
+    assert worst_error(learner, TRUE, rng) < 0.15
+
+
+def test_an_hour_of_decoding_does_not_wash_out_prompts() -> None:
+    rng, learner = random.Random(2), PaceLearner()
+    teach(learner, TRUE, rng, 200, share=0.5)
+    teach(learner, TRUE, rng, 20_000, share=0.0)
+    assert worst_error(learner, TRUE, rng) < 0.2
+
+
+def test_it_follows_a_drift() -> None:
+    rng, learner = random.Random(3), PaceLearner()
+    teach(learner, TRUE, rng, 300, share=0.5)
+    slower = Pace(base_s=0.016, token_s=0.0012, pair_s=4e-8, row_s=0.0008, context_s=2e-7)
+    for _ in range(30):
+        learner.pace  # noqa: B018 (published now and then)
+        teach(learner, slower, rng, 10, share=0.5)
+    assert worst_error(learner, slower, rng) < 0.2
+
+
+def test_a_process_that_was_stopped_learns_nothing_wrong() -> None:
+    rng, learner = random.Random(4), PaceLearner()
+    teach(learner, TRUE, rng, 200, share=0.5)
+    assert learner.pace.token_s
+    plan = step([(0, 512)], [])
+    learner.observe(plan, 60.0)
+    assert seconds(learner.pace, plan) < 1.5 * seconds(TRUE, plan)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_steps_that_are_all_alike_are_predicted_all_the_same(count: int) -> None:
+    """Base and token cannot be told apart then; their sum can."""
+    learner, plan = PaceLearner(), step([(0, 512)], [])
+    for _ in range(count + 1):
+        learner.observe(plan, 0.3)
+    assert seconds(learner.pace, plan) == pytest.approx(0.3, rel=0.01)
+    pace = learner.pace
+    assert min(pace.base_s, pace.token_s, pace.pair_s, pace.row_s, pace.context_s) >= 0
