@@ -173,6 +173,7 @@ class Load:
     num_running: int = 0
     num_waiting: int = 0  # queued, or loading KV
     num_waiting_tokens: int = 0  # known tokens of waiting and running requests that are not computed yet
+    num_waiting_pairs: int = 0  # of tokens, one of them not computed yet, that attend to each other
     num_context_tokens: int = 0  # computed tokens of running requests
     blocks_total: int = 0
     blocks_free: int = 0  # neither held by a request nor caching anything, plus evictable cached ones
@@ -222,4 +223,4 @@ class StateUpdate:
     load: Load
     events: tuple[KVEvent, ...] = ()
     snapshot: bool = False
-    repeated_load: bool = False  # the engine is in a long step; `load` is from before
+    arrived: tuple[str, ...] = ()  # request ids that `load` counts for the first time

@@ -82,7 +82,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         """During a long step the engine says nothing; then the last load is repeated, so the numbering is the stream's own."""
         sequence, last = 0, None
         async for news in with_heartbeat(self._intake.engine.watch(), self._interval_s):
-            update = news or (last and dataclasses.replace(last, events=(), snapshot=False, repeated_load=True))
+            update = news or (last and dataclasses.replace(last, events=(), snapshot=False, arrived=()))
             if update is None:  # the snapshot has not come yet
                 continue
             yield convert.state_to_proto(dataclasses.replace(update, sequence=sequence, state=self._current().state))

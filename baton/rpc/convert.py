@@ -214,7 +214,7 @@ def state_to_proto(update: StateUpdate) -> worker.StateUpdate:
         load=load_to_proto(update.load),
         events=[_event_to_proto(event) for event in update.events],
         snapshot=update.snapshot,
-        repeated_load=update.repeated_load,
+        arrived=update.arrived,
     )
 
 
@@ -225,7 +225,7 @@ def state_from_proto(message: worker.StateUpdate) -> StateUpdate:
         load=load_from_proto(message.load),
         events=tuple(_event_from_proto(event) for event in message.events),
         snapshot=message.snapshot,
-        repeated_load=message.repeated_load,
+        arrived=tuple(message.arrived),
     )
 
 

@@ -93,7 +93,9 @@ class Engine:
         self._entries: dict[str, Entry] = {}
         self._outbox: list[tuple[EngineSequence, Delivery]] = []
         self._live: dict[str, EngineSequence] = {}  # the event loop's
-        self._publisher = StatePublisher(self._measure, scheduler.cache.pool)
+        self._arriving: dict[Entry, int] = {}  # in the inbox, with its tokens: a step may be long, and routers want to know
+        self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()  # not told to them yet
+        self._publisher = StatePublisher(self._measure, self._take_arrived, scheduler.cache.pool)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -125,6 +127,8 @@ class Engine:
             arrival=time.monotonic(),
         )
         entry = Entry(inner, Feed(inner, hold=hold, await_saves=await_saves), sequence)
+        self._arriving[entry] = inner.num_tokens
+        self._arrived.put(request.request_id)
         self._post(lambda: self._admit(entry, push))
         return sequence
 
@@ -204,6 +208,7 @@ class Engine:
 
     def _admit(self, entry: Entry, push: PushTarget | None = None) -> None:
         self._entries[entry.request.request_id] = entry
+        self._arriving.pop(entry, None)
         if push is not None:
             entry.shipment = self.pusher.open(push, entry.request.num_tokens, lambda: self._progressed(entry))
         self._guard(entry, lambda entry: self.loader.start(entry.feed))
@@ -419,14 +424,20 @@ class Engine:
             except RuntimeError:  # the loop is closed: nobody listens any more
                 self._stopping = True
 
+    def _take_arrived(self) -> list[str]:
+        return [self._arrived.get_nowait() for _ in range(self._arrived.qsize())]
+
     def _measure(self) -> Load:
         scheduler, pool = self.scheduler, self.scheduler.cache.pool
-        missing = sum(entry.request.num_tokens - entry.request.num_computed_tokens for entry in self._entries.values())
+        arriving = list(self._arriving.values())
+        missing = [(request.num_tokens, request.num_computed_tokens) for request in (entry.request for entry in self._entries.values())]
+        missing += [(tokens, 0) for tokens in arriving]
         pace = replace(self._pace.pace, push_token_s=self.pusher.token_s)
         return Load(
             num_running=len(scheduler.running),
-            num_waiting=len(self._entries) - len(scheduler.running),
-            num_waiting_tokens=missing,
+            num_waiting=len(arriving) + len(self._entries) - len(scheduler.running),
+            num_waiting_tokens=sum(known - computed for known, computed in missing),
+            num_waiting_pairs=sum(known**2 - computed**2 for known, computed in missing) // 2,
             num_context_tokens=sum(request.num_computed_tokens for request in scheduler.running),
             blocks_total=pool.num_blocks,
             blocks_free=pool.num_free,

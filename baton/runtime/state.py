@@ -47,8 +47,10 @@ class StateReader:
 
 
 class StatePublisher:
-    def __init__(self, measure: Callable[[], Load], pool: BlockPool) -> None:
-        self._measure, self._pool = measure, pool
+    def __init__(self, measure: Callable[[], Load], arrived: Callable[[], list[str]], pool: BlockPool) -> None:
+        """`measure` counts at least the requests that `arrived` has given, each once."""
+        self._measure, self._take_arrived, self._pool = measure, arrived, pool
+        self._arrived: list[str] = []
         self._readers: dict[StateReader, None] = {}
         self._pending: list[KVEvent] = []
         self._sequence = 0
@@ -72,8 +74,9 @@ class StatePublisher:
     def publish(self, now: float) -> None:
         """Sends what has changed, or a heartbeat, if it is time."""
         self._pending += self._pool.drain_events()
+        self._arrived += self._take_arrived()
         load = self._measure()
-        self._dirty = self._dirty or bool(self._pending) or load != self.load
+        self._dirty = self._dirty or bool(self._pending or self._arrived) or load != self.load
         self.load = load
         if now - self._sent_at >= (MIN_INTERVAL_S if self._dirty else HEARTBEAT_S):
             self._send_all()
@@ -86,9 +89,10 @@ class StatePublisher:
     def _send_all(self) -> None:
         self._sequence += 1
         events, self._pending = tuple(self._pending), []
+        arrived, self._arrived = tuple(self._arrived), []
         self._dirty = False
         for reader in list(self._readers):
             try:
-                reader.send(StateUpdate(sequence=self._sequence, state=MemberState.READY, load=self.load, events=events))
+                reader.send(StateUpdate(sequence=self._sequence, state=MemberState.READY, load=self.load, events=events, arrived=arrived))
             except RuntimeError:  # its loop is closed
                 self.unsubscribe(reader)

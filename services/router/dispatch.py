@@ -154,18 +154,22 @@ class Dispatcher:
         candidates = [decode_pb2.PrefillCandidate(id=name, address=self.workers.address(name)) for name in placement.prefills]
         message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request), prefill_candidates=candidates)
         computes = placement.prefills[0] if placement.prefills else placement.decode
-        take_back = self.workers.routed(computes, placement.missing_tokens)
-        if computes != placement.decode:
-            self.workers.routed(placement.decode, 0)
-        async with aclosing(self._sessions.generate(placement.decode, self.workers.address(placement.decode), message)) as responses:
-            async for response in responses:
-                if response.HasField("prefill"):
-                    route.prefill = response.prefill.prefill_id
-                    if (route.prefill or placement.decode) != computes:
-                        take_back()
-                    route.reason = f"{placement.reason}; {response.prefill.reason}"
-                output = convert.output_from_proto(response.output)
-                if output.cache is not None:
-                    route.num_cached_tokens = output.cache.num_cached_tokens
-                if output.tokens or output.finish_reason is not None:
-                    yield output
+        total, missing = len(request.prompt_token_ids) + len(request.output_token_ids), placement.missing_tokens
+        self.workers.routed(placement.decode, request.request_id, 0, 0)
+        self.workers.routed(computes, request.request_id, missing, (total**2 - (total - missing) ** 2) // 2)
+        try:
+            async with aclosing(self._sessions.generate(placement.decode, self.workers.address(placement.decode), message)) as responses:
+                async for response in responses:
+                    if response.HasField("prefill"):
+                        route.prefill = response.prefill.prefill_id
+                        route.reason = f"{placement.reason}; {response.prefill.reason}"
+                        if (route.prefill or placement.decode) != computes:
+                            self.workers.unrouted(computes, request.request_id)
+                    output = convert.output_from_proto(response.output)
+                    if output.cache is not None:
+                        route.num_cached_tokens = output.cache.num_cached_tokens
+                    if output.tokens or output.finish_reason is not None:
+                        yield output
+        finally:
+            for worker_id in {computes, placement.decode}:
+                self.workers.unrouted(worker_id, request.request_id)

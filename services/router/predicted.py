@@ -61,7 +61,8 @@ def _prompt(facts: Facts, worker: WorkerView, pace: Pace) -> tuple[float, float]
         rows, delayed = 0, worker.num_waiting
     beside = steps * (pace.base_s + (pace.decode_s(rows, worker.context_tokens) if rows else 0.0))
     own = pace.prompt_s(missing, matched)
-    return beside + pace.prompt_s(worker.pending_tokens) + own, own * delayed
+    queued = pace.token_s * worker.pending_tokens + pace.pair_s * worker.pending_pairs
+    return beside + queued + own, own * delayed
 
 
 def _decode(facts: Facts, worker: WorkerView, pace: Pace) -> float:

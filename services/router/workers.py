@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import grpc
@@ -35,9 +35,8 @@ class Worker:
     member: Member
     state: MemberState | None = None  # None: its stream does not speak
     load: Load = dataclasses.field(default_factory=Load)
-    routed_requests: int = 0  # sent there, not seen in its load yet
-    routed_tokens: int = 0
-    num_reports: int = 0  # of its load
+    routed: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict[str, tuple[int, int]])
+    """Requests sent there that its load does not count yet: tokens and pairs to compute."""
     watcher: asyncio.Task[None] | None = None
     gone: bool = False  # no member any more
 
@@ -83,10 +82,11 @@ class Workers:
                 role=w.member.role,
                 fingerprint=w.member.fingerprint,
                 block_size=w.member.block_size,
-                num_requests=w.load.num_running + w.load.num_waiting + w.routed_requests,
-                pending_tokens=w.load.num_waiting_tokens + w.routed_tokens,
+                num_requests=w.load.num_running + w.load.num_waiting + len(w.routed),
+                pending_tokens=w.load.num_waiting_tokens + sum(tokens for tokens, _ in w.routed.values()),
+                pending_pairs=w.load.num_waiting_pairs + sum(pairs for _, pairs in w.routed.values()),
                 matched_tokens=matched[w.member.id],
-                num_waiting=w.load.num_waiting + w.routed_requests,
+                num_waiting=w.load.num_waiting + len(w.routed),
                 context_tokens=w.load.num_context_tokens,
                 batched_tokens=w.member.max_num_batched_tokens,
                 pace=w.load.pace,
@@ -94,22 +94,16 @@ class Workers:
             for w in usable
         ]
 
-    def routed(self, worker_id: str, num_tokens: int) -> Callable[[], None]:
-        """A request is on its way there; counted until the worker's next report, so that a burst spreads, or until what is returned is
-        called: it did not come."""
+    def routed(self, worker_id: str, request_id: str, tokens: int, pairs: int) -> None:
+        """A request is on its way there; counted until the worker's own load has it, so that a burst spreads, or `unrouted`."""
         worker = self._workers.get(worker_id)
-        if worker is None:
-            return lambda: None
-        worker.routed_requests += 1
-        worker.routed_tokens += num_tokens
-        report = worker.num_reports
+        if worker is not None:
+            worker.routed[request_id] = tokens, pairs
 
-        def take_back() -> None:
-            if worker.num_reports == report:
-                worker.routed_requests -= 1
-                worker.routed_tokens -= num_tokens
-
-        return take_back
+    def unrouted(self, worker_id: str, request_id: str) -> None:
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            worker.routed.pop(request_id, None)
 
     def lost(self, worker_id: str) -> None:
         """A call found it gone; it is not used until its stream speaks again."""
@@ -212,9 +206,8 @@ class Workers:
                 self.index.apply(worker.member.id, update.events, snapshot=update.snapshot)
                 changed = worker.state is not update.state
                 worker.state, worker.load = update.state, update.load
-                if not update.repeated_load:
-                    worker.num_reports += 1
-                    worker.routed_requests = worker.routed_tokens = 0
+                for request_id in update.arrived:
+                    worker.routed.pop(request_id, None)
                 if changed:
                     await self._notify()
         finally:

@@ -87,7 +87,7 @@ class Pace(_message.Message):
     def __init__(self, base_s: _Optional[float] = ..., token_s: _Optional[float] = ..., pair_s: _Optional[float] = ..., row_s: _Optional[float] = ..., context_s: _Optional[float] = ..., push_token_s: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "blocks_total", "blocks_free", "blocks_cached", "pace", "num_context_tokens")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "blocks_total", "blocks_free", "blocks_cached", "pace", "num_context_tokens", "num_waiting_pairs")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class Load(_message.Message):
     BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     PACE_FIELD_NUMBER: _ClassVar[int]
     NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_PAIRS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
@@ -104,7 +105,8 @@ class Load(_message.Message):
     blocks_cached: int
     pace: Pace
     num_context_tokens: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
+    num_waiting_pairs: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., num_context_tokens: _Optional[int] = ..., num_waiting_pairs: _Optional[int] = ...) -> None: ...
 
 class KVEvent(_message.Message):
     __slots__ = ("removed", "tier", "block_hashes")
@@ -117,20 +119,20 @@ class KVEvent(_message.Message):
     def __init__(self, removed: _Optional[bool] = ..., tier: _Optional[_Union[Tier, str]] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
 
 class StateUpdate(_message.Message):
-    __slots__ = ("sequence", "state", "load", "events", "snapshot", "repeated_load")
+    __slots__ = ("sequence", "state", "load", "events", "snapshot", "arrived")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
-    REPEATED_LOAD_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     state: MemberState
     load: Load
     events: _containers.RepeatedCompositeFieldContainer[KVEvent]
     snapshot: bool
-    repeated_load: bool
-    def __init__(self, sequence: _Optional[int] = ..., state: _Optional[_Union[MemberState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., events: _Optional[_Iterable[_Union[KVEvent, _Mapping]]] = ..., snapshot: _Optional[bool] = ..., repeated_load: _Optional[bool] = ...) -> None: ...
+    arrived: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sequence: _Optional[int] = ..., state: _Optional[_Union[MemberState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., events: _Optional[_Iterable[_Union[KVEvent, _Mapping]]] = ..., snapshot: _Optional[bool] = ..., arrived: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetMemberRequest(_message.Message):
     __slots__ = ()
