@@ -79,7 +79,7 @@ class PoolConfig(Strict):
 class PushConfig(Strict):
     """How prefill workers write KV straight into decode workers' memory. No protocols: never, KV goes by the pool alone."""
 
-    protocols: tuple[Literal["nvlink_intra", "rdma", "tcp"], ...] = ("tcp",)
+    protocols: tuple[Literal["nvlink_intra", "rdma", "tcp"], ...] | None = None  # None: all that this machine has
     host: str = ""  # that peers reach this process's Transfer Engine at; empty: server.advertise, or server.host
     devices: str = ""  # RDMA devices, comma-separated
     limit_s: float = Field(default=5.0, gt=0)  # a push that takes longer has failed

@@ -159,6 +159,8 @@ def bench(
     shared_prefix: Annotated[int, typer.Option(min=0, help="Leading prompt tokens that all requests share.")] = 0,
     repeat_prompts: Annotated[int, typer.Option(min=1, help="Send each prompt so often.")] = 1,
     seed: Annotated[int, typer.Option()] = 0,
+    ttft_slo_ms: Annotated[float | None, typer.Option(help="Goodput: the first token within this.")] = None,
+    itl_slo_ms: Annotated[float | None, typer.Option(help="Goodput: a request's mean time between tokens within this.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
 ) -> None:
     """Measure a running cluster: TTFT, ITL, throughput, cache hits."""
@@ -173,6 +175,8 @@ def bench(
         shared_prefix=shared_prefix,
         repeat_prompts=repeat_prompts,
         seed=seed,
+        ttft_slo_ms=ttft_slo_ms,
+        itl_slo_ms=itl_slo_ms,
     )
     result = run_bench(url, load)
     if json_file is not None:

@@ -31,6 +31,8 @@ class Load:
     shared_prefix: int
     repeat_prompts: int
     seed: int
+    ttft_slo_ms: float | None = None  # goodput counts requests within these; a failed or refused one never is
+    itl_slo_ms: float | None = None  # of a request's mean
 
 
 @dataclass(slots=True)
@@ -143,6 +145,7 @@ async def _one(client: httpx.AsyncClient, prompt: tuple[list[int], int], sample:
 
 def summarise(samples: Sequence[Sample], seconds: float, load: Load) -> dict[str, Any]:
     good = [sample for sample in samples if sample.error is None]
+    met = [sample for sample in good if _meets(sample, load)]
     output, prompt = sum(s.output_tokens for s in good), sum(s.prompt_tokens for s in good)
     return {
         "load": asdict(load),
@@ -151,6 +154,8 @@ def summarise(samples: Sequence[Sample], seconds: float, load: Load) -> dict[str
         "errors": sorted({s.error for s in samples if s.error is not None})[:5],
         "seconds": seconds,
         "requests_per_s": len(good) / seconds,
+        "goodput_requests_per_s": len(met) / seconds,
+        "slo_met": len(met) / len(samples) if samples else 0.0,
         "output_tokens_per_s": output / seconds,
         "total_tokens_per_s": (output + prompt) / seconds,
         "cache_hit_rate": sum(s.cached_tokens for s in good) / prompt if prompt else 0.0,
@@ -158,6 +163,11 @@ def summarise(samples: Sequence[Sample], seconds: float, load: Load) -> dict[str
         "itl_ms": _spread([gap for s in good for gap in s.itl_s]),
         "e2e_ms": _spread([s.e2e_s for s in good]),
     }
+
+
+def _meets(sample: Sample, load: Load) -> bool:
+    itl = sum(sample.itl_s) / len(sample.itl_s) if sample.itl_s else 0.0
+    return 1e3 * sample.ttft_s <= (load.ttft_slo_ms or float("inf")) and 1e3 * itl <= (load.itl_slo_ms or float("inf"))
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -181,5 +191,7 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['requests_per_s']:.2f} requests/s, {result['output_tokens_per_s']:.1f} output tok/s, "
         f"{result['total_tokens_per_s']:.1f} total tok/s, cache hit rate {result['cache_hit_rate']:.1%}"
     )
+    if result["load"]["ttft_slo_ms"] or result["load"]["itl_slo_ms"]:
+        console.print(f"goodput {result['goodput_requests_per_s']:.2f} requests/s: {result['slo_met']:.1%} met what was promised")
     for error in result["errors"]:
         console.print(f"failed: {error}", style="red", markup=False)

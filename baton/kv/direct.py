@@ -3,19 +3,19 @@
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
-from baton.config import PushConfig
 from baton.errors import TransferError
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.push import Choice, Copy, Offer, PushResult, PushStatus, choose
-from baton.kv.store import Buffer
 from baton.types import PushTarget
 
 logger = logging.getLogger(__name__)
-Protocol = Literal["nvlink_intra", "rdma", "tcp"]
+LEFT_ALONE_S = 30.0  # a path that has failed, where there is another
+_REMEMBERED = 1024  # failed paths
 
 
 def this_machine() -> str:
@@ -24,12 +24,10 @@ def this_machine() -> str:
 
 
 class DirectReceiver:
-    def __init__(self, region: Buffer, config: PushConfig) -> None:
-        """Raises ConfigError if a protocol is not to be had, TransferError."""
+    def __init__(self, receivers: Mapping[str, MooncakeReceiver]) -> None:
+        """`receivers`: by protocol."""
         self.machine = this_machine()
-        self._receivers = [
-            MooncakeReceiver(region, host=config.host, protocol=protocol, devices=config.devices) for protocol in config.protocols
-        ]
+        self._receivers = list(receivers.values())
         self._advanced = False
         self.sessions = self._sessions()
         """Of the present generation: protocol and session. Replaced as a whole."""
@@ -59,29 +57,42 @@ class DirectReceiver:
 
 
 class DirectSender:
-    """Counts what it sends: `values`, by name."""
+    """Counts what it sends: `values`, by name. A path that has failed is left alone for a while, if there is another."""
 
-    def __init__(self, region: Buffer, config: PushConfig) -> None:
-        """Raises ConfigError if a protocol is not to be had, TransferError."""
-        self._offer = Offer(this_machine(), config.protocols)
-        self._senders = {
-            protocol: MooncakeSender(region, host=config.host, protocol=protocol, limit_s=config.limit_s, devices=config.devices)
-            for protocol in config.protocols
-        }
+    def __init__(self, senders: Mapping[str, MooncakeSender]) -> None:
+        """`senders`: by protocol."""
+        self._offer = Offer(this_machine(), tuple(senders))
+        self._senders = dict(senders)
         self._told: set[tuple[str, str]] = set()
-        self._lock = threading.Lock()  # of the values: each session has a thread
-        self.values = {"push_bytes": 0.0, "push_seconds": 0.0, "push_failures": 0.0}
+        self._failed: OrderedDict[str, tuple[float, str]] = OrderedDict()  # sessions, until when they are left alone, and why
+        self._lock = threading.Lock()  # of what is above and below: each session has a thread
+        self.values = {"push_bytes": 0.0, "push_seconds": 0.0, "push_failures": 0.0, "push_fallbacks": 0.0}
 
     def path(self, target: PushTarget) -> Choice:
         """The protocol for this target, and why."""
-        choice = choose(self._offer, Offer(target.machine, tuple(protocol for protocol, _ in target.sessions)))
-        if (target.machine, choice.protocol) not in self._told:
-            self._told.add((target.machine, choice.protocol))
-            logger.info("push to %s: %s (%s)", target.machine, choice.protocol or "not possible", choice.reason)
+        choice, _ = self._path(target)
         return choice
 
+    def _path(self, target: PushTarget) -> tuple[Choice, bool]:
+        """And whether it stands in for one that has failed."""
+        peer, now = Offer(target.machine, tuple(protocol for protocol, _ in target.sessions)), time.monotonic()
+        with self._lock:
+            left_alone = {protocol: self._failed[name] for protocol, name in target.sessions if name in self._failed}
+        failed = {protocol: reason for protocol, (until, reason) in left_alone.items() if until > now}
+        best = choose(self._offer, peer)
+        choice = choose(self._offer, peer, failed) if failed else best
+        if not choice.protocol:
+            choice = best
+        with self._lock:
+            new = (target.machine, choice.protocol) not in self._told
+            self._told.add((target.machine, choice.protocol))
+        if new:
+            logger.info("push to %s: %s (%s)", target.machine, choice.protocol or "not possible", choice.reason)
+        return choice, choice.protocol != best.protocol
+
     def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
-        choice = self.path(target)
+        choice, stands_in = self._path(target)
+        session = dict(target.sessions).get(choice.protocol, "")
 
         def counted(result: PushResult) -> None:
             good = result.status is PushStatus.GOOD
@@ -89,6 +100,12 @@ class DirectSender:
                 self.values["push_bytes"] += result.nbytes * good
                 self.values["push_seconds"] += result.seconds * good
                 self.values["push_failures"] += not good
+                self.values["push_fallbacks"] += good and stands_in
+                if not good and session:
+                    self._failed[session] = time.monotonic() + LEFT_ALONE_S, result.reason
+                    self._failed.move_to_end(session)
+                    while len(self._failed) > _REMEMBERED:
+                        self._failed.popitem(last=False)
             if not good:
                 logger.warning("push of %d bytes over %s: %s", result.nbytes, choice.protocol, result.reason)
             done(result)
@@ -97,7 +114,7 @@ class DirectSender:
             counted(PushResult(PushStatus.FAILED, 0, 0.0, choice.reason))
             settled()
         else:
-            self._senders[choice.protocol].push(dict(target.sessions)[choice.protocol], copies, counted, settled)
+            self._senders[choice.protocol].push(session, copies, counted, settled)
 
     def close(self) -> None:
         for sender in self._senders.values():

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from baton.errors import ConfigError, InternalError, TransferError
@@ -116,6 +117,17 @@ class Engine:
         self._closed = True
         while len(_held) > _MAX_HELD:
             os.close(_held.popleft())
+
+
+def found_protocols(cuda: bool) -> list[str]:
+    """What this machine seems to have, best first; whether Mooncake can use it, an Engine says. `cuda`: the memory is a GPU's. Raises
+    ConfigError where Mooncake cannot be loaded."""
+    found = ["tcp"]
+    if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
+        found.insert(0, "rdma")
+    if cuda and getattr(_load(), "SUPPORT_INTRA_NVLINK", False):
+        found.insert(0, "nvlink_intra")
+    return found
 
 
 def describe(session: str, timeout_s: float) -> dict[str, Any]:

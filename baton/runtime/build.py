@@ -67,7 +67,9 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
     loaded = load(model, config.engine)
     transfer = connect_pool(config.pool, loaded.pool.region)
     host = config.push.host or config.server.advertise or config.server.host
-    sender, receiver = connect_push(config.push.model_copy(update={"host": host}), config.role, loaded.pool.region)
+    sender, receiver = connect_push(
+        config.push.model_copy(update={"host": host}), config.role, loaded.pool.region, cuda=loaded.pool.tensor.is_cuda
+    )
     engine = build_engine(
         loaded,
         transfer,

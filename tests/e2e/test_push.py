@@ -1,6 +1,7 @@
 """Direct push between real processes over Mooncake's Transfer Engine (TCP): what lands, and what never does after a fence."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -15,10 +16,14 @@ from typing import Any
 
 import pytest
 
+from baton.config import PushConfig
 from baton.errors import ConfigError, TransferError
+from baton.kv.connect import connect_push
+from baton.kv.direct import DirectSender, this_machine
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.transfer_engine import Engine, describe
+from baton.types import PushTarget, Role
 from tests.e2e.push_peer import Memory
 
 MIB = 1 << 20
@@ -375,3 +380,44 @@ def test_memory_is_registered_once() -> None:
     region = Memory(MIB).region
     with pytest.raises(TransferError, match="registered"):
         Engine("127.0.0.1", "tcp", [region, region])
+
+
+def test_where_a_path_fails_the_next_best_is_taken() -> None:
+    """The better one's peer is not there (two TCP senders: other protocols need devices)."""
+    source, target = Memory(MIB, NEW), Memory(MIB, OLD)
+    receiver = MooncakeReceiver(target.region, host="127.0.0.1", protocol="tcp")
+    senders = {name: MooncakeSender(source.region, host="127.0.0.1", protocol="tcp", limit_s=5.0) for name in ("rdma", "tcp")}
+    direct = DirectSender(senders)
+    with socket.socket() as dead:
+        dead.bind(("127.0.0.1", 0))  # nobody listens
+        sessions = (("rdma", f"127.0.0.1:{dead.getsockname()[1]}"), ("tcp", receiver.session))
+        there = PushTarget(lease="l", machine=this_machine(), sessions=sessions, first_block=0, addresses=(target.region.address,))
+        statuses: list[PushStatus] = []
+        for _ in range(3):
+            settled = threading.Event()
+            copies = [Copy(source.region.address, target.region.address, MIB)]
+            direct.push(there, copies, lambda result: statuses.append(result.status), settled.set)
+            assert settled.wait(5)
+    assert statuses == [PushStatus.FAILED, PushStatus.GOOD, PushStatus.GOOD]
+    assert target.bytes_found() == {NEW}
+    assert direct.path(there).protocol == "tcp"
+    assert direct.path(there).reason.startswith("rdma: ")
+    assert (direct.values["push_failures"], direct.values["push_fallbacks"]) == (1, 2)
+    only = dataclasses.replace(there, sessions=sessions[:1])
+    assert direct.path(only).protocol == "rdma"  # nothing else is there
+    direct.close()
+    receiver.close()
+
+
+def test_without_devices_tcp_is_what_is_found() -> None:
+    region = Memory(MIB).region
+    for config, sends in ((PushConfig(host="127.0.0.1"), True), (PushConfig(protocols=()), False)):
+        sender, _ = connect_push(config, Role.PREFILL, region, cuda=False)
+        _, receiver = connect_push(config, Role.DECODE, region, cuda=False)
+        assert (sender is not None, receiver is not None) == (sends, sends)
+        if sender is not None and receiver is not None:
+            assert [protocol for protocol, _ in receiver.sessions] == ["tcp"]
+            sender.close()
+            receiver.close()
+    with pytest.raises(ConfigError, match="nvlink_intra"):
+        connect_push(PushConfig(host="127.0.0.1", protocols=("nvlink_intra",)), Role.DECODE, region, cuda=False)
