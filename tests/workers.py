@@ -101,7 +101,7 @@ async def worker(
         WorkerServicer(intake, lambda: Member(id=name, role=role, address=address), lease_s=LEASE_S), server
     )
     if role is Role.PREFILL:
-        own = {"can_push": lambda target: False, "pool_available": lambda: True}
+        own = {"instance": name, "can_push": lambda target: False, "pool_available": lambda: True}
         prefill_pb2_grpc.add_PrefillServicer_to_server(
             PrefillServicer(intake, fingerprint, metrics, heartbeat_s=LEASE_S / 4, **own), server
         )

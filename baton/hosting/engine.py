@@ -59,8 +59,14 @@ class Leases(Protocol):
         """Ends a lease on the receiving side: nothing of it is written any more. Idempotent."""
         ...
 
+    @property
+    def revocable(self) -> bool:
+        """Whether a fence alone ends every write. Else (NVLink) the sender must have said that it has ended, or be gone, too."""
+        ...
+
     async def fence(self, grace_s: float) -> None:
-        """Ends all leases that there are, by force: for when nobody can say that one is over. Others have `grace_s` to end well."""
+        """Ends, by force, all writes that can be ended from here, for when nobody can say that a lease is over; others have `grace_s` to
+        end well. Where that is all of them, all leases that there were are settled."""
         ...
 
 

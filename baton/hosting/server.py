@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import logging
 import os
+import secrets
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
@@ -36,7 +37,7 @@ class Host:
 
     def __init__(self, server: ServerConfig, cluster: ClusterConfig, member: Member, metrics: Metrics | None = None) -> None:
         self._config, self._metrics = server, metrics
-        self.member = dataclasses.replace(member, pid=os.getpid())
+        self.member = dataclasses.replace(member, pid=os.getpid(), instance=member.instance or secrets.token_hex(8))
         self.membership: Membership = make_membership(cluster)
         self.grpc: Any = cast(Any, grpc.aio).server(options=server_options(cluster.lease_s))
         self._health: Any = cast(Any, health).aio.HealthServicer()

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from baton.errors import TransferError
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.push import Choice, Copy, Offer, PushResult, PushStatus, choose
 from baton.types import PushTarget
@@ -27,32 +26,36 @@ class DirectReceiver:
     def __init__(self, receivers: Mapping[str, MooncakeReceiver]) -> None:
         """`receivers`: by protocol."""
         self.machine = this_machine()
-        self._receivers = list(receivers.values())
+        self._receivers = dict(receivers)
+        self._revocable = [receiver for receiver in receivers.values() if receiver.revocable]
         self._advanced = False
         self.sessions = self._sessions()
         """Of the present generation: protocol and session. Replaced as a whole."""
 
+    @property
+    def revocable(self) -> bool:
+        """Whether `fence` ends all writes. Those of other protocols their sender has to end."""
+        return len(self._revocable) == len(self._receivers)
+
     def _sessions(self) -> tuple[tuple[str, str], ...]:
-        return tuple((receiver.protocol, receiver.session) for receiver in self._receivers)
+        return tuple((protocol, receiver.session) for protocol, receiver in self._receivers.items())
 
     def advance(self) -> None:
         """New sessions for who asks from now on; none, if those before are not fenced yet. Blocks. Raises TransferError."""
         if not self._advanced:
-            for receiver in self._receivers:
+            for receiver in self._revocable:
                 receiver.advance()
             self.sessions, self._advanced = self._sessions(), True
 
     def fence(self) -> None:
-        """Ends all older sessions: no write under them lands any more. Blocks. Raises InternalError or TransferError where that can't be
-        said."""
-        for receiver in self._receivers:
+        """Ends all older sessions: where that can be said (`revocable`), no write under them lands any more. Blocks. Raises
+        InternalError."""
+        for receiver in self._revocable:
             receiver.fence()
-        if fixed := [receiver.protocol for receiver in self._receivers if not receiver.revocable]:
-            raise TransferError(f"writes over {', '.join(fixed)} can't be revoked from this side: their sender has to end them")
         self._advanced = False
 
     def close(self) -> None:
-        for receiver in self._receivers:
+        for receiver in self._receivers.values():
             receiver.close()
 
 

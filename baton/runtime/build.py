@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         num_blocks=loaded.pool.num_blocks,
         max_model_len=loaded.max_model_len,
         max_num_batched_tokens=loaded.max_num_batched_tokens,
+        instance=secrets.token_hex(8),
     )
     metrics = WorkerMetrics(name, member.id, lambda: engine.load, transfer.stats.values, {} if sender is None else sender.values)
     engine.on_crash = lambda: os._exit(70)  # peers see broken streams at once, and a supervisor starts the worker again

@@ -52,9 +52,14 @@ class EngineLeases:
     def settle(self, lease: str) -> None:
         self._post(lambda: self._reservations.settle(lease))
 
+    @property
+    def revocable(self) -> bool:
+        return self._receiver is None or self._receiver.revocable
+
     async def fence(self, grace_s: float) -> None:
         if self._receiver is not None and not self._stopping():
             await asyncio.to_thread(self._receiver.advance)
             await asyncio.sleep(grace_s)
             await asyncio.to_thread(self._receiver.fence)
-            self._post(self._reservations.settle_old)
+            if self.revocable:
+                self._post(self._reservations.settle_old)

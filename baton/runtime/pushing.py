@@ -39,6 +39,9 @@ class Receiver(Protocol):
     machine: str
     sessions: tuple[tuple[str, str], ...]
 
+    @property
+    def revocable(self) -> bool: ...
+
     def advance(self) -> None: ...
 
     def fence(self) -> None: ...

@@ -247,7 +247,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         finally:
             if target is not None and leases is not None:
                 well = last >= target.first_block + len(target.addresses)
-                leases.end(target.lease, candidate.address, well=well, broken=broken)
+                leases.end(target.lease, candidate, well=well, broken=broken)
 
     async def _prefill(
         self, candidate: decode_pb2.PrefillCandidate, request: GenerateRequest, target: PushTarget | None

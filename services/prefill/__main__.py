@@ -19,6 +19,7 @@ async def serve(config: WorkerConfig) -> None:
             built.member.fingerprint,
             built.metrics,
             heartbeat_s=config.cluster.lease_s / 4,
+            instance=built.member.instance,
             can_push=built.can_push,
             pool_available=built.pool_available,
         )

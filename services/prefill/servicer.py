@@ -19,11 +19,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         fingerprint: str,
         metrics: WorkerMetrics,
         *,
+        instance: str,
         heartbeat_s: float,
         can_push: Callable[[PushTarget], bool],
         pool_available: Callable[[], bool],
     ) -> None:
         self._intake, self._fingerprint, self._metrics, self._heartbeat_s = intake, fingerprint, metrics, heartbeat_s
+        self._instance = instance
         self._can_push, self._pool_available = can_push, pool_available
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: Context) -> AsyncIterator[common_pb2.SequenceOutput]:
@@ -52,7 +54,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     async def EndLease(self, request: prefill_pb2.EndLeaseRequest, context: Context) -> prefill_pb2.EndLeaseResponse:
         async with guarded(context):
             end = await self._intake.engine.leases.settled(request.lease)
-        return prefill_pb2.EndLeaseResponse(clean=end.clean, known=end.known)
+        return prefill_pb2.EndLeaseResponse(clean=end.clean, known=end.known, instance=self._instance)
 
     def _count(self, output: GenerateOutput) -> None:
         self._metrics.generation_tokens.inc(len(output.tokens))

@@ -151,14 +151,16 @@ class Dispatcher:
         return True
 
     async def _call(self, request: GenerateRequest, placement: Placement, route: Route) -> AsyncGenerator[GenerateOutput]:
-        candidates = [decode_pb2.PrefillCandidate(id=name, address=self.workers.address(name)) for name in placement.prefills]
+        candidates = [self._candidate(name) for name in placement.prefills]
         message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request), prefill_candidates=candidates)
         computes = placement.prefills[0] if placement.prefills else placement.decode
         total, missing = len(request.prompt_token_ids) + len(request.output_token_ids), placement.missing_tokens
         self.workers.routed(placement.decode, request.request_id, 0, 0)
         self.workers.routed(computes, request.request_id, missing, (total**2 - (total - missing) ** 2) // 2)
         try:
-            async with aclosing(self._sessions.generate(placement.decode, self.workers.address(placement.decode), message)) as responses:
+            async with aclosing(
+                self._sessions.generate(placement.decode, self.workers.member(placement.decode).address, message)
+            ) as responses:
                 async for response in responses:
                     if response.HasField("prefill"):
                         route.prefill = response.prefill.prefill_id
@@ -173,3 +175,7 @@ class Dispatcher:
         finally:
             for worker_id in {computes, placement.decode}:
                 self.workers.unrouted(worker_id, request.request_id)
+
+    def _candidate(self, worker_id: str) -> decode_pb2.PrefillCandidate:
+        member = self.workers.member(worker_id)
+        return decode_pb2.PrefillCandidate(id=worker_id, address=member.address, instance=member.instance)

@@ -66,8 +66,8 @@ class Workers:
     def all(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if not worker.gone]
 
-    def address(self, worker_id: str) -> str:
-        return self._workers[worker_id].member.address
+    def member(self, worker_id: str) -> Member:
+        return self._workers[worker_id].member
 
     def view(self, hashes_by_size: "HashesBySize", exclude: Sequence[str] = ()) -> list[WorkerView]:
         """Usable workers, with how much of a prompt each one holds."""
@@ -137,7 +137,7 @@ class Workers:
                     await self._forget(worker)
             for name, member in serving.items():
                 known = self._workers.get(name)
-                if known is not None and (known.member.address, known.member.pid) != (member.address, member.pid):
+                if known is not None and _process(known.member) != _process(member):
                     await self._forget(known)
                     known = None
                 if known is None:
@@ -229,3 +229,7 @@ class HashesBySize:
         if block_size not in self._hashes:
             self._hashes[block_size] = block_hashes(self._token_ids, block_size, self._salt)
         return self._hashes[block_size]
+
+
+def _process(member: Member) -> tuple[str, int, str]:
+    return member.address, member.pid, member.instance

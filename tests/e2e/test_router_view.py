@@ -90,7 +90,7 @@ async def test_who_restarts_under_its_name_is_usable_again() -> None:
         async with view(hub) as workers:
             await until(lambda: usable(workers) == ["w"])
             hub["w"] = member("w", second.address, pid=2)
-            await until(lambda: usable(workers) == ["w"] and workers.address("w") == second.address)
+            await until(lambda: usable(workers) == ["w"] and workers.member("w").address == second.address)
 
 
 async def test_a_lease_that_runs_out_under_a_healthy_worker_ends_no_request() -> None:

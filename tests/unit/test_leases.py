@@ -1,16 +1,19 @@
 """Leases on both sides, where the order of things decides what may be said."""
 
 import asyncio
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.store import Buffer
 from baton.rpc.channel import Channels
+from baton.rpc.v1.decode_pb2 import PrefillCandidate
 from baton.runtime.pushing import Pusher
 from baton.scheduling.blocks import BlockPool
-from baton.types import LeaseEnd, PushTarget
+from baton.types import LeaseEnd, PushTarget, Role
 from services.decode import leases
+from tests.workers import worker
 
 SIZE = 4
 
@@ -88,6 +91,7 @@ class Decoder:
     def __init__(self) -> None:
         self.leases: set[str] = set()
         self.num_fences = 0
+        self.revocable = True
 
     async def reserved(self, lease: str) -> bool:
         await asyncio.sleep(0.005)  # as long as a step takes
@@ -99,8 +103,9 @@ class Decoder:
     async def fence(self, grace_s: float) -> None:
         before = set(self.leases)
         await asyncio.sleep(grace_s)
-        self.leases -= before
         self.num_fences += 1
+        if self.revocable:
+            self.leases -= before
 
 
 async def test_one_fence_does_not_bring_the_next(monkeypatch: Any) -> None:
@@ -111,12 +116,12 @@ async def test_one_fence_does_not_bring_the_next(monkeypatch: Any) -> None:
     try:
         for number in range(20):
             engine.leases.add(str(number))
-        made.end("0", "127.0.0.1:9", well=False, broken=True)  # nobody is there
+        made.end("0", PrefillCandidate(address="127.0.0.1:9"), well=False, broken=True)  # nobody is there
         while not engine.num_fences:
             await asyncio.sleep(0.01)
         engine.leases.add("later")
         for number in range(1, 20):
-            made.end(str(number), "127.0.0.1:9", well=False, broken=True)
+            made.end(str(number), PrefillCandidate(address="127.0.0.1:9"), well=False, broken=True)
         await asyncio.sleep(0.5)
         assert engine.num_fences == 1
         assert engine.leases == {"later"}
@@ -133,7 +138,7 @@ async def test_leases_that_end_together_all_end(monkeypatch: Any) -> None:
     try:
         for number in range(40):
             engine.leases.add(str(number))
-            made.end(str(number), "127.0.0.1:9", well=False, broken=True)  # nobody is there
+            made.end(str(number), PrefillCandidate(address="127.0.0.1:9"), well=False, broken=True)  # nobody is there
             await asyncio.sleep(0.001 * (number % 3))
         async with asyncio.timeout(5):
             while engine.leases:
@@ -141,3 +146,53 @@ async def test_leases_that_end_together_all_end(monkeypatch: Any) -> None:
     finally:
         await made.close()
         await channels.close()
+
+
+async def test_what_no_fence_ends_waits_for_its_sender(monkeypatch: Any) -> None:
+    """Over NVLink the sender's device writes by itself: a sender that is stopped may go on, one that is gone will not."""
+    monkeypatch.setattr(leases, "GRACE_S", 0.0)
+    monkeypatch.setattr(leases, "GONE_S", 0.1)
+    engine, channels = Decoder(), Channels(1.0)
+    engine.revocable = False
+    engine.leases |= {"stopped", "dead", "alive"}
+    made = leases.Leases(engine, channels, lease_s=0.2)  # type: ignore[arg-type]
+    with socket.socket() as stopped, socket.socket() as dead:
+        stopped.bind(("127.0.0.1", 0))
+        stopped.listen()  # who is stopped still has its sockets
+        dead.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{stopped.getsockname()[1]}"
+        try:
+            made.end("stopped", PrefillCandidate(address=address), well=False, broken=True)
+            made.end("dead", PrefillCandidate(address=f"127.0.0.1:{dead.getsockname()[1]}"), well=False, broken=True)
+            await asyncio.sleep(1.5)
+            assert engine.leases == {"stopped", "alive"}
+            stopped.close()
+            async with asyncio.timeout(5):
+                while engine.leases != {"alive"}:
+                    await asyncio.sleep(0.05)
+        finally:
+            await made.close()
+            await channels.close()
+
+
+async def test_a_sender_that_was_replaced_meanwhile_is_not_believed(monkeypatch: Any) -> None:
+    """It knows nothing of the lease; the process before it may have written."""
+    monkeypatch.setattr(leases, "GRACE_S", 0.0)
+    engine, channels = Decoder(), Channels(1.0)
+    engine.leases |= {"asked it", "asked another"}
+    made = leases.Leases(engine, channels, lease_s=1.0)  # type: ignore[arg-type]
+    async with worker(Role.PREFILL, {}, name="present") as sender:
+        try:
+            made.end("asked it", PrefillCandidate(address=sender.address, instance="present"), well=False, broken=False)
+            async with asyncio.timeout(5):
+                while "asked it" in engine.leases:
+                    await asyncio.sleep(0.01)
+            assert engine.num_fences == 0
+            made.end("asked another", PrefillCandidate(address=sender.address, instance="past"), well=False, broken=False)
+            async with asyncio.timeout(5):
+                while engine.leases:
+                    await asyncio.sleep(0.01)
+            assert engine.num_fences == 1
+        finally:
+            await made.close()
+            await channels.close()

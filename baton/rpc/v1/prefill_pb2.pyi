@@ -46,9 +46,11 @@ class EndLeaseRequest(_message.Message):
     def __init__(self, lease: _Optional[str] = ...) -> None: ...
 
 class EndLeaseResponse(_message.Message):
-    __slots__ = ("clean", "known")
+    __slots__ = ("clean", "known", "instance")
     CLEAN_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
     clean: bool
     known: bool
-    def __init__(self, clean: _Optional[bool] = ..., known: _Optional[bool] = ...) -> None: ...
+    instance: str
+    def __init__(self, clean: _Optional[bool] = ..., known: _Optional[bool] = ..., instance: _Optional[str] = ...) -> None: ...
