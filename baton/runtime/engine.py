@@ -85,7 +85,7 @@ class Engine:
             on_saved=self._saved,
         )
         self.pusher = Pusher(scheduler.cache.pool, sender, block_size=scheduler.cache.block_size, buffer=buffer, post=self._post)
-        self.reservations = Reservations(scheduler.cache, receiver, buffer=buffer, after_steps=self._flights.after)
+        self.reservations = Reservations(scheduler.cache, receiver, buffer=buffer, after_steps=self._flights.after, patience_s=budget_s)
         self.leases = EngineLeases(self.pusher, self.reservations, receiver, post=self._post, stopping=lambda: self._stopping)
         self._sender, self._receiver = sender, receiver
         self._transfer, self._eos_token_ids = transfer, eos_token_ids
@@ -230,6 +230,7 @@ class Engine:
             while self._work_inbox():
                 self._flush()  # what came meanwhile need not wait for the step
                 self.loader.tick(time.monotonic())
+                self.reservations.serve()
                 self._stalled = not self._step()
                 self._flush()
                 self._publisher.publish(time.monotonic())

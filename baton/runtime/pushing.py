@@ -10,7 +10,8 @@ until it has settled, here until the lease has ended well or its session is fenc
 """
 
 import secrets
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -192,6 +193,13 @@ class Pusher:
             self._over.popitem(last=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    feed: Feed
+    answer: Callable[[PushTarget | None], None]
+    deadline: float
+
+
 @dataclass(slots=True, eq=False)
 class Reservation:
     feed: Feed
@@ -209,24 +217,47 @@ class Reservations:
         *,
         buffer: Callable[[int], Buffer],
         after_steps: Callable[[Callable[[], None]], None],
+        patience_s: float,
     ) -> None:
-        """`after_steps` runs a function once blocks that are free by now are written by no step any more."""
+        """`after_steps` runs a function once blocks that are free by now are written by no step any more. Room is waited for as long as
+        `patience_s`."""
         self._cache, self._receiver, self._buffer, self._after_steps = cache, receiver, buffer, after_steps
         self._by_lease: dict[str, Reservation] = {}
+        self._patience_s = patience_s
+        self._waiting: deque[_Waiting] = deque()
 
     def reserve(self, feed: Feed, answer: Callable[[PushTarget | None], None]) -> None:
-        """Blocks for what is neither here nor in the pool of a request that was looked up; None where there is no room."""
-        cache = self._cache
-        first = max(feed.num_found, len(cache.match(feed.request)))
-        count = min(cache.blocks_for(feed.num_tokens) - first, cache.pool.num_free)
+        """Blocks for what is neither here nor in the pool of a request that was looked up, when there is room; None where there is none in
+        time, or nothing is missing."""
+        self._waiting.append(_Waiting(feed, answer, time.monotonic() + self._patience_s))
+        self.serve()
+
+    def serve(self) -> None:
+        """Those who wait for room, in their order. Called between steps."""
+        while self._waiting:
+            first_in_line = self._waiting[0]
+            feed, now = first_in_line.feed, time.monotonic()
+            first = max(feed.num_found, len(self._cache.match(feed.request)))
+            count = self._cache.blocks_for(feed.num_tokens) - first
+            wanted = self._receiver is not None and count > 0 and not feed.closed and not feed.ready
+            room = wanted and self._has_room(count)
+            if wanted and not room and now < first_in_line.deadline:
+                return
+            self._waiting.popleft()
+            if room:
+                self._take(feed, first, count, first_in_line.answer)
+            else:
+                first_in_line.answer(None)
+
+    def _has_room(self, count: int) -> bool:
+        pool = self._cache.pool
         reserved = sum(len(other.block_ids) - other.num_arrived for other in self._by_lease.values())
-        if reserved and reserved + count > MAX_RESERVED_FRACTION * cache.pool.num_blocks:
-            count = 0
-        if self._receiver is None or count <= 0 or feed.closed or feed.ready:
-            answer(None)
-            return
+        return count <= pool.num_free and (not reserved or reserved + count <= MAX_RESERVED_FRACTION * pool.num_blocks)
+
+    def _take(self, feed: Feed, first: int, count: int, answer: Callable[[PushTarget | None], None]) -> None:
+        assert self._receiver is not None
         lease, sessions = secrets.token_hex(8), self._receiver.sessions
-        reservation = Reservation(feed, sessions, first, cache.pool.take(count))
+        reservation = Reservation(feed, sessions, first, self._cache.pool.take(count))
         self._by_lease[lease] = reservation
         addresses = tuple(self._buffer(block_id).address for block_id in reservation.block_ids)
         machine = self._receiver.machine

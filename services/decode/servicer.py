@@ -193,7 +193,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             feeding.decide(candidates[0].id, f"{missing} of {known} tokens missing")
             for candidate in candidates:
                 feeding.decide(candidate.id, feeding.reason)
-                pushed = False
+                pushed, num_blocks = False, 0
                 try:
                     async with self._reserved(sequence, candidate) as (target, arrived):
                         if target is None and not self._pool_available():
@@ -201,12 +201,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                             break
                         async for output in self._prefill(candidate, request, target):
                             feeding.prefill_cache = output.cache or feeding.prefill_cache
+                            num_blocks = max(num_blocks, output.num_pushed_blocks, output.num_saved_blocks)
                             arrived(output.num_pushed_blocks)
                             sequence.offer_blocks(output.num_saved_blocks)
                             for token in output.tokens:
                                 pushed = True
                                 sequence.push_token(token)
-                    self._metrics.prefill("remote")
+                    self._metrics.prefill("remote" if num_blocks else "fallback")  # a prompt that nothing came of is computed here
                     return
                 except BatonError as error:
                     logger.warning("prefill of %s by %s failed: %s", request.request_id, candidate.id, error.message)

@@ -132,6 +132,7 @@ class EngineMachine(RuleBasedStateMachine):
             return
         known = entry.feed.num_tokens
         answers: list[PushTarget | None] = []
+        self.engine.reservations._patience_s = 0.0
         self.engine.reservations.reserve(entry.feed, answers.append)
         while not answers:
             self.step()
