@@ -13,7 +13,7 @@ import torch
 
 from baton.config import EngineConfig
 from baton.kv.store import MemoryStore
-from baton.kv.transfer import KVTransfer, NoTransfer
+from baton.kv.transfer import KVTransfer
 from baton.runtime.build import build_engine, load
 from baton.runtime.engine import Engine
 from baton.types import FinishReason, GenerateOutput, GenerateRequest, OutputToken, SamplingParams
@@ -47,8 +47,8 @@ def request(length: int, sampling: SamplingParams, name: str = "", **changes: An
 @asynccontextmanager
 async def engine(folder: Path, store: MemoryStore | None = None, settings: EngineConfig | None = None) -> AsyncIterator[Engine]:
     settings = settings or engine_settings()
-    transfer = KVTransfer(store) if store is not None else NoTransfer()
-    built = build_engine(load(folder, settings), transfer, budget_s=5, prefix_caching=settings.prefix_caching)
+    tiers = [KVTransfer(store)] if store is not None else []
+    built = build_engine(load(folder, settings), tiers, budget_s=5, prefix_caching=settings.prefix_caching)
     built.start()
     try:
         yield built
