@@ -143,30 +143,15 @@ class FileStore:
         header = _HEADER.pack(_MAGIC, buffer.nbytes, zlib.crc32(view), _digest(key))
         temporary = f"{path}.{os.getpid()}-{next(self._numbers)}{TEMPORARY}"
         try:
-            try:
-                self._write_whole(temporary, path, header, view)
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                self._evict(2 * size)  # the disk holds less than the budget
-                self._write_whole(temporary, path, header, view)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+            _write_whole(temporary, path, header, view)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self._evict(2 * size)  # the disk holds less than the budget
+            _write_whole(temporary, path, header, view)
         self._written += size
         self._note(name, size)
         return True
-
-    def _write_whole(self, temporary: str, path: str, header: bytes, view: memoryview) -> None:
-        file = _create(temporary)
-        try:
-            for part in (memoryview(header), view):
-                while part:
-                    part = part[os.write(file, part) :]
-        finally:
-            os.close(file)
-        os.rename(temporary, path)
 
     def _remove_damaged(self, name: str) -> bool:
         self._damaged += 1
@@ -232,6 +217,23 @@ class FileStore:
         """Without its marker, the root is an empty mount point, which must not be filled."""
         if not os.path.exists(self._root / MARKER):
             raise StoreError(f"{self._root}/{MARKER} is not there any more: was the file system unmounted, or its content removed?")
+
+
+def _write_whole(temporary: str, path: str, header: bytes, view: memoryview) -> None:
+    """All of it under its name, or nothing. Raises OSError."""
+    file = _create(temporary)
+    try:
+        try:
+            for part in (memoryview(header), view):
+                while part:
+                    part = part[os.write(file, part) :]
+        finally:
+            os.close(file)
+        os.rename(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def _create(path: str) -> int:

@@ -74,9 +74,12 @@ class HostStore:
                 self._free += [slot for slot, _ in filling.values()]
             raise
         with self._lock:
-            for key in reversed(filling):
-                self._slots[key] = filling[key][0]
-                self._probation[key] = None
+            for key, (slot, _) in reversed(filling.items()):
+                if key in self._slots:  # another thread was faster
+                    self._free.append(slot)
+                else:
+                    self._slots[key] = slot
+                    self._probation[key] = None
             return [key in self._slots for key in keys]
 
     def hold(self, keys: Iterable[str]) -> dict[str, Buffer]:

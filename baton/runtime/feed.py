@@ -25,9 +25,9 @@ class Feed:
     closed: bool = False
     deadline: float | None = None  # of the calls in flight
 
-    first: int = 0  # block of the lookup
-    answers: dict[int, list[bool]] = field(default_factory=dict[int, list[bool]])  # to the lookup, by tier
-    sources: dict[int, list[int]] = field(default_factory=dict[int, list[int]])  # of a block: tiers to try
+    asked: range = range(0)  # blocks of the lookup
+    answered: set[int] = field(default_factory=set[int])  # tiers
+    sources: dict[int, list[int]] = field(default_factory=dict[int, list[int]])  # of a block: tiers to try, in order
     failed: set[int] = field(default_factory=set[int])  # tiers that took too long
     assumed_s: dict[int, float] = field(default_factory=dict[int, float])  # for a block, by tier, when it was decided what to fetch
     decides: bool = False  # anew while it loads; not where others count on what was said

@@ -15,8 +15,10 @@ Saving pins each block until its call has returned. Neither ever makes a request
 
 import logging
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Protocol
 
 from baton.kv.store import Buffer
@@ -95,13 +97,13 @@ class Loader:
         cache.pool.reuse(matched)
         cache.pin(request.request_id, matched)
         feed.num_matched = feed.num_found = feed.num_available = feed.num_loaded = len(matched)
-        feed.first = 0 if feed.await_saves else len(matched)
-        last = feed.num_blocks if feed.await_saves else cache.num_matchable_blocks(request)
-        if feed.first >= last or not self._tiers:
+        first, last = (0, feed.num_blocks) if feed.await_saves else (len(matched), cache.num_matchable_blocks(request))
+        feed.asked = range(first, last)
+        if not feed.asked or not self._tiers:
             self._found(feed)
             return
         self._expect(feed)
-        keys = [self._key(key) for key in request.block_hashes[feed.first : last]]
+        keys = [self._key(key) for key in request.block_hashes[first:last]]
         for number, tier in enumerate(self._tiers):
             tier.lookup(keys, lambda held, number=number: self._post(lambda: self._looked_up(feed, number, held)))
 
@@ -127,23 +129,25 @@ class Loader:
         self._cache.unpin(feed.request.request_id)
 
     def _looked_up(self, feed: Feed, number: int, held: list[bool]) -> None:
-        """A tier has answered. Nobody waits for the others once all is found, unless it matters where."""
-        if feed.closed or feed.looked_up:
+        """A tier has answered. Slower ones are not waited for once all is found, unless it matters what they have; they may still help."""
+        if feed.closed or feed.ready:
             return
-        feed.answers[number] = held
-        found_all = not feed.await_saves and all(map(any, zip(*feed.answers.values(), strict=True)))
-        if found_all or len(feed.answers) == len(self._tiers):
+        feed.answered.add(number)
+        for block in compress(feed.asked, held):
+            if number not in feed.sources.setdefault(block, []):
+                insort(feed.sources[block], number)
+            self._keep(feed, number, block)
+        if feed.looked_up:
+            return
+        num_heard = next((other for other in range(len(self._tiers)) if other not in feed.answered), len(self._tiers))
+        found_all = not feed.await_saves and all(block in feed.sources and feed.sources[block][0] < num_heard for block in feed.asked)
+        if found_all or num_heard == len(self._tiers):
             self._found(feed)
 
     def _found(self, feed: Feed) -> None:
         """The lookup is over, whoever has answered."""
         self._settle(feed)
         feed.looked_up = True
-        for number in sorted(feed.answers):
-            for block, held in enumerate(feed.answers[number], feed.first):
-                if held:
-                    feed.sources.setdefault(block, []).append(number)
-                    self._keep(feed, number, block)
         self._count_saved(feed)
         limit, end = self._cache.num_matchable_blocks(feed.request), feed.num_matched
         while end < limit and end in feed.sources:
