@@ -170,7 +170,9 @@ class FileStore:
         """At least so many, if there are so many."""
         while nbytes > 0 and self._files:
             with self._lock:
-                name, size = next(iter(self._files.items()))
+                name, size = next(iter(self._files.items()), ("", 0))
+            if not name:
+                return
             self._unlink(name)
             self._evictions += 1
             nbytes -= size

@@ -29,7 +29,10 @@ class HostStore:
         if self._count < 2:
             raise ConfigError(f"host.bytes={capacity} holds {self._count} blocks of {block_bytes} bytes; give at least two blocks' worth")
         self._block_bytes, self._memory = block_bytes, memory
-        self._arena = memory.allocate(self._count * block_bytes)
+        try:
+            self._arena = memory.allocate(self._count * block_bytes)
+        except (RuntimeError, MemoryError) as error:
+            raise ConfigError(f"host.bytes={capacity} cannot be had on this machine: {str(error).splitlines()[0]}") from error
         self._free = list(range(self._count))
         self._slots: dict[str, int] = {}
         self._probation, self._protected = OrderedDict[str, None](), OrderedDict[str, None]()

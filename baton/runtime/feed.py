@@ -32,6 +32,7 @@ class Feed:
     assumed_s: dict[int, float] = field(default_factory=dict[int, float])  # for a block, by tier, when it was decided what to fetch
     decides: bool = False  # anew while it loads; not where others count on what was said
     source: int = -1  # tier of the load in flight
+    room_deadline: float | None = None  # until when it waits for free blocks
     in_flight: list[int] = field(default_factory=list[int])
 
     kept: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict[int, set[int]](set))  # blocks that a tier has

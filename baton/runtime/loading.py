@@ -18,7 +18,7 @@ import time
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import compress
+from itertools import compress, takewhile
 from typing import Protocol
 
 from baton.kv.store import Buffer
@@ -82,6 +82,7 @@ class Loader:
         self._calls = 0
         self._feeds: dict[Feed, None] = {}  # with a deadline, oldest first
         self._fetching: dict[Feed, None] = {}  # with something to load
+        self._wanting: dict[Feed, None] = {}  # of them, those that wait for free blocks
         self._num_saving = Counter[int]()  # blocks, by tier
         self.num_skipped_saves = 0
         self.computing = Pace()  # seconds per token of prompts
@@ -126,6 +127,7 @@ class Loader:
         feed.closed = True
         self._feeds.pop(feed, None)
         self._fetching.pop(feed, None)
+        self._wanting.pop(feed, None)
         self._cache.unpin(feed.request.request_id)
 
     def _looked_up(self, feed: Feed, number: int, held: list[bool]) -> None:
@@ -190,18 +192,29 @@ class Loader:
             self._decide(feed)
             number = self._next_source(feed)
         end = min(feed.num_available, self._cache.num_matchable_blocks(feed.request), feed.num_loaded + MAX_BLOCKS_PER_LOAD)
-        end = min(end, feed.num_loaded + self._cache.pool.num_free)
         if number is not None and end > feed.num_loaded:
-            count = 1
-            while feed.num_loaded + count < end and feed.source_of(feed.num_loaded + count) == number:
-                count += 1
+            end = min(end, feed.num_loaded + self._cache.pool.num_free)
             self._fetching[feed] = None
-            self._load(feed, number, count)
-            return
+            count = sum(1 for _ in takewhile(number.__eq__, feed.sources_of(range(feed.num_loaded, end))))
+            if count:
+                self._load(feed, number, count)
+                return
+            if self._wait_for_room(feed):
+                return
         self._fetching.pop(feed, None)
         if not feed.hold:
             feed.ready = True
             self._on_ready(feed)
+
+    def _wait_for_room(self, feed: Feed) -> bool:
+        """While others compute, they hold all blocks; a request that waits for memory anyway may as well fetch what it then gets."""
+        now = time.monotonic()
+        if feed.room_deadline is None:
+            feed.room_deadline = now + self._budget_s
+        waits = now < feed.room_deadline and self._backlog() > 0
+        if waits:
+            self._wanting[feed] = None
+        return waits
 
     def _next_source(self, feed: Feed) -> int | None:
         return feed.source_of(feed.num_loaded) if feed.num_loaded < feed.num_available else None
@@ -305,7 +318,10 @@ class Loader:
     # -- time
 
     def tick(self, now: float) -> None:
-        """Gives up calls that are past their deadline."""
+        """Gives up calls that are past their deadline; loads on where there is room now."""
+        for feed in list(self._wanting):
+            del self._wanting[feed]
+            self._advance(feed)
         for feed in [feed for feed in self._feeds if feed.saves_deadline is not None and feed.saves_deadline <= now]:
             feed.saves_deadline, feed.saves_given_up = None, True
             self._feeds.pop(feed, None)
@@ -321,6 +337,8 @@ class Loader:
 
     @property
     def next_deadline(self) -> float | None:
+        if self._wanting:
+            return 0.0
         deadlines = (deadline for feed in self._feeds for deadline in (feed.deadline, feed.saves_deadline) if deadline is not None)
         return min(deadlines, default=None)
 

@@ -64,6 +64,8 @@ def test_what_was_put_is_got_within_the_budget() -> None:
     assert store.get(["c"], [half.buffer]) == [False]
     with pytest.raises(ConfigError, match=r"host\.bytes=100 holds 0 blocks"):
         HostStore(100, BLOCK, CpuMemory())
+    with pytest.raises(ConfigError, match=r"host\.bytes=\d+ cannot be had on this machine"):
+        HostStore(1 << 60, BLOCK, CpuMemory())
 
 
 def test_prompts_that_come_once_do_not_flush_what_requests_share() -> None:
@@ -350,6 +352,38 @@ def test_a_tier_that_turns_out_slow_is_dropped_on_the_way(tiers: Tiers, monkeypa
     tiers.files.block_s = 1000.0  # as the first call tells
     assert tiers.end(name) == BLOCK_SIZE
     assert tiers.files.num_declined == 2
+
+
+def test_a_request_fetches_what_it_gets_room_for_while_others_compute(tiers: Tiers) -> None:
+    machine = tiers.machine
+    tiers.fill(tiers.files, 0, 1, 2)
+    machine.submit(prompt=[2] * 26, max_tokens=1, cut=0, hold=False, await_saves=False, push=False)
+    tiers.answer()
+    pool = machine.engine.scheduler.cache.pool
+    taken = pool.take(pool.num_free)
+    name = tiers.submit()
+    tiers.answer()
+    feed = machine.entries[name].feed
+    assert (feed.ready, feed.num_loaded) == (False, 0)
+    assert machine.engine.loader.next_deadline == 0.0
+    pool.release(taken[:2])
+    machine.engine.loader.tick(time.monotonic())
+    tiers.answer(tiers.files)
+    assert (feed.ready, feed.num_loaded) == (False, 2)
+    pool.release(taken[2:])
+    machine.engine.loader.tick(time.monotonic())
+    assert tiers.end(name) == 3 * BLOCK_SIZE
+
+
+def test_nobody_waits_for_room_that_nobody_gives(tiers: Tiers) -> None:
+    tiers.fill(tiers.files, 0, 1, 2)
+    pool = tiers.machine.engine.scheduler.cache.pool
+    taken = pool.take(pool.num_free)
+    name = tiers.submit()
+    tiers.answer()
+    assert tiers.machine.entries[name].feed.ready
+    pool.release(taken)
+    assert tiers.end(name) == 0
 
 
 def test_others_count_on_what_a_held_request_said_it_would_fetch(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
