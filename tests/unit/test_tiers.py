@@ -15,6 +15,7 @@ from baton.errors import ConfigError
 from baton.kv.files import FileStore
 from baton.kv.host import HostStore
 from baton.kv.memory import CpuMemory
+from baton.kv.staged import SLOTS, StagedStore
 from baton.kv.store import Buffer
 from baton.kv.tiers import HostTier
 from baton.kv.transfer import KVTransfer
@@ -462,6 +463,27 @@ def test_tiers_are_told_by_metrics() -> None:
         name, value = sample.split()
         assert f"baton:kv_tier_{name}{labels} {value}" in page
     tier.close()
+
+
+class OtherMemory(CpuMemory):
+    """As if blocks outside of what was allocated here were on a device."""
+
+    def is_host(self, buffer: Buffer) -> bool:
+        return any(area.data_ptr() <= buffer.address < area.data_ptr() + area.numel() for area in self._allocated)
+
+
+def test_files_of_a_device_go_by_staging(tmp_path: Path) -> None:
+    memory, keys = OtherMemory(), [f"k{i}" for i in range(2 * SLOTS + 3)]
+    store = StagedStore(FileStore(tmp_path, 1 << 20), memory, BLOCK)
+    slots = [Slot(content(key)) for key in keys]
+    assert store.put(keys, [slot.buffer for slot in slots]) == [True] * len(keys)
+    asked, targets = [keys[1], "missing", *keys], [Slot() for _ in range(len(keys) + 2)]
+    assert store.contains(asked) == [True, False] + [True] * len(keys)
+    assert store.get(asked, [slot.buffer for slot in targets]) == [True, False] + [True] * len(keys)
+    assert [slot.content for slot in targets] == [content(keys[1]), bytes(BLOCK), *map(content, keys)]
+    area = memory.allocate(BLOCK)
+    assert store.get([keys[0]], [area]) == [True]
+    assert ctypes.string_at(area.address, BLOCK) == content(keys[0])
 
 
 def test_device_memory_is_reached_by_address() -> None:

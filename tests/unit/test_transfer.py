@@ -219,6 +219,22 @@ def test_an_unknown_failure_is_a_miss_and_is_told(transfer: KVTransfer, store: B
     assert "surprise" in caplog.text
 
 
+def test_how_long_a_load_will_take_is_learned_from_loads(
+    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put(KEYS, memory)
+    answers = Answers()
+    transfer.load(["missing"], memory[:1], answers)
+    answers.wait(1)
+    assert transfer.seconds(BLOCK) == 0.0  # a miss tells nothing
+    get = store.get
+    monkeypatch.setattr(store, "get", lambda *call: time.sleep(0.1) or get(*call))
+    transfer.load(KEYS, memory, answers)
+    answers.wait(2)
+    assert transfer.seconds(BLOCK) == pytest.approx(transfer.stats.seconds_loading / 3, rel=0.5)
+    assert transfer.seconds(30 * BLOCK) > 0.9
+
+
 def test_a_listener_that_fails_stops_nobody(transfer: KVTransfer, caplog: pytest.LogCaptureFixture) -> None:
     def listener(_: int) -> None:
         raise RuntimeError("my own fault")
