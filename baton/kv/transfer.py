@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from baton.errors import StoreError
 from baton.kv.store import Buffer, KVStore, Usage
-from baton.scheduling.fetching import Pace
+from baton.scheduling.fetching import Rate
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class KVTransfer:
         self.name, self.shared, self.direct = name, shared, direct
         self._store, self._usage = store, usage
         self._lookup_breaker, self._load_breaker, self._save_breaker = (_Breaker(f"{name}, {kind}") for kind in ("lookup", "load", "save"))
-        self.stats, self._pace = TransferStats(), Pace()
+        self.stats, self._rate = TransferStats(), Rate()
         self._lookups, self._loads, self._saves = (_Lane(f"kv-{name}-{kind}") for kind in ("lookup", "load", "save"))
         self._lock = threading.Lock()
         self._closed = False
@@ -143,7 +143,7 @@ class KVTransfer:
 
     def seconds(self, nbytes: int) -> float:
         """Predicted for loading so much, from what loading took; 0 while nothing was measured."""
-        return self._pace.aged * nbytes
+        return self._rate.seconds(nbytes)
 
     def decline(self, num_blocks: int) -> None:
         """What was found here is computed instead."""
@@ -163,7 +163,7 @@ class KVTransfer:
             started = time.monotonic()
             found = self._store.get(keys, buffers)
             seconds, nbytes = time.monotonic() - started, _bytes(buffers, found)
-            self._pace.add(nbytes, seconds)
+            self._rate.add(nbytes, seconds)
             self.stats.seconds_loading += seconds
             self.stats.blocks_loaded += sum(found)
             self.stats.blocks_missed += len(found) - sum(found)

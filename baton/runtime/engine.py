@@ -79,7 +79,9 @@ class Engine:
             key=key,
             buffer=buffer,
             budget_s=budget_s,
-            backlog=self._backlog,
+            pace=lambda: self._pace.pace,
+            step_tokens=scheduler.max_num_batched_tokens,
+            backlog=lambda: (*scheduler.running, *scheduler.waiting),
             post=self._post,
             after_steps=self._flights.after,
             on_matched=self._matched,
@@ -310,8 +312,6 @@ class Engine:
             now = time.monotonic()
             self._pace.observe(plan, now - self._collected_at)
             self.on_step(plan, now - self._collected_at)
-            if plan.num_tokens > len(plan.scheduled):
-                self.loader.computing.add(plan.num_tokens, now - self._collected_at)
             self._collected_at = now
         self._flights.ended(flight)
 
@@ -429,11 +429,6 @@ class Engine:
 
     def _take_arrived(self) -> list[str]:
         return [self._arrived.get_nowait() for _ in range(self._arrived.qsize())]
-
-    def _backlog(self) -> int:
-        """Tokens that wait to be computed."""
-        requests = (*self.scheduler.running, *self.scheduler.waiting)
-        return sum(request.num_tokens - request.num_computed_tokens for request in requests)
 
     def _measure(self) -> Load:
         scheduler, pool = self.scheduler, self.scheduler.cache.pool

@@ -14,6 +14,7 @@ Saving pins each block until its call has returned. Neither ever makes a request
 """
 
 import logging
+import math
 import time
 from bisect import insort
 from collections import Counter
@@ -24,7 +25,9 @@ from typing import Protocol
 from baton.kv.store import Buffer
 from baton.runtime.feed import Feed
 from baton.scheduling.cache import KVCache
-from baton.scheduling.fetching import Pace, num_to_fetch
+from baton.scheduling.fetching import num_to_fetch
+from baton.scheduling.request import Request
+from baton.types import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,8 @@ class Tier(Protocol):
 
 class Loader:
     """`post` runs a function on the engine's thread; `after_steps` too, once blocks that are free by now are written by no step any more.
-    `backlog` counts the tokens that wait to be computed. `on_ready`, `on_matched` and `on_saved` are called on the engine's thread."""
+    `pace` tells what steps take here, `step_tokens` are the most of one, `backlog` gives the requests that the scheduler has. `on_ready`,
+    `on_matched` and `on_saved` are called on the engine's thread."""
 
     def __init__(
         self,
@@ -65,7 +69,9 @@ class Loader:
         key: Callable[[bytes], str],
         buffer: Callable[[int], Buffer],
         budget_s: float,
-        backlog: Callable[[], int],
+        pace: Callable[[], Pace],
+        step_tokens: int,
+        backlog: Callable[[], Sequence[Request]],
         post: Callable[[Callable[[], None]], None],
         after_steps: Callable[[Callable[[], None]], None],
         on_matched: Callable[[Feed], None],
@@ -73,7 +79,8 @@ class Loader:
         on_saved: Callable[[Feed], None],
     ) -> None:
         self._cache, self._tiers, self._key, self._buffer = cache, tiers, key, buffer
-        self._budget_s, self._backlog, self._post, self._after_steps = budget_s, backlog, post, after_steps
+        self._budget_s, self._post, self._after_steps = budget_s, post, after_steps
+        self._pace, self._step_tokens, self._backlog = pace, step_tokens, backlog
         self._on_matched, self._on_ready, self._on_saved = on_matched, on_ready, on_saved
         self._direct = [number for number, tier in enumerate(tiers) if tier.direct]
         self._shared = [number for number, tier in enumerate(tiers) if tier.shared]
@@ -85,7 +92,6 @@ class Loader:
         self._wanting: dict[Feed, None] = {}  # of them, those that wait for free blocks
         self._num_saving = Counter[int]()  # blocks, by tier
         self.num_skipped_saves = 0
-        self.computing = Pace()  # seconds per token of prompts
 
     # -- loading
 
@@ -162,9 +168,12 @@ class Loader:
 
     def _decide(self, feed: Feed) -> None:
         """Fetch or compute: lowers num_available to where computing is predicted to be faster."""
-        start, end, token_s = feed.num_loaded, feed.num_available, self.computing.per_unit
+        start, end, size = feed.num_loaded, feed.num_available, self._cache.block_size
+        if start >= end:
+            return
         feed.assumed_s = {number: tier.seconds(self._buffer(0).nbytes) for number, tier in enumerate(self._tiers)}
-        if start >= end or token_s is None:
+        pace = self._pace()
+        if not (pace.token_s or pace.pair_s):
             return
         queued = Counter[int]()
         for other in self._fetching:
@@ -172,25 +181,32 @@ class Loader:
                 queued[other.source_of(other.num_loaded) or 0] += other.num_available - other.num_loaded
         numbers = list(feed.sources_of(range(start, end)))
         fetch_s = [feed.assumed_s[number] * (1 + queued.pop(number, 0)) for number in numbers]
-        wait_s, block_s = token_s * self._backlog(), token_s * self._cache.block_size
-        count = num_to_fetch(fetch_s, block_s, wait_s)
+        compute_s = [self._compute_s(pace, size, block * size) for block in range(start, start + len(numbers))]
+        missing = ((request.num_tokens - request.num_computed_tokens, request.num_computed_tokens) for request in self._backlog())
+        wait_s = sum(self._compute_s(pace, count, position) for count, position in missing if count > 1)
+        count = num_to_fetch(fetch_s, compute_s, wait_s)
         for number in numbers[count:]:
             self._tiers[number].decline(1)
         feed.num_available = start + count
         logger.debug(
-            "%s: %d of %d blocks are fetched from %s: %.3g s, against %.3g s to compute a block and %.3g s to wait for the engine",
+            "%s: %d of %d blocks are fetched from %s: %.3g s to fetch all, %.3g s to compute them, %.3g s before the engine is free",
             feed.request.request_id, count, end - start, ", ".join(sorted({self._tiers[number].name for number in numbers})),
-            sum(fetch_s[:count]), block_s, wait_s,
+            sum(fetch_s), sum(compute_s), wait_s,
         )  # fmt: skip
+
+    def _compute_s(self, pace: Pace, tokens: int, position: int) -> float:
+        """With their share of the steps that they fill."""
+        return pace.prompt_s(tokens, position) + pace.base_s * tokens / self._step_tokens
 
     def _advance(self, feed: Feed) -> None:
         """Starts the next load, or hands the request to the scheduler when nothing is left to wait for."""
         if feed.closed or feed.ready or not feed.looked_up or feed.in_flight:
             return
         number = self._next_source(feed)
-        if number is not None and feed.decides and self._tiers[number].seconds(self._buffer(0).nbytes) > SURPRISE * feed.assumed_s[number]:
-            self._decide(feed)
-            number = self._next_source(feed)
+        if number is not None and feed.decides:
+            if self._tiers[number].seconds(self._buffer(0).nbytes) > SURPRISE * feed.assumed_s.get(number, math.inf):
+                self._decide(feed)
+                number = self._next_source(feed)
         end = min(feed.num_available, self._cache.num_matchable_blocks(feed.request), feed.num_loaded + MAX_BLOCKS_PER_LOAD)
         if number is not None and end > feed.num_loaded:
             end = min(end, feed.num_loaded + self._cache.pool.num_free)
@@ -211,7 +227,7 @@ class Loader:
         now = time.monotonic()
         if feed.room_deadline is None:
             feed.room_deadline = now + self._budget_s
-        waits = now < feed.room_deadline and self._backlog() > 0
+        waits = now < feed.room_deadline and bool(self._backlog())
         if waits:
             self._wanting[feed] = None
         return waits

@@ -21,8 +21,8 @@ from baton.kv.tiers import HostTier
 from baton.kv.transfer import KVTransfer
 from baton.metrics import WorkerMetrics
 from baton.scheduling import fetching
-from baton.scheduling.fetching import Pace, num_to_fetch
-from baton.types import Load, OutputToken
+from baton.scheduling.fetching import Rate, num_to_fetch
+from baton.types import Load, OutputToken, Pace
 from tests.properties.test_engine_machine import BUDGET_S, EngineMachine
 from tests.properties.toy import BLOCK_SIZE, ToyTransfer, reference
 from tests.unit.test_files import Slot
@@ -174,40 +174,43 @@ def test_a_tier_behind_that_hangs_holds_up_neither_the_host_nor_its_memory() -> 
 seconds = st.floats(0, 10)
 
 
-@given(st.lists(seconds, max_size=20), seconds, seconds)
-def test_the_cut_is_the_best_of_all(fetch_s: list[float], compute_s: float, wait_s: float) -> None:
+@given(st.lists(st.tuples(seconds, seconds), max_size=20), seconds)
+def test_the_cut_is_the_best_of_all(blocks: list[tuple[float, float]], wait_s: float) -> None:
+    fetch_s, compute_s = [fetch for fetch, _ in blocks], [compute for _, compute in blocks]
+
     def total(count: int) -> float:
-        return max(sum(fetch_s[:count]), wait_s) + (len(fetch_s) - count) * compute_s
+        return max(sum(fetch_s[:count]), wait_s) + sum(compute_s[count:])
 
     chosen = num_to_fetch(fetch_s, compute_s, wait_s)
-    assert total(chosen) <= min(map(total, range(len(fetch_s) + 1))) + 1e-9
+    assert total(chosen) <= min(map(total, range(len(blocks) + 1))) + 1e-9
 
 
 def test_what_the_cut_means() -> None:
-    assert num_to_fetch([0.0] * 5, 1.0, 0.0) == 5  # nothing is known of the tier: it is tried
-    assert num_to_fetch([1.0] * 5, 1.0, 0.0) == 5
-    assert num_to_fetch([2.0] * 5, 1.0, 0.0) == 0
-    assert num_to_fetch([0.1] * 3 + [2.0] * 5, 1.0, 0.0) == 3  # what the host has, not what the slow disk has
-    assert num_to_fetch([2.0] * 5, 1.0, 6.0) == 3  # the engine is busy meanwhile
-    assert num_to_fetch([9.0, 0.1, 0.1], 4.0, 0.0) == 3  # a queue, once
+    assert num_to_fetch([0.0] * 5, [1.0] * 5, 0.0) == 5  # nothing is known of the tier: it is tried
+    assert num_to_fetch([1.0] * 5, [1.0] * 5, 0.0) == 5
+    assert num_to_fetch([2.0] * 5, [1.0] * 5, 0.0) == 0
+    assert num_to_fetch([0.1] * 3 + [2.0] * 5, [1.0] * 8, 0.0) == 3  # what the host has, not what the slow disk has
+    assert num_to_fetch([2.0] * 5, [1.0] * 5, 6.0) == 3  # the engine is busy meanwhile
+    assert num_to_fetch([9.0, 0.1, 0.1], [4.0] * 3, 0.0) == 3  # a queue, once
+    assert num_to_fetch([2.0] * 4, [1.0, 2.0, 3.0, 4.0], 0.0) == 4  # the further back, the more there is to attend to
 
 
-def test_a_pace_is_a_median_and_ages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_is_a_median_and_ages(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(fetching.time, "monotonic", lambda: now)
-    pace = Pace()
-    assert (pace.per_unit, pace.aged) == (None, 0.0)
+    rate = Rate()
+    assert rate.seconds(100) == 0.0
     for _ in range(5):
-        pace.add(100, 1.0)
-    pace.add(100, 50.0)  # a hiccup
-    pace.add(1, 5.0)  # a tiny call
-    pace.add(0, 5.0)
-    assert pace.per_unit == 0.01
+        rate.add(100, 1.0)
+    rate.add(100, 50.0)  # a hiccup
+    rate.add(1, 5.0)  # a tiny call
+    rate.add(0, 5.0)
+    assert rate.seconds(200) == 2.0
     now += fetching.HALF_LIFE_S
-    assert pace.aged == pytest.approx(0.005)
+    assert rate.seconds(200) == pytest.approx(1.0)
     for _ in range(fetching.NUM_SAMPLES):
-        pace.add(100, 50.0)  # not a hiccup
-    assert pace.aged == 0.5
+        rate.add(100, 50.0)  # not a hiccup
+    assert rate.seconds(200) == 100.0
 
 
 # -- the way of blocks
@@ -234,6 +237,9 @@ class Tiers:
     def submit(self, *, hold: bool = False, await_saves: bool = False) -> str:
         self.machine.submit(prompt=PROMPT, max_tokens=3, cut=0, hold=hold, await_saves=await_saves, push=False)
         return f"r{self.machine.count}"
+
+    def computing_takes(self, token_s: float) -> None:
+        self.machine.engine.loader._pace = lambda: Pace(token_s=token_s)
 
     def answer(self, *tiers: ToyTransfer, works: bool = True) -> None:
         while any([tier.answer_one(works) for tier in tiers or self.machine.tiers]):  # noqa: C419
@@ -335,7 +341,7 @@ def test_what_one_tier_does_not_give_another_does(tiers: Tiers, how: str) -> Non
 def test_what_is_slower_than_computing_is_computed_and_counted(tiers: Tiers) -> None:
     tiers.fill(tiers.host, 0)
     tiers.fill(tiers.files, 0, 1, 2)
-    tiers.machine.engine.loader.computing.add(1, 1.0)
+    tiers.computing_takes(1.0)
     tiers.files.block_s = 1000.0
     name = tiers.submit()
     assert tiers.end(name) == BLOCK_SIZE
@@ -345,7 +351,7 @@ def test_what_is_slower_than_computing_is_computed_and_counted(tiers: Tiers) -> 
 def test_a_tier_that_turns_out_slow_is_dropped_on_the_way(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("baton.runtime.loading.MAX_BLOCKS_PER_LOAD", 1)
     tiers.fill(tiers.files, 0, 1, 2)
-    tiers.machine.engine.loader.computing.add(1, 1.0)
+    tiers.computing_takes(1.0)
     name = tiers.submit()
     for tier in tiers.machine.tiers:
         tier.answer_one(True)
@@ -390,7 +396,7 @@ def test_nobody_waits_for_room_that_nobody_gives(tiers: Tiers) -> None:
 def test_others_count_on_what_a_held_request_said_it_would_fetch(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("baton.runtime.loading.MAX_BLOCKS_PER_LOAD", 1)
     tiers.fill(tiers.files, 0, 1, 2)
-    tiers.machine.engine.loader.computing.add(1, 1.0)
+    tiers.computing_takes(1.0)
     name = tiers.submit(hold=True)
     for tier in tiers.machine.tiers:
         tier.answer_one(True)
