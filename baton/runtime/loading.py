@@ -203,10 +203,9 @@ class Loader:
         if feed.closed or feed.ready or not feed.looked_up or feed.in_flight:
             return
         number = self._next_source(feed)
-        if number is not None and feed.decides:
-            if self._tiers[number].seconds(self._buffer(0).nbytes) > SURPRISE * feed.assumed_s.get(number, math.inf):
-                self._decide(feed)
-                number = self._next_source(feed)
+        if number is not None and feed.decides and self._surprises(feed, number):
+            self._decide(feed)
+            number = self._next_source(feed)
         end = min(feed.num_available, self._cache.num_matchable_blocks(feed.request), feed.num_loaded + MAX_BLOCKS_PER_LOAD)
         if number is not None and end > feed.num_loaded:
             end = min(end, feed.num_loaded + self._cache.pool.num_free)
@@ -221,6 +220,9 @@ class Loader:
         if not feed.hold:
             feed.ready = True
             self._on_ready(feed)
+
+    def _surprises(self, feed: Feed, number: int) -> bool:
+        return self._tiers[number].seconds(self._buffer(0).nbytes) > SURPRISE * feed.assumed_s.get(number, math.inf)
 
     def _wait_for_room(self, feed: Feed) -> bool:
         """While others compute, they hold all blocks; a request that waits for memory anyway may as well fetch what it then gets."""

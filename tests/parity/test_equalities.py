@@ -3,6 +3,7 @@ equals transformers' `generate`. Engines are real, models tiny and random, in fp
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 from baton.config import EngineConfig, FilesConfig, HostConfig, PoolConfig
-from baton.kv.store import MemoryStore
+from baton.kv.store import Buffer, MemoryStore
 from baton.kv.tiers import connect_tiers
 from baton.kv.transfer import KVTransfer
 from baton.runtime.build import build_engine, load
 from baton.runtime.engine import Engine
+from baton.scheduling import fetching
 from baton.types import FinishReason, GenerateOutput, GenerateRequest, OutputToken, SamplingParams
 from tests.parity.models import FAMILIES, engine_settings
 
@@ -67,7 +69,9 @@ async def engine(
     try:
         yield built
         assert await built.check_integrity() == []
-        assert built.load.blocks_free == built.load.blocks_total
+        async with asyncio.timeout(5):  # saves that nobody waited for
+            while built.load.blocks_free != built.load.blocks_total:
+                await asyncio.sleep(0.01)
     finally:
         await built.stop()
 
@@ -183,6 +187,26 @@ async def test_from_any_tier(folder: Path, tmp_path: Path, sampling: SamplingPar
                 await collect(built, request(980, sampling))
             assert built._tiers[0].stats.blocks_loaded >= 10
             assert not any(tier.stats.failures or tier.stats.blocks_missed for tier in built._tiers)
+
+
+class SlowStore(MemoryStore):
+    def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
+        time.sleep(0.5)
+        return super().get(keys, buffers)
+
+
+async def test_what_is_found_in_a_slow_tier_is_computed_until_it_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = (await expected(folder, GREEDY, [161]))[0]
+    async with engine(folder, SlowStore(2**30), engine_settings(num_blocks=64, max_num_batched_tokens=64)) as built:
+        (tier,), results = built._tiers, []
+        for half_life_s, found in ((30, 0), (30, 160), (30, 0), (0.001, 160)):
+            monkeypatch.setattr(fetching, "HALF_LIFE_S", half_life_s)
+            outputs = await collect(built, request(161, GREEDY))
+            results.append(ids(outputs))
+            assert next(o.cache for o in outputs if o.cache is not None).num_pool_tokens == found
+            await collect(built, request(980, dataclasses.replace(GREEDY, prompt_logprobs=0)))  # which takes no block from anywhere
+        assert results == [wanted] * 4
+        assert (tier.stats.blocks_loaded, tier.stats.blocks_declined) == (20, 10)
 
 
 async def test_disaggregated_through_a_shared_directory(folder: Path, tmp_path: Path) -> None:
