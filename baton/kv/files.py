@@ -77,7 +77,13 @@ class FileStore:
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
         self._check()
-        return [self._read(_name(key), key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
+        files = [self._open(_name(key)) for key in keys]
+        try:
+            return [self._read(file, _name(key), key, buffer) for file, key, buffer in zip(files, keys, buffers, strict=True)]
+        finally:
+            for file in files:
+                if file is not None:
+                    os.close(file)
 
     def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
         self._check()
@@ -100,12 +106,19 @@ class FileStore:
 
     # -- one block
 
-    def _read(self, name: str, key: str, buffer: Buffer) -> bool:
-        path = self._path(name)
+    def _open(self, name: str) -> int | None:
+        """The disk begins to read it, beside the others that are opened."""
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             self._forget(name)
+            return None
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+        return file
+
+    def _read(self, file: int | None, name: str, key: str, buffer: Buffer) -> bool:
+        if file is None:
             return False
         try:
             header, size = os.read(file, _HEADER.size), os.fstat(file).st_size
@@ -122,11 +135,9 @@ class FileStore:
             with contextlib.suppress(OSError):  # read only
                 os.utime(file)
         except OSError as error:
-            logger.warning("%s: %s", path, error.strerror)
+            logger.warning("%s: %s", self._path(name), error.strerror)
             self._forget(name)
             return False
-        finally:
-            os.close(file)
         self._note(name, size)
         return True
 
