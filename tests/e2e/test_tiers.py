@@ -73,3 +73,17 @@ def test_a_shared_directory_is_a_way_from_prefill_to_decode(tiny_model: Path, tm
         with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none") as alone:
             assert complete(alone) == (text, 0)
         cluster.assert_clean()
+
+
+def test_a_decode_worker_keeps_in_its_host_what_was_pushed_to_it(tiny_model: Path) -> None:
+    settings = ("--set", "decode.host.bytes=8MiB", "--set", "decode.engine.num_blocks=66", "--set", "decode.max_local_prefill_tokens=8")
+    with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=0, options=(*settings, "--policy", "prefix_aware")) as cluster:
+        text, cached = complete(cluster)
+        assert cached == 0
+        full = (len(PROMPT) - 1) // 16
+        until(lambda: metric(cluster, "decode-0", "blocks_saved_total", "host") >= full)
+        complete(cluster, "Something else, which takes nearly the whole device. " * 18)
+        assert metric(cluster, "decode-0", "blocks_loaded_total", "host") == 0
+        assert complete(cluster) == (text, full * 16)
+        assert metric(cluster, "decode-0", "blocks_loaded_total", "host") >= full // 2
+        cluster.assert_clean()
