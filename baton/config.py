@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from baton.errors import ConfigError
 from baton.types import Role
@@ -76,6 +76,28 @@ class PoolConfig(Strict):
     local_buffer: Size = 16 * 2**20
 
 
+class HostConfig(Strict):
+    """The worker's KV tier in this machine's memory."""
+
+    bytes: Size = 0  # 0: none
+
+
+class FilesConfig(Strict):
+    """The worker's KV tier in a directory, on an SSD or a shared file system."""
+
+    path: str = ""  # empty: none
+    bytes: Size = 0  # budget of the directory
+    shared: bool = False  # every worker has this directory: what one has saved there, others are told to read
+
+    @model_validator(mode="after")
+    def _whole(self) -> "FilesConfig":
+        if self.path and not self.bytes:
+            raise ValueError("files.path needs a budget: give files.bytes, for example files.bytes=100GiB")
+        if not self.path and (self.bytes or self.shared):
+            raise ValueError("files.bytes and files.shared say nothing without files.path: give a directory")
+        return self
+
+
 class PushConfig(Strict):
     """How prefill workers write KV straight into decode workers' memory. No protocols: never, KV goes by the pool alone."""
 
@@ -94,7 +116,9 @@ class WorkerConfig(Strict):
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
     engine: EngineConfig = EngineConfig()
+    host: HostConfig = HostConfig()
     pool: PoolConfig = PoolConfig()
+    files: FilesConfig = FilesConfig()
     push: PushConfig = PushConfig()
     max_local_prefill_tokens: int = Field(default=64, ge=0)  # a decode worker computes a missing prompt remainder up to this itself
     drain_grace_s: float = Field(default=30.0, ge=0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
@@ -76,6 +76,40 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+_TIERS = {  # of each tier of KV: counters, and two gauges
+    "blocks_loaded": "KV blocks fetched from the tier",
+    "blocks_missed": "KV blocks that the tier could not give, though it had been said to hold them",
+    "blocks_declined": "KV blocks found in the tier, but computed, which was predicted to be faster",
+    "blocks_saved": "KV blocks saved to the tier",
+    "blocks_refused": "KV blocks that the tier did not take",
+    "bytes_loaded": "Bytes fetched from the tier",
+    "bytes_saved": "Bytes saved to the tier",
+    "seconds_loading": "Seconds of fetching from the tier",
+    "seconds_saving": "Seconds of saving to the tier",
+    "failures": "Calls to the tier that failed",
+    "skipped": "Calls to the tier that were not made, since it failed, hung or was behind",
+    "evictions": "KV blocks that the tier dropped to keep its budget",
+    "damaged": "KV blocks whose content was not what had been saved, and which were dropped",
+    "used_bytes": "Bytes that the tier's KV blocks take",
+    "capacity_bytes": "Budget of the tier",
+}
+
+
+class _Tiers(Collector):
+    def __init__(self, labels: Mapping[str, str], read: Mapping[str, Callable[[], Mapping[str, float]]]) -> None:
+        self._labels, self._read = labels, read
+
+    def collect(self) -> Iterator[Metric]:
+        values = {tier: read() for tier, read in self._read.items()}
+        for name, text in _TIERS.items():
+            kind = GaugeMetricFamily if name in ("used_bytes", "capacity_bytes") else CounterMetricFamily
+            family = kind(f"baton:kv_tier_{name}", text, labels=[*self._labels, "tier"])
+            for tier in values:
+                if name in values[tier]:
+                    family.add_metric([*self._labels.values(), tier], values[tier][name])
+            yield family
+
+
 class WorkerMetrics(Metrics):
     """Of a prefill, decode or unified worker."""
 
@@ -104,6 +138,10 @@ class WorkerMetrics(Metrics):
         self.prefix_cache_hits = self.labelled(self.counter("prefix_cache_hits", "Prompt tokens found in the prefix cache or the pool"))
         self._prefills = self.counter("prefills", "How decode requests got their prompt computed", "way")
         self.step_seconds = self.histogram("step_seconds", "Duration of an engine step")
+
+    def tiers(self, read: Mapping[str, Callable[[], Mapping[str, float]]]) -> None:
+        """Of each tier of KV, by its name: how to read its totals."""
+        self._own.register(_Tiers(self._labels, read))
 
     def prefill(self, way: str) -> None:
         """`way`: local, remote, or fallback (a prefill worker was lost and the rest computed here)."""

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from baton.config import EngineConfig
-from baton.kv.transfer import NoTransfer
 from baton.runtime.build import build_engine, load
 from baton.runtime.engine import Engine
 from baton.types import GenerateRequest, SamplingParams
@@ -157,7 +156,7 @@ async def main() -> None:
         gpu_memory_utilization=0.85,
     )
     loaded = load(arguments.first_token or write_config(arguments.model), settings)
-    engine = build_engine(loaded, NoTransfer(), budget_s=2, prefix_caching=False)
+    engine = build_engine(loaded, (), budget_s=2, prefix_caching=False)
     engine.start()
     driver = Driver(engine, loaded.config.vocab_size)
     await driver.run(1, 128, 1)

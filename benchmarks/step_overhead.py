@@ -24,7 +24,6 @@ import psutil
 from baton.cli.bench import Load, _drive
 from baton.cli.cluster import Cluster, Plan
 from baton.config import EngineConfig
-from baton.kv.transfer import NoTransfer
 from baton.runtime.build import build_engine, load
 from baton.types import GenerateRequest, SamplingParams
 
@@ -52,7 +51,7 @@ async def engine_alone(folder: Path, batch: int, rounds: int) -> None:
         return out
 
     loaded.runner._model.forward = timed
-    engine = build_engine(loaded, NoTransfer(), budget_s=2.0)
+    engine = build_engine(loaded, (), budget_s=2.0)
     engine.start()
 
     async def drain(name: str) -> None:

@@ -86,7 +86,7 @@ async def worker(
     engine = Engine(
         Scheduler(KVCache(NUM_BLOCKS, BLOCK_SIZE), max_num_batched_tokens=16, max_num_seqs=8),
         runner,
-        PromptTransfer(runner, pool),
+        (PromptTransfer(runner, pool),),
         key=bytes.hex,
         buffer=lambda block_id: Buffer(block_id, 1),
         limits=Limits(vocab_size=VOCAB, max_model_len=NUM_BLOCKS * BLOCK_SIZE),

@@ -1,30 +1,19 @@
-"""Which KV pool, and which direct paths between workers, a configuration asks for."""
+"""Which direct paths between workers a configuration asks for. (Which tiers: `kv.tiers`.)"""
 
 import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from baton.config import PoolConfig, PushConfig
+from baton.config import PushConfig
 from baton.errors import BatonError
 from baton.kv.direct import DirectReceiver, DirectSender
-from baton.kv.mooncake import MooncakeStore
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.store import Buffer
-from baton.kv.transfer import KVTransfer, NoTransfer
 from baton.kv.transfer_engine import found_protocols
 from baton.types import Role
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-def connect_pool(pool: PoolConfig, region: Buffer) -> KVTransfer | NoTransfer:
-    """Transfers for the memory `region`. The pool itself may come later. Raises ConfigError where Mooncake is not installed."""
-    if not pool.master:
-        return NoTransfer()
-    store = MooncakeStore(pool.master, host=pool.host, protocol=pool.protocol, devices=pool.devices, local_buffer=pool.local_buffer)
-    store.register(region)
-    return KVTransfer(store)
 
 
 def connect_push(config: PushConfig, role: Role, region: Buffer, *, cuda: bool) -> tuple[DirectSender | None, DirectReceiver | None]:

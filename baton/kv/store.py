@@ -1,4 +1,4 @@
-"""KVStore: what Baton asks of a distributed KV pool, and a store in this process's memory (tests; one worker without a pool).
+"""KVStore: what Baton asks of a KV pool, or of another tier (docs/tiers.md), and a store in this process's memory for tests.
 
 Calls block and are made on I/O threads only (`kv.transfer`). Keys are opaque strings (`kv.layout.block_key`), values whole blocks. The
 pool is a cache: a lost or refused block is a miss (False), never an error. `StoreError` is for a pool that as a whole can't answer.
@@ -18,6 +18,16 @@ class Buffer:
 
     address: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Of a store with a budget: bytes, and blocks that went since the start."""
+
+    used_bytes: int = 0
+    capacity_bytes: int = 0
+    evictions: int = 0
+    damaged: int = 0  # blocks whose content was not what had been put
 
 
 class KVStore(Protocol):

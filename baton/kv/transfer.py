@@ -1,8 +1,9 @@
-"""KVTransfer: a KVStore's blocking calls on two threads of their own, so that nobody else waits for them.
+"""KVTransfer: one tier, that is a KVStore whose blocking calls are made on threads of their own, so that nobody else waits for them.
 
-One thread looks up and loads, the other saves. What fails is left alone for a while (a breaker for each kind of call: a lookup asks the
-master alone, so its success says nothing of the nodes): meanwhile such calls are misses at once, then one call probes. While a call hangs,
-further ones are misses at once, too. Torch-free. Knows nothing of requests; what a miss means is the caller's business.
+One thread looks up, one loads, one saves. What fails is left alone for a while (a breaker for each kind of call: a lookup asks the
+pool's master alone, so its success says nothing of the nodes): meanwhile such calls are misses at once, then one call probes. While a call
+hangs, further ones are misses at once, too. Measures how fast the store gives blocks. Torch-free. Knows nothing of requests; what a miss
+means is the caller's business.
 """
 
 import logging
@@ -10,11 +11,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 from baton.errors import StoreError
-from baton.kv.store import Buffer, KVStore
+from baton.kv.store import Buffer, KVStore, Usage
+from baton.scheduling.fetching import Rate
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -22,6 +24,7 @@ T = TypeVar("T")
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 5.0
 STALLED_S = 3.0  # a call in hand for longer hangs; a store gives up a node that is stopped after 2
 MAX_QUEUED = 1024  # calls per thread; more are misses at once
+CLOSE_S = 10.0  # a call that hangs for longer is left behind with its thread
 
 
 @dataclass(slots=True)
@@ -38,6 +41,7 @@ class TransferStats:
     seconds_saving: float = 0.0
     failures: int = 0
     skipped: int = 0  # calls not made because the store was left alone, or the queue was full
+    blocks_declined: int = 0  # found, but computed instead, which was predicted to be faster
 
     def values(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -63,13 +67,13 @@ class _Breaker:
 
     def failed(self, error: Exception) -> None:
         if not self._backoff:
-            logger.warning("KV pool, %s: %s; going on without it", self._kind, error)
+            logger.warning("KV %s: %s; going on without it", self._kind, error)
         self._backoff = min(max(self._backoff * 2, FIRST_BACKOFF_S), MAX_BACKOFF_S)
         self._until = time.monotonic() + self._backoff
 
     def worked(self) -> None:
         if self._backoff:
-            logger.info("KV pool, %s: back again", self._kind)
+            logger.info("KV %s: back again", self._kind)
         self._backoff = self._until = 0.0
 
 
@@ -95,10 +99,11 @@ class _Lane:
             return False
         return True
 
-    def end(self) -> None:
-        """After the calls already there."""
+    def end(self, limit_s: float) -> bool:
+        """After the calls already there; False where they take longer."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(limit_s)
+        return not self._thread.is_alive()
 
     def _serve(self) -> None:
         while (call := self._queue.get()) is not None:
@@ -114,11 +119,15 @@ class _Lane:
 class KVTransfer:
     """`done` of each call is called exactly once: on an I/O thread, or at once, by the caller's, where the call is not made."""
 
-    def __init__(self, store: KVStore) -> None:
-        self._store = store
-        self._lookup_breaker, self._load_breaker, self._save_breaker = (_Breaker(kind) for kind in ("lookup", "load", "save"))
-        self.stats = TransferStats()
-        self._loads, self._saves = _Lane("kv-load"), _Lane("kv-save")
+    def __init__(
+        self, store: KVStore, name: str = "pool", *, shared: bool = True, direct: bool = True, usage: Callable[[], Usage] | None = None
+    ) -> None:
+        """`shared`: other workers can read what is saved here. `direct`: is saved to from the device, rather than from another tier."""
+        self.name, self.shared, self.direct = name, shared, direct
+        self._store, self._usage = store, usage
+        self._lookup_breaker, self._load_breaker, self._save_breaker = (_Breaker(f"{name}, {kind}") for kind in ("lookup", "load", "save"))
+        self.stats, self._rate = TransferStats(), Rate()
+        self._lookups, self._loads, self._saves = (_Lane(f"kv-{name}-{kind}") for kind in ("lookup", "load", "save"))
         self._lock = threading.Lock()
         self._closed = False
 
@@ -126,22 +135,26 @@ class KVTransfer:
     def available(self) -> bool:
         """Whether the store answered last time, and does not hang now."""
         breakers = (self._lookup_breaker, self._load_breaker, self._save_breaker)
-        return not any(breaker.open for breaker in breakers) and max(self._loads.busy_s, self._saves.busy_s) < STALLED_S
+        longest = max(lane.busy_s for lane in (self._lookups, self._loads, self._saves))
+        return not any(breaker.open for breaker in breakers) and longest < STALLED_S
 
-    def register(self, region: Buffer) -> None:
-        self._store.register(region)
+    def values(self) -> dict[str, float]:
+        return {**self.stats.values(), **(asdict(self._usage()) if self._usage is not None else {})}
 
-    def lookup(self, keys: Sequence[str], done: Callable[[int], None]) -> None:
-        """`done(n)`: the first n keys can be read now."""
+    def seconds(self, nbytes: int) -> float:
+        """Predicted for loading so much, from what loading took; 0 while nothing was measured."""
+        return self._rate.seconds(nbytes)
 
-        def call() -> int:
-            found = self._store.contains(keys)
-            return found.index(False) if False in found else len(found)
+    def decline(self, num_blocks: int) -> None:
+        """What was found here is computed instead."""
+        self.stats.blocks_declined += num_blocks
 
-        if self._load_breaker.open:  # what is found could not be loaded
-            self._skip(0, done)
+    def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None:
+        """`done(found)`: which keys can be read now."""
+        if self._load_breaker.open or self._loads.busy_s > STALLED_S:  # what is found could not be loaded
+            self._skip([False] * len(keys), done)
         else:
-            self._submit(self._loads, self._lookup_breaker, call, 0, done)
+            self._submit(self._lookups, self._lookup_breaker, lambda: self._store.contains(keys), [False] * len(keys), done)
 
     def load(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
         """`done(found)`, a flag for each key; from then on nothing is written to the buffers."""
@@ -149,10 +162,12 @@ class KVTransfer:
         def call() -> list[bool]:
             started = time.monotonic()
             found = self._store.get(keys, buffers)
-            self.stats.seconds_loading += time.monotonic() - started
+            seconds, nbytes = time.monotonic() - started, _bytes(buffers, found)
+            self._rate.add(nbytes, seconds)
+            self.stats.seconds_loading += seconds
             self.stats.blocks_loaded += sum(found)
             self.stats.blocks_missed += len(found) - sum(found)
-            self.stats.bytes_loaded += _bytes(buffers, found)
+            self.stats.bytes_loaded += nbytes
             return found
 
         self._submit(self._loads, self._load_breaker, call, [False] * len(keys), done)
@@ -177,9 +192,12 @@ class KVTransfer:
             if self._closed:
                 return
             self._closed = True
-        for lane in (self._loads, self._saves):
-            lane.end()
-        self._store.close()
+        deadline = time.monotonic() + CLOSE_S
+        ended = [lane.end(max(deadline - time.monotonic(), 0)) for lane in (self._lookups, self._loads, self._saves)]
+        if all(ended):
+            self._store.close()
+        else:
+            logger.warning("KV %s: a call hangs; its thread is left behind", self.name)
 
     def _submit(self, lane: _Lane, breaker: _Breaker, call: Callable[[], T], miss: T, done: Callable[[T], None]) -> None:
         with self._lock:  # nothing enters a lane behind its end
@@ -218,27 +236,3 @@ class KVTransfer:
 
 def _bytes(buffers: Sequence[Buffer], moved: Sequence[bool]) -> int:
     return sum(buffer.nbytes for buffer, good in zip(buffers, moved, strict=True) if good)
-
-
-class NoTransfer:
-    """No pool: every lookup finds nothing, every save is refused."""
-
-    available = False
-
-    def __init__(self) -> None:
-        self.stats = TransferStats()
-
-    def register(self, region: Buffer) -> None:
-        pass
-
-    def lookup(self, keys: Sequence[str], done: Callable[[int], None]) -> None:
-        done(0)
-
-    def load(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
-        done([False] * len(keys))
-
-    def save(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
-        done([False] * len(keys))
-
-    def close(self) -> None:
-        pass

@@ -3,7 +3,7 @@
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,17 @@ import torch
 from baton.config import EngineConfig, WorkerConfig, member_id
 from baton.errors import ConfigError
 from baton.kernels.table import choose
-from baton.kv.connect import connect_pool, connect_push
+from baton.kv.connect import connect_push
 from baton.kv.layout import KVLayout, block_key
 from baton.kv.pool import DTYPES, KVPool, num_blocks_for
+from baton.kv.tiers import connect_tiers
+from baton.kv.transfer import TransferStats
 from baton.metrics import WorkerMetrics
 from baton.models.config import ModelConfig
 from baton.models.loader import dummy_model, load_model, weights_fingerprint
 from baton.models.registry import read_config
 from baton.runtime.engine import Engine
-from baton.runtime.loading import Transfer
+from baton.runtime.loading import Tier
 from baton.runtime.profile import measure_kv_memory, warm_up
 from baton.runtime.pushing import Receiver, Sender
 from baton.runtime.runner import ModelRunner
@@ -38,7 +40,7 @@ class BuiltWorker:
     engine: Engine
     member: Member
     metrics: WorkerMetrics
-    pool_available: Callable[[], bool]  # whether KV can come from the pool now, as far as is known
+    pool_available: Callable[[], bool]  # whether KV can go from worker to worker by a shared tier now, as far as is known
     can_push: Callable[[PushTarget], bool]  # whether there is a direct path there
     receives: bool  # whether KV can be pushed here
 
@@ -66,14 +68,14 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         )
     model = Path(config.model)
     loaded = load(model, config.engine)
-    transfer = connect_pool(config.pool, loaded.pool.region)
+    tiers = connect_tiers(config.host, config.pool, config.files, loaded.pool.tensor, loaded.pool.layout.block_bytes)
     host = config.push.host or config.server.advertise or config.server.host
     sender, receiver = connect_push(
         config.push.model_copy(update={"host": host}), config.role, loaded.pool.region, cuda=loaded.pool.tensor.is_cuda
     )
     engine = build_engine(
         loaded,
-        transfer,
+        tiers,
         budget_s=config.pool.budget_s,
         prefix_caching=config.engine.prefix_caching,
         sender=sender,
@@ -92,14 +94,16 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         max_num_batched_tokens=loaded.max_num_batched_tokens,
         instance=secrets.token_hex(8),
     )
-    metrics = WorkerMetrics(name, member.id, lambda: engine.load, transfer.stats.values, {} if sender is None else sender.values)
+    pool_stats = next((tier.stats for tier in tiers if tier.name == "pool"), TransferStats())
+    metrics = WorkerMetrics(name, member.id, lambda: engine.load, pool_stats.values, {} if sender is None else sender.values)
+    metrics.tiers({tier.name: tier.values for tier in tiers})
     engine.on_crash = lambda: os._exit(70)  # peers see broken streams at once, and a supervisor starts the worker again
     engine.on_step = lambda plan, seconds: metrics.step_seconds.observe(seconds)
     return BuiltWorker(
         engine,
         member,
         metrics,
-        lambda: transfer.available,
+        lambda: any(tier.shared and tier.available for tier in tiers),
         lambda target: sender is not None and bool(sender.path(target).protocol),
         receiver is not None,
     )
@@ -150,20 +154,20 @@ def load(model: Path, settings: EngineConfig) -> LoadedModel:
 
 def build_engine(
     loaded: LoadedModel,
-    transfer: Transfer,
+    tiers: Sequence[Tier],
     *,
     budget_s: float,
     prefix_caching: bool = True,
     sender: Sender | None = None,
     receiver: Receiver | None = None,
 ) -> Engine:
-    """An engine that can be started. `budget_s` bounds each call to the KV pool."""
+    """An engine that can be started. `tiers` hold KV behind the device, fastest first; `budget_s` bounds each call to one."""
     block_size = loaded.pool.layout.block_size
     cache = KVCache(loaded.pool.num_blocks, block_size, prefix_caching=prefix_caching)
     return Engine(
         Scheduler(cache, max_num_batched_tokens=loaded.max_num_batched_tokens, max_num_seqs=loaded.max_num_seqs),
         loaded.runner,
-        transfer,
+        tiers,
         key=lambda block_hash: block_key(loaded.fingerprint, block_hash),
         buffer=loaded.pool.buffer,
         limits=Limits(vocab_size=loaded.config.vocab_size, max_model_len=loaded.max_model_len),

@@ -17,15 +17,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from baton.errors import BatonError, Draining, InternalError, Overloaded, WorkerLost
 from baton.kv.store import Buffer
 from baton.runtime.entry import Entry
+from baton.runtime.feed import Feed
 from baton.runtime.flights import Flights, Runner
 from baton.runtime.leases import EngineLeases, asked
-from baton.runtime.loading import Feed, Loader, Transfer
+from baton.runtime.loading import Loader, Tier
 from baton.runtime.pace import PaceLearner
 from baton.runtime.pushing import Pusher, Receiver, Reservations, Sender
 from baton.runtime.sequence import Delivery, EngineSequence
@@ -56,7 +57,7 @@ class Engine:
         self,
         scheduler: Scheduler,
         runner: Runner,
-        transfer: Transfer,
+        tiers: Sequence[Tier],
         *,
         key: Callable[[bytes], str],
         buffer: Callable[[int], Buffer],
@@ -66,18 +67,21 @@ class Engine:
         sender: Sender | None = None,
         receiver: Receiver | None = None,
     ) -> None:
-        """`key` names a block hash in the pool, `buffer` gives a block's memory, `budget_s` bounds each pool call. `sender` and `receiver`
-        move blocks between workers past the pool."""
+        """`tiers` hold KV behind the device, fastest first; `key` names a block hash there, `buffer` gives a block's memory, `budget_s`
+        bounds each call. `sender` and `receiver` move blocks between workers past the tiers."""
         self.on_crash: Callable[[], None] = lambda: None
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
         self._flights, self._pace = Flights(), PaceLearner()
         self.loader = Loader(
             scheduler.cache,
-            transfer,
+            tiers,
             key=key,
             buffer=buffer,
             budget_s=budget_s,
+            pace=lambda: self._pace.pace,
+            step_tokens=scheduler.max_num_batched_tokens,
+            backlog=lambda: (*scheduler.running, *scheduler.waiting),
             post=self._post,
             after_steps=self._flights.after,
             on_matched=self._matched,
@@ -88,7 +92,7 @@ class Engine:
         self.reservations = Reservations(scheduler.cache, receiver, buffer=buffer, after_steps=self._flights.after, patience_s=budget_s)
         self.leases = EngineLeases(self.pusher, self.reservations, receiver, post=self._post, stopping=lambda: self._stopping)
         self._sender, self._receiver = sender, receiver
-        self._transfer, self._eos_token_ids = transfer, eos_token_ids
+        self._tiers, self._eos_token_ids = tiers, eos_token_ids
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._entries: dict[str, Entry] = {}
         self._outbox: list[tuple[EngineSequence, Delivery]] = []
@@ -162,7 +166,7 @@ class Engine:
         await asyncio.to_thread(self._thread.join)
         for sequence in list(self._live.values()):
             sequence.deliver(Draining("this worker is stopping; send the request to another one"))
-        for part in (self._sender, self._receiver, self._transfer):
+        for part in (self._sender, self._receiver, *reversed(self._tiers)):  # a tier may read from a faster one
             if part is not None:
                 await asyncio.to_thread(part.close)
         self.pusher.stop()  # the thread has ended: nobody else touches it
@@ -334,8 +338,7 @@ class Engine:
             num_pool_tokens=pool,
             num_prefill_tokens=cached - local - pool,
         )
-        if feed.await_saves:
-            self.loader.save_matched(feed)
+        self.loader.save_matched(feed)
         if entry.shipment is not None:
             self.pusher.send(entry.shipment, request.block_ids, min(item.start, entry.shipment.num_tokens - 1))
 

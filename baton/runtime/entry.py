@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from baton.runtime.loading import Feed
+from baton.runtime.feed import Feed
 from baton.runtime.pushing import Shipment
 from baton.runtime.sequence import EngineSequence
 from baton.scheduling.request import Request

@@ -1,34 +1,53 @@
-"""Traffic between a worker's KV blocks and the KV pool, both ways, for the engine's thread.
+"""Traffic between a worker's KV blocks and the tiers behind them (host memory, KV pool, files), both ways, for the engine's thread.
 
 Loading is prefetch into the prefix cache. A submitted request goes through here before the scheduler sees it:
 
-    start ─▶ lookup (pool) ─▶ load what was found ─▶ [held: load what gets offered, until released] ─▶ ready
-                 │ budget            │ budget
-                 └───────────────────┴──▶ what is missing gets computed
+    start ─▶ lookup in all tiers ─▶ decide: fetch or compute ─▶ load ─▶ [held: load what gets offered, until released] ─▶ ready
+                 │ budget                  ▲     │ nothing        │ budget, each call
+                 └─────────────────────────┘     └────────────────┴──▶ what is missing gets computed
 
-Loaded blocks are registered under their hashes and pinned; the scheduler's ordinary match finds them. A call that takes longer than its
-budget is given up as a miss, but its blocks stay taken until it has really returned, because it may still write.
+Each block comes from the fastest tier that has it, and is saved to those that are faster still. Loaded blocks are registered under their
+hashes and pinned; the scheduler's ordinary match finds them. A call that takes longer than its budget is given up as a miss, and that tier
+with it for this request; but its blocks stay taken until it has really returned, because it may still write.
 
 Saving pins each block until its call has returned. Neither ever makes a request fail.
 """
 
+import logging
+import math
 import time
+from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from itertools import compress, takewhile
 from typing import Protocol
 
 from baton.kv.store import Buffer
+from baton.runtime.feed import Feed
 from baton.scheduling.cache import KVCache
+from baton.scheduling.fetching import num_to_fetch
 from baton.scheduling.request import Request
+from baton.types import Pace
+
+logger = logging.getLogger(__name__)
 
 MAX_SAVING_FRACTION = 0.5  # of all blocks may wait to be saved; beyond, saves are skipped
 MAX_BLOCKS_PER_LOAD = 64  # one call's worth: smaller calls give earlier progress
+SURPRISE = 1.5  # a tier that turns out to be so much slower than was assumed is decided about again
 
 
-class Transfer(Protocol):
+class Tier(Protocol):
     """`kv.transfer`, as far as it is needed here. `done` is called exactly once, on any thread."""
 
-    def lookup(self, keys: Sequence[str], done: Callable[[int], None]) -> None: ...
+    name: str
+    shared: bool  # other workers can read it
+    direct: bool  # is saved to from here
+
+    def seconds(self, nbytes: int) -> float: ...
+
+    def decline(self, num_blocks: int) -> None: ...
+
+    def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None: ...
 
     def load(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None: ...
 
@@ -37,85 +56,72 @@ class Transfer(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(slots=True, eq=False)
-class Feed:
-    """What one request gets from the pool and gives to it."""
-
-    request: Request
-    hold: bool
-    await_saves: bool
-    num_tokens: int = 0  # known at the start
-    num_blocks: int = 0  # full blocks of them
-    num_matched: int = 0  # leading blocks of the own prefix cache at the start
-    num_found: int = 0  # leading blocks that are here or were in the pool at the start
-    num_available: int = 0  # leading blocks that are here or in the pool by now
-    num_loaded: int = 0  # leading blocks that are here
-    looked_up: bool = False
-    ready: bool = False
-    closed: bool = False
-    deadline: float | None = None  # of the call in flight
-    given_up: bool = False  # a call failed or took too long: load no more
-    in_flight: list[int] = field(default_factory=list[int])
-    saved: set[int] = field(default_factory=set[int])  # block indices known to be in the pool
-    num_saved_blocks: int = 0  # leading run of `saved`
-    num_saving: int = 0
-    saves_deadline: float | None = None  # set when nothing but saves is awaited
-    saves_given_up: bool = False
-
-    @property
-    def saves_ended(self) -> bool:
-        return self.num_saving == 0 or self.saves_given_up
-
-
 class Loader:
     """`post` runs a function on the engine's thread; `after_steps` too, once blocks that are free by now are written by no step any more.
-    `on_ready`, `on_matched` and `on_saved` are called on that thread."""
+    `pace` tells what steps take here, `step_tokens` are the most of one, `backlog` gives the requests that the scheduler has. `on_ready`,
+    `on_matched` and `on_saved` are called on the engine's thread."""
 
     def __init__(
         self,
         cache: KVCache,
-        transfer: Transfer,
+        tiers: Sequence[Tier],
         *,
         key: Callable[[bytes], str],
         buffer: Callable[[int], Buffer],
         budget_s: float,
+        pace: Callable[[], Pace],
+        step_tokens: int,
+        backlog: Callable[[], Sequence[Request]],
         post: Callable[[Callable[[], None]], None],
         after_steps: Callable[[Callable[[], None]], None],
         on_matched: Callable[[Feed], None],
         on_ready: Callable[[Feed], None],
         on_saved: Callable[[Feed], None],
     ) -> None:
-        self._cache, self._transfer, self._key, self._buffer = cache, transfer, key, buffer
+        self._cache, self._tiers, self._key, self._buffer = cache, tiers, key, buffer
         self._budget_s, self._post, self._after_steps = budget_s, post, after_steps
+        self._pace, self._step_tokens, self._backlog = pace, step_tokens, backlog
         self._on_matched, self._on_ready, self._on_saved = on_matched, on_ready, on_saved
+        self._direct = [number for number, tier in enumerate(tiers) if tier.direct]
+        self._shared = [number for number, tier in enumerate(tiers) if tier.shared]
+        self._private = [number for number in self._direct if not tiers[number].shared]
         self._taken: dict[int, list[int]] = {}  # blocks of calls in flight, by call
         self._calls = 0
         self._feeds: dict[Feed, None] = {}  # with a deadline, oldest first
-        self._num_saving = 0
+        self._fetching: dict[Feed, None] = {}  # with something to load
+        self._wanting: dict[Feed, None] = {}  # of them, those that wait for free blocks
+        self._num_saving = Counter[int]()  # blocks, by tier
         self.num_skipped_saves = 0
 
     # -- loading
 
     def start(self, feed: Feed) -> None:
-        """Looks up what the own cache and the pool have of the request's known tokens."""
+        """Looks up what the own cache and the tiers have of the request's known tokens."""
         request, cache = feed.request, self._cache
         feed.num_tokens, feed.num_blocks = request.num_tokens, len(request.block_hashes)
+        feed.decides = not feed.hold
         matched = cache.match(request)
         cache.pool.reuse(matched)
         cache.pin(request.request_id, matched)
         feed.num_matched = feed.num_found = feed.num_available = feed.num_loaded = len(matched)
-        first = 0 if feed.await_saves else len(matched)
-        last = feed.num_blocks if feed.await_saves else cache.num_matchable_blocks(request)
-        if first >= last:
-            self._looked_up(feed, first, 0)
+        first, last = (0, feed.num_blocks) if feed.await_saves else (len(matched), cache.num_matchable_blocks(request))
+        feed.asked = range(first, last)
+        if not feed.asked or not self._tiers:
+            self._found(feed)
             return
         self._expect(feed)
         keys = [self._key(key) for key in request.block_hashes[first:last]]
-        self._transfer.lookup(keys, lambda count: self._post(lambda: self._looked_up(feed, first, count)))
+        for number, tier in enumerate(self._tiers):
+            tier.lookup(keys, lambda held, number=number: self._post(lambda: self._looked_up(feed, number, held)))
 
     def offer(self, feed: Feed, num_blocks: int) -> None:
-        """The pool holds the first `num_blocks` full blocks by now."""
-        feed.num_available = max(feed.num_available, min(num_blocks, feed.num_blocks))
+        """The shared tiers hold the first `num_blocks` full blocks by now."""
+        num_blocks = min(num_blocks, feed.num_blocks)
+        if not self._shared or num_blocks <= feed.num_available:
+            return
+        for block in range(feed.num_available, num_blocks):
+            feed.sources.setdefault(block, list(self._shared))
+        feed.num_available = num_blocks
         self._advance(feed)
 
     def release(self, feed: Feed) -> None:
@@ -126,34 +132,113 @@ class Loader:
         """The request is gone. Calls in flight keep their blocks until they return."""
         feed.closed = True
         self._feeds.pop(feed, None)
+        self._fetching.pop(feed, None)
+        self._wanting.pop(feed, None)
         self._cache.unpin(feed.request.request_id)
 
-    def _looked_up(self, feed: Feed, first: int, count: int) -> None:
-        if feed.closed or feed.looked_up:
+    def _looked_up(self, feed: Feed, number: int, held: list[bool]) -> None:
+        """A tier has answered. Slower ones are not waited for once all is found, unless it matters what they have; they may still help."""
+        if feed.closed or feed.ready:
             return
+        feed.answered.add(number)
+        for block in compress(feed.asked, held):
+            if number not in feed.sources.setdefault(block, []):
+                insort(feed.sources[block], number)
+            self._keep(feed, number, block)
+        if feed.looked_up:
+            return
+        num_heard = next((other for other in range(len(self._tiers)) if other not in feed.answered), len(self._tiers))
+        found_all = not feed.await_saves and all(block in feed.sources and feed.sources[block][0] < num_heard for block in feed.asked)
+        if found_all or num_heard == len(self._tiers):
+            self._found(feed)
+
+    def _found(self, feed: Feed) -> None:
+        """The lookup is over, whoever has answered."""
         self._settle(feed)
         feed.looked_up = True
-        feed.saved.update(range(first, first + count))
         self._count_saved(feed)
-        limit = self._cache.num_matchable_blocks(feed.request)
-        feed.num_available = feed.num_found = max(feed.num_matched, min(first + count, limit))
+        limit, end = self._cache.num_matchable_blocks(feed.request), feed.num_matched
+        while end < limit and end in feed.sources:
+            end += 1
+        feed.num_available = end
+        self._decide(feed)
+        feed.num_found = feed.num_available
         self._on_matched(feed)
         self._advance(feed)
+
+    def _decide(self, feed: Feed) -> None:
+        """Fetch or compute: lowers num_available to where computing is predicted to be faster."""
+        start, end, size = feed.num_loaded, feed.num_available, self._cache.block_size
+        if start >= end:
+            return
+        feed.assumed_s = {number: tier.seconds(self._buffer(0).nbytes) for number, tier in enumerate(self._tiers)}
+        pace = self._pace()
+        if not (pace.token_s or pace.pair_s):
+            return
+        queued = Counter[int]()
+        for other in self._fetching:
+            if other is not feed:
+                queued[other.source_of(other.num_loaded) or 0] += other.num_available - other.num_loaded
+        numbers = list(feed.sources_of(range(start, end)))
+        fetch_s = [feed.assumed_s[number] * (1 + queued.pop(number, 0)) for number in numbers]
+        compute_s = [self._compute_s(pace, size, block * size) for block in range(start, start + len(numbers))]
+        missing = ((request.num_tokens - request.num_computed_tokens, request.num_computed_tokens) for request in self._backlog())
+        wait_s = sum(self._compute_s(pace, count, position) for count, position in missing if count > 1)
+        count = num_to_fetch(fetch_s, compute_s, wait_s)
+        for number in numbers[count:]:
+            self._tiers[number].decline(1)
+        feed.num_available = start + count
+        logger.debug(
+            "%s: %d of %d blocks are fetched from %s: %.3g s to fetch all, %.3g s to compute them, %.3g s before the engine is free",
+            feed.request.request_id, count, end - start, ", ".join(sorted({self._tiers[number].name for number in numbers})),
+            sum(fetch_s), sum(compute_s), wait_s,
+        )  # fmt: skip
+
+    def _compute_s(self, pace: Pace, tokens: int, position: int) -> float:
+        """With their share of the steps that they fill."""
+        return pace.prompt_s(tokens, position) + pace.base_s * tokens / self._step_tokens
 
     def _advance(self, feed: Feed) -> None:
         """Starts the next load, or hands the request to the scheduler when nothing is left to wait for."""
         if feed.closed or feed.ready or not feed.looked_up or feed.in_flight:
             return
+        number = self._next_source(feed)
+        if number is not None and feed.decides and self._surprises(feed, number):
+            self._decide(feed)
+            number = self._next_source(feed)
         end = min(feed.num_available, self._cache.num_matchable_blocks(feed.request), feed.num_loaded + MAX_BLOCKS_PER_LOAD)
-        count = min(end - feed.num_loaded, self._cache.pool.num_free)
-        if count > 0 and not feed.given_up:
-            self._load(feed, count)
-        elif not feed.hold:
+        if number is not None and end > feed.num_loaded:
+            end = min(end, feed.num_loaded + self._cache.pool.num_free)
+            self._fetching[feed] = None
+            count = sum(1 for _ in takewhile(number.__eq__, feed.sources_of(range(feed.num_loaded, end))))
+            if count:
+                self._load(feed, number, count)
+                return
+            if self._wait_for_room(feed):
+                return
+        self._fetching.pop(feed, None)
+        if not feed.hold:
             feed.ready = True
             self._on_ready(feed)
 
-    def _load(self, feed: Feed, count: int) -> None:
-        feed.in_flight = self._cache.pool.take(count)
+    def _surprises(self, feed: Feed, number: int) -> bool:
+        return self._tiers[number].seconds(self._buffer(0).nbytes) > SURPRISE * feed.assumed_s.get(number, math.inf)
+
+    def _wait_for_room(self, feed: Feed) -> bool:
+        """While others compute, they hold all blocks; a request that waits for memory anyway may as well fetch what it then gets."""
+        now = time.monotonic()
+        if feed.room_deadline is None:
+            feed.room_deadline = now + self._budget_s
+        waits = now < feed.room_deadline and bool(self._backlog())
+        if waits:
+            self._wanting[feed] = None
+        return waits
+
+    def _next_source(self, feed: Feed) -> int | None:
+        return feed.source_of(feed.num_loaded) if feed.num_loaded < feed.num_available else None
+
+    def _load(self, feed: Feed, number: int, count: int) -> None:
+        feed.source, feed.in_flight = number, self._cache.pool.take(count)
         hashes = feed.request.block_hashes[feed.num_loaded : feed.num_loaded + count]
         call = self._calls = self._calls + 1
         self._taken[call] = feed.in_flight
@@ -163,23 +248,29 @@ class Loader:
         def loaded(found: list[bool]) -> None:
             self._post(lambda: self._loaded(feed, call, hashes, found))
 
-        self._after_steps(lambda: self._transfer.load(keys, buffers, loaded))
+        self._after_steps(lambda: self._tiers[number].load(keys, buffers, loaded))
 
     def _loaded(self, feed: Feed, call: int, hashes: list[bytes], found: list[bool]) -> None:
         block_ids = self._taken.pop(call)
-        good = found.index(False) if False in found else len(found)
-        if feed.closed or feed.given_up:
-            good = 0
+        late = feed.closed or feed.in_flight is not block_ids
+        good = 0 if late else found.index(False) if False in found else len(found)
         self._cache.pool.release(block_ids[good:])
         self._cache.pool.register(block_ids[:good], hashes[:good])
-        if feed.closed or feed.in_flight is not block_ids:
+        if late:
             return
         self._settle(feed)
         self._cache.pin(feed.request.request_id, block_ids[:good])
-        feed.saved.update(range(feed.num_loaded, feed.num_loaded + good))
+        first, number = feed.num_loaded, feed.source
+        for block, hit in enumerate(found, first):
+            if hit:
+                self._keep(feed, number, block)
+            else:
+                feed.sources[block].remove(number)
+                feed.kept[number].discard(block)
         feed.num_loaded += good
         feed.in_flight = []
-        feed.given_up = feed.given_up or good < len(found)
+        faster = [other for other in self._direct if other < number]
+        self._save(feed, dict(enumerate(block_ids[:good], first)), faster)
         self._advance(feed)
 
     # -- saving
@@ -187,43 +278,55 @@ class Loader:
     def save_new(self, feed: Feed, block_ids: Sequence[int], start: int, end: int) -> None:
         """Tokens start … end were just computed: saves the blocks that became full. `block_ids` are the request's."""
         first, last = start // self._cache.block_size, end // self._cache.block_size
-        if last > first:
-            self.save(feed, block_ids, range(first, last))
+        if last > first and self._direct:
+            self._save(feed, {block: block_ids[block] for block in range(first, last)}, self._direct)
 
     def save_matched(self, feed: Feed) -> None:
-        """For a prefill: the cached blocks of its prompt that the pool lacks. Called when the request was admitted."""
-        blocks = range(min(feed.request.num_computed_tokens // self._cache.block_size, feed.num_blocks))
-        self.save(feed, feed.request.block_ids, blocks)
+        """Called when the request was admitted. For a prefill: saves the cached blocks of its prompt that tiers lack. Else those that were
+        pushed here, which other workers save, to private tiers."""
+        block_ids, end = feed.request.block_ids, min(feed.request.num_computed_tokens // self._cache.block_size, feed.num_blocks)
+        if feed.await_saves:
+            self._save(feed, {block: block_ids[block] for block in range(end)}, self._direct)
+        elif self._private:
+            self._save(feed, {block: block_ids[block] for block in range(feed.num_matched, end)}, self._private)
 
-    def save(self, feed: Feed, block_ids: Sequence[int], indices: Sequence[int]) -> None:
-        indices = [index for index in indices if index not in feed.saved]
-        if not indices:
-            return
-        if self._num_saving + len(indices) > self._cache.pool.num_blocks * MAX_SAVING_FRACTION:
-            self.num_skipped_saves += len(indices)
-            return
-        pinned = [block_ids[index] for index in indices]
-        keys = [self._key(feed.request.block_hashes[index]) for index in indices]
+    def _save(self, feed: Feed, blocks: dict[int, int], tiers: Sequence[int]) -> None:
+        """`blocks`: device blocks by their number in the prompt."""
+        for number in tiers:
+            wanted = [block for block in blocks if block not in feed.kept[number]]
+            limit = self._cache.pool.num_blocks * MAX_SAVING_FRACTION / len(self._direct)
+            if not wanted:
+                continue
+            if self._num_saving[number] + len(wanted) > limit:
+                self.num_skipped_saves += len(wanted)
+                continue
+            self._save_to(number, feed, wanted, [blocks[block] for block in wanted])
+
+    def _save_to(self, number: int, feed: Feed, wanted: Sequence[int], pinned: list[int]) -> None:
+        keys = [self._key(feed.request.block_hashes[block]) for block in wanted]
         self._cache.pool.reuse(pinned)
         call = self._calls = self._calls + 1
         self._taken[call] = pinned
-        self._num_saving += len(pinned)
-        feed.num_saving += 1
-        self._transfer.save(
+        self._num_saving[number] += len(pinned)
+        feed.num_saving += self._tiers[number].shared
+        self._tiers[number].save(
             keys,
             [self._buffer(block_id) for block_id in pinned],
-            lambda stored: self._post(lambda: self._saved(feed, call, indices, stored)),
+            lambda stored: self._post(lambda: self._saved(feed, call, number, wanted, stored)),
         )
 
-    def _saved(self, feed: Feed, call: int, indices: Sequence[int], stored: list[bool]) -> None:
+    def _saved(self, feed: Feed, call: int, number: int, wanted: Sequence[int], stored: list[bool]) -> None:
         pinned = self._taken.pop(call)
         self._cache.pool.release(pinned)
-        self._num_saving -= len(pinned)
-        feed.num_saving -= 1
-        feed.saved.update(index for index, good in zip(indices, stored, strict=True) if good)
-        self._count_saved(feed)
-        if not feed.closed:
-            self._on_saved(feed)
+        self._num_saving[number] -= len(pinned)
+        for block, good in zip(wanted, stored, strict=True):
+            if good:
+                self._keep(feed, number, block)
+        if self._tiers[number].shared:
+            feed.num_saving -= 1
+            self._count_saved(feed)
+            if not feed.closed:
+                self._on_saved(feed)
 
     def await_saves(self, feed: Feed) -> None:
         """All is computed: what is not saved within the budget is given up, and `on_saved` called."""
@@ -233,22 +336,27 @@ class Loader:
     # -- time
 
     def tick(self, now: float) -> None:
-        """Gives up calls that are past their deadline."""
+        """Gives up calls that are past their deadline; loads on where there is room now."""
+        for feed in list(self._wanting):
+            del self._wanting[feed]
+            self._advance(feed)
         for feed in [feed for feed in self._feeds if feed.saves_deadline is not None and feed.saves_deadline <= now]:
             feed.saves_deadline, feed.saves_given_up = None, True
             self._feeds.pop(feed, None)
             self._on_saved(feed)
         for feed in [feed for feed in self._feeds if feed.deadline is not None and feed.deadline <= now]:
             self._settle(feed)
-            feed.given_up = True
             if feed.looked_up:
+                feed.failed.add(feed.source)
                 feed.in_flight = []
                 self._advance(feed)
             else:
-                self._looked_up(feed, 0, 0)
+                self._found(feed)
 
     @property
     def next_deadline(self) -> float | None:
+        if self._wanting:
+            return 0.0
         deadlines = (deadline for feed in self._feeds for deadline in (feed.deadline, feed.saves_deadline) if deadline is not None)
         return min(deadlines, default=None)
 
@@ -264,6 +372,11 @@ class Loader:
         feed.deadline = None
         self._feeds.pop(feed, None)
 
+    def _keep(self, feed: Feed, number: int, block: int) -> None:
+        feed.kept[number].add(block)
+        if self._tiers[number].shared:
+            feed.shared.add(block)
+
     def _count_saved(self, feed: Feed) -> None:
-        while feed.num_saved_blocks in feed.saved and feed.num_saved_blocks < feed.num_blocks:
+        while feed.num_saved_blocks in feed.shared and feed.num_saved_blocks < feed.num_blocks:
             feed.num_saved_blocks += 1

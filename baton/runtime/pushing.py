@@ -18,7 +18,7 @@ from typing import Protocol
 
 from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.store import Buffer
-from baton.runtime.loading import Feed
+from baton.runtime.feed import Feed
 from baton.scheduling.blocks import BlockPool
 from baton.scheduling.cache import KVCache
 from baton.types import LeaseEnd, PushTarget

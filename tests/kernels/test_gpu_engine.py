@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from baton.config import EngineConfig
-from baton.kv.transfer import NoTransfer
 from baton.runtime.build import build_engine, load
 from baton.types import GenerateRequest, SamplingParams
 from tests.parity.models import FAMILIES, Family
@@ -23,7 +22,7 @@ def prompt(length: int) -> list[int]:
 
 async def generate(folder: Path, requests: list[GenerateRequest], **settings: object) -> list[list[int]]:
     loaded = load(folder, EngineConfig.model_validate({"device": "cuda", "num_blocks": 400, "max_num_seqs": 8, **settings}))
-    engine = build_engine(loaded, NoTransfer(), budget_s=2)
+    engine = build_engine(loaded, (), budget_s=2)
     engine.start()
 
     async def tokens(request: GenerateRequest) -> list[int]:

@@ -3,6 +3,7 @@ equals transformers' `generate`. Engines are real, models tiny and random, in fp
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from baton.config import EngineConfig
-from baton.kv.store import MemoryStore
-from baton.kv.transfer import KVTransfer, NoTransfer
+from baton.config import EngineConfig, FilesConfig, HostConfig, PoolConfig
+from baton.kv.store import Buffer, MemoryStore
+from baton.kv.tiers import connect_tiers
+from baton.kv.transfer import KVTransfer
 from baton.runtime.build import build_engine, load
 from baton.runtime.engine import Engine
+from baton.scheduling import fetching
 from baton.types import FinishReason, GenerateOutput, GenerateRequest, OutputToken, SamplingParams
 from tests.parity.models import FAMILIES, engine_settings
 
@@ -45,15 +48,30 @@ def request(length: int, sampling: SamplingParams, name: str = "", **changes: An
 
 
 @asynccontextmanager
-async def engine(folder: Path, store: MemoryStore | None = None, settings: EngineConfig | None = None) -> AsyncIterator[Engine]:
+async def engine(
+    folder: Path,
+    store: MemoryStore | None = None,
+    settings: EngineConfig | None = None,
+    *,
+    host: int = 0,
+    files: Path | None = None,
+    shared: bool = False,
+) -> AsyncIterator[Engine]:
+    """`host`: bytes of a tier there; `files`: directory of another."""
     settings = settings or engine_settings()
-    transfer = KVTransfer(store) if store is not None else NoTransfer()
-    built = build_engine(load(folder, settings), transfer, budget_s=5, prefix_caching=settings.prefix_caching)
+    loaded = load(folder, settings)
+    wanted = FilesConfig(path=str(files), bytes=2**30, shared=shared) if files else FilesConfig()
+    tiers = connect_tiers(HostConfig(bytes=host), PoolConfig(), wanted, loaded.pool.tensor, loaded.pool.layout.block_bytes)
+    if store is not None:
+        tiers.insert(bool(host), KVTransfer(store))
+    built = build_engine(loaded, tiers, budget_s=5, prefix_caching=settings.prefix_caching)
     built.start()
     try:
         yield built
         assert await built.check_integrity() == []
-        assert built.load.blocks_free == built.load.blocks_total
+        async with asyncio.timeout(5):  # saves that nobody waited for
+            while built.load.blocks_free != built.load.blocks_total:
+                await asyncio.sleep(0.01)
     finally:
         await built.stop()
 
@@ -141,6 +159,72 @@ async def test_disaggregated(folder: Path, sampling: SamplingParams, push: bool)
             assert report.num_prefill_tokens == (length // 16 * 16 if push else (length - 1) // 16 * 16)
             results.append(ids(outputs))
     assert results == await expected(folder, sampling)
+
+
+@pytest.mark.parametrize("sampling", KINDS)
+async def test_from_any_tier(folder: Path, tmp_path: Path, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device forgets the prompt each time; the next engine finds it in the files. All that is found is fetched."""
+    monkeypatch.setattr(KVTransfer, "seconds", lambda tier, nbytes: 0.0)
+    wanted, store = (await expected(folder, sampling, [161]))[0], MemoryStore(2**30)
+    settings = engine_settings(num_blocks=64, max_num_batched_tokens=64)
+    hashes = [request_hash(index).hex() for index in range(10)]
+    for host, pool, files, known in (
+        (2**30, None, tmp_path / "a", False),
+        (0, None, tmp_path / "a", True),
+        (0, store, None, False),
+        (2**30, store, tmp_path / "b", False),
+        (0, store, tmp_path / "b", True),
+    ):
+        async with engine(folder, pool, settings, host=host, files=files) as built:
+            for found in (known, True):
+                outputs = await collect(built, request(161, sampling))
+                assert ids(outputs) == wanted
+                report = next(o.cache for o in outputs if o.cache is not None)
+                assert (report.num_local_tokens, report.num_pool_tokens) == (0, 160 * found)
+                keys = [built.loader._key(bytes.fromhex(item)) for item in hashes]
+                while not all(all(tier._store.contains(keys)) for tier in built._tiers):
+                    await asyncio.sleep(0.01)
+                await collect(built, request(980, sampling))
+            assert built._tiers[0].stats.blocks_loaded >= 10
+            assert not any(tier.stats.failures or tier.stats.blocks_missed for tier in built._tiers)
+
+
+class SlowStore(MemoryStore):
+    def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
+        time.sleep(0.5)
+        return super().get(keys, buffers)
+
+
+async def test_what_is_found_in_a_slow_tier_is_computed_until_it_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = (await expected(folder, GREEDY, [161]))[0]
+    async with engine(folder, SlowStore(2**30), engine_settings(num_blocks=64, max_num_batched_tokens=64)) as built:
+        (tier,), results = built._tiers, []
+        for half_life_s, found in ((30, 0), (30, 160), (30, 0), (0.001, 160)):
+            monkeypatch.setattr(fetching, "HALF_LIFE_S", half_life_s)
+            outputs = await collect(built, request(161, GREEDY))
+            results.append(ids(outputs))
+            assert next(o.cache for o in outputs if o.cache is not None).num_pool_tokens == found
+            await collect(built, request(980, dataclasses.replace(GREEDY, prompt_logprobs=0)))  # which takes no block from anywhere
+        assert results == [wanted] * 4
+        assert (tier.stats.blocks_loaded, tier.stats.blocks_declined) == (20, 10)
+
+
+async def test_disaggregated_through_a_shared_directory(folder: Path, tmp_path: Path) -> None:
+    wanted = request(161, GREEDY)
+    async with engine(folder, files=tmp_path, shared=True) as prefill, engine(folder, host=2**30, files=tmp_path, shared=True) as decode:
+        sequence = decode.submit(wanted, hold=True)
+        assert await sequence.matched() == (0, 0)
+        async for output in prefill.submit(
+            dataclasses.replace(wanted, sampling=dataclasses.replace(GREEDY, max_tokens=1)), await_saves=True
+        ):
+            sequence.offer_blocks(output.num_saved_blocks)
+            for token in output.tokens:
+                sequence.push_token(token)
+        assert output.num_saved_blocks == 10
+        sequence.release()
+        outputs = [output async for output in sequence]
+        assert next(o.cache for o in outputs if o.cache is not None).num_prefill_tokens == 160
+    assert ids(outputs) == (await expected(folder, GREEDY, [161]))[0]
 
 
 @pytest.mark.parametrize("sampling", KINDS)

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from baton.kv.store import Buffer
 from baton.runtime.engine import Engine
 from baton.runtime.entry import Entry
-from baton.runtime.loading import Feed
+from baton.runtime.feed import Feed
 from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache
 from baton.scheduling.request import Request
@@ -46,15 +46,23 @@ class EngineMachine(RuleBasedStateMachine):
     """Drives the engine's thread functions by hand, so that every interleaving can be had and shrunk."""
 
     @initialize(
-        num_blocks=st.integers(9, 20), budget=st.integers(1, 30), seqs=st.integers(1, 4), caching=st.booleans(), depth=st.integers(0, 1)
+        num_blocks=st.integers(9, 20),
+        budget=st.integers(1, 30),
+        seqs=st.integers(1, 4),
+        caching=st.booleans(),
+        depth=st.integers(0, 1),
+        around=st.booleans(),
     )
-    def start(self, num_blocks: int, budget: int, seqs: int, caching: bool, depth: int) -> None:
+    def start(self, num_blocks: int, budget: int, seqs: int, caching: bool, depth: int, around: bool = False) -> None:
+        """`around` the pool, tiers that nobody shares: one in front of it, one behind."""
         self.runner = ToyRunner(num_blocks, depth)
         self.transfer = ToyTransfer(self.runner, {})
+        host, files = (ToyTransfer(self.runner, {}, name, shared=False) for name in ("host", "files"))
+        self.tiers = (host, self.transfer, files) if around else (self.transfer,)
         self.engine = Engine(
             Scheduler(KVCache(num_blocks, BLOCK_SIZE, prefix_caching=caching), max_num_batched_tokens=budget, max_num_seqs=seqs),
             self.runner,
-            self.transfer,
+            self.tiers,
             key=bytes.hex,
             buffer=lambda block_id: Buffer(block_id, 1),
             limits=Limits(vocab_size=VOCAB, max_model_len=num_blocks * BLOCK_SIZE),
@@ -175,9 +183,19 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine._step()
         self.flush()
 
-    @rule(works=st.booleans())
-    def pool_call_returns(self, works: bool) -> None:
-        self.transfer.answer_one(works)
+    @rule(data=st.data(), works=st.booleans())
+    def tier_call_returns(self, data: st.DataObject, works: bool) -> None:
+        data.draw(st.sampled_from(self.tiers)).answer_one(works)
+
+    @rule(data=st.data(), block_s=st.sampled_from([0.0, 1e-5, 1000.0]))
+    def tier_is_so_fast(self, data: st.DataObject, block_s: float) -> None:
+        data.draw(st.sampled_from(self.tiers)).block_s = block_s
+
+    @rule(data=st.data(), key=st.integers(0, 99))
+    def tier_loses_a_block(self, data: st.DataObject, key: int) -> None:
+        blocks = data.draw(st.sampled_from(self.tiers)).pool
+        if blocks:
+            del blocks[sorted(blocks)[key % len(blocks)]]
 
     @rule()
     def budget_is_over(self) -> None:
@@ -234,7 +252,7 @@ class EngineMachine(RuleBasedStateMachine):
         for lease in list(self.leases):
             self.engine.reservations.settle(lease)
         for _ in range(3000):
-            while self.transfer.answer_one(True):
+            while any([tier.answer_one(True) for tier in self.tiers]):  # noqa: C419
                 pass
             while self.sender.pushes:
                 push = self.sender.pushes.pop()
@@ -246,7 +264,7 @@ class EngineMachine(RuleBasedStateMachine):
             if not self.engine._entries and self.engine._inbox.empty():
                 break
         assert not self.engine._entries, "requests that never end"
-        while self.transfer.answer_one(True):  # saves that nobody waited for
+        while any([tier.answer_one(True) for tier in self.tiers]):  # noqa: C419 (saves that nobody waited for)
             self.run_inbox()
         self.run_inbox()
         assert not self.engine.pusher._shipments

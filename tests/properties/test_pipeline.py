@@ -65,7 +65,7 @@ def test_who_stops_while_its_next_step_is_in_flight_gets_no_token_more() -> None
     stop = next_token([1, 2, 3])
     made.engine._eos_token_ids = frozenset({stop})
     from baton.runtime.entry import Entry
-    from baton.runtime.loading import Feed
+    from baton.runtime.feed import Feed
     from baton.scheduling.request import Request
     from tests.properties.test_engine_machine import Sink
 

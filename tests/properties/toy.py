@@ -58,17 +58,26 @@ class ToyRunner:
 
 
 class ToyTransfer:
-    """A pool of blocks whose calls are answered when the test says so, right, wrong or late. `Buffer.address` is a block id."""
+    """A tier of blocks whose calls are answered when the test says so, right, wrong or late. `Buffer.address` is a block id."""
 
-    def __init__(self, runner: ToyRunner, pool: dict[str, tuple[int | None, ...]]) -> None:
-        self._runner, self.pool = runner, pool
+    direct = True
+
+    def __init__(self, runner: ToyRunner, pool: dict[str, tuple[int | None, ...]], name: str = "pool", *, shared: bool = True) -> None:
+        self._runner, self.pool, self.name, self.shared = runner, pool, name, shared
+        self.block_s = 0.0  # predicted
+        self.num_declined = 0
         self._calls: queue.SimpleQueue[Callable[[bool], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
-    def lookup(self, keys: Sequence[str], done: Callable[[int], None]) -> None:
+    def seconds(self, nbytes: int) -> float:
+        return self.block_s * nbytes
+
+    def decline(self, num_blocks: int) -> None:
+        self.num_declined += num_blocks
+
+    def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None:
         def answer(works: bool) -> None:
-            found = [key in self.pool for key in keys]
-            done((found.index(False) if False in found else len(found)) if works else 0)
+            done([works and key in self.pool for key in keys])
 
         self._calls.put(answer)
 

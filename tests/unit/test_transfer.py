@@ -12,7 +12,7 @@ import pytest
 from baton.errors import StoreError
 from baton.kv import transfer as module
 from baton.kv.store import Buffer, MemoryStore
-from baton.kv.transfer import KVTransfer, NoTransfer
+from baton.kv.transfer import KVTransfer
 
 BLOCK = 32
 KEYS = ["a", "b", "c"]
@@ -104,7 +104,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def lookup(transfer: KVTransfer) -> int:
     answers = Answers()
     transfer.lookup(KEYS, answers)
-    return int(answers.wait(1)[0])
+    return sum(answers.wait(1)[0])
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -118,12 +118,12 @@ def test_what_was_saved_is_found_and_loaded(transfer: KVTransfer, memory: list[B
     saved, loaded, found = Answers(), Answers(), Answers()
     transfer.save([KEYS[0], KEYS[2]], [memory[0], memory[2]], saved)
     assert saved.wait(1) == [[True, True]]
-    transfer.lookup(KEYS, found)  # the run ends where "b" is missing
+    transfer.lookup(KEYS, found)
     transfer.lookup([], found)
     transfer.load(KEYS, memory, loaded)
     assert loaded.wait(1) == [[True, False, True]]
-    assert found.wait(2) == [1, 0]
-    assert (saved.threads, loaded.threads) == (["kv-save"], ["kv-load"])
+    assert found.wait(2) == [[True, False, True], []]
+    assert (saved.threads, loaded.threads) == (["kv-pool-save"], ["kv-pool-load"])
     stats = transfer.stats
     assert (stats.blocks_saved, stats.bytes_saved, stats.blocks_refused) == (2, 2 * BLOCK, 0)
     assert (stats.blocks_loaded, stats.bytes_loaded, stats.blocks_missed) == (2, 2 * BLOCK, 1)
@@ -149,12 +149,12 @@ def test_a_store_that_fails_is_left_alone_then_probed_by_one_call(
     until(lambda: store.calls == 2)
     for _ in range(3):
         transfer.lookup(KEYS, others)
-    assert others.values == [0, 0, 0]
+    assert others.values == [[False] * 3] * 3
     assert others.threads == [threading.current_thread().name] * 3
     assert probe.values == []
     store.failing = None
     store.gate.set()
-    assert probe.wait(1) == [3]
+    assert probe.wait(1) == [[True] * 3]
     assert lookup(transfer) == 3  # and all is well again
 
 
@@ -203,7 +203,7 @@ def test_nobody_queues_behind_a_call_that_hangs(transfer: KVTransfer, store: Bre
     transfer.load(KEYS, memory, hanging)
     until(lambda: not transfer.available)
     transfer.lookup(KEYS, behind)
-    assert behind.values == [0]
+    assert behind.values == [[False] * 3]
     transfer.save(KEYS, memory, saved)  # the other thread is not concerned
     assert hanging.values == saved.values == []
     store.gate.set()
@@ -217,6 +217,22 @@ def test_an_unknown_failure_is_a_miss_and_is_told(transfer: KVTransfer, store: B
     with caplog.at_level(logging.WARNING):
         assert lookup(transfer) == 0
     assert "surprise" in caplog.text
+
+
+def test_how_long_a_load_will_take_is_learned_from_loads(
+    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put(KEYS, memory)
+    answers = Answers()
+    transfer.load(["missing"], memory[:1], answers)
+    answers.wait(1)
+    assert transfer.seconds(BLOCK) == 0.0  # a miss tells nothing
+    get = store.get
+    monkeypatch.setattr(store, "get", lambda *call: time.sleep(0.1) or get(*call))
+    transfer.load(KEYS, memory, answers)
+    answers.wait(2)
+    assert transfer.seconds(BLOCK) == pytest.approx(transfer.stats.seconds_loading / 3, rel=0.5)
+    assert transfer.seconds(30 * BLOCK) > 0.9
 
 
 def test_a_listener_that_fails_stops_nobody(transfer: KVTransfer, caplog: pytest.LogCaptureFixture) -> None:
@@ -271,14 +287,3 @@ def test_a_full_queue_is_a_miss(transfer: KVTransfer, store: BreakableStore) -> 
     assert len(answers.values) == transfer.stats.skipped
     store.gate.set()
     assert len(answers.wait(module.MAX_QUEUED + 10)) == module.MAX_QUEUED + 10
-
-
-def test_no_pool_answers_at_once(memory: list[Buffer]) -> None:
-    transfer, answers = NoTransfer(), Answers()
-    transfer.register(memory[0])
-    transfer.lookup(KEYS, answers)
-    transfer.load(KEYS, memory, answers)
-    transfer.save(KEYS, memory, answers)
-    transfer.close()
-    assert answers.values == [0, [False] * 3, [False] * 3]
-    assert not transfer.available

@@ -1,0 +1,281 @@
+"""FileStore: KV blocks as files of a directory, on a local SSD or on a file system that several workers share.
+
+    {root}/baton-kv              says that this is such a directory; while it is missing, the file system is not there
+    {root}/3f/3fa8…c1            a block: header (magic, length, CRC-32, digest of its key), content
+    {root}/3f/3fa8…c1.77-5.tmp   … being written by process 77; renamed when it is whole
+
+Readers never see half a block: a file has its name only when it is complete, and what a crash of the machine left of it is caught by length
+and checksum, counts as a miss and is removed. There is no index beside the files: a new process finds what the last one left by their
+names, and its order of use by their times, which are set by each use. Several processes may write the same directory; each counts what the
+others added when it has itself written a sixteenth of the budget, so the budget may be passed by so much for each of them.
+"""
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import itertools
+import logging
+import os
+import struct
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from baton.errors import ConfigError, StoreError
+from baton.kv.store import Buffer, Usage
+
+logger = logging.getLogger(__name__)
+
+MARKER = "baton-kv"
+TEMPORARY = ".tmp"
+ABANDONED_S = 60.0  # a temporary file that is older was left by a process that died
+GAP = 16  # missing blocks in a row, after which a lookup asks the file system no more
+RECOUNT_SHARE = 1 / 16  # of the budget written since the last count
+_HEADER = struct.Struct("<8sQI16s")
+_MAGIC = b"BATONKV1"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_TOO_LARGE = errno.EFBIG
+
+
+class FileStore:
+    """Thread-safe, as far as the load and the save thread need it."""
+
+    def __init__(self, root: Path, capacity: int) -> None:
+        """Creates the directory if it is not there, and lists what it holds. Raises ConfigError where it can't be used."""
+        self._root, self._capacity = root, capacity
+        self._files = OrderedDict[str, int]()  # bytes by name, least recently used first
+        self._used = self._written = self._evictions = self._damaged = 0
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            marker = root / MARKER
+            if not marker.exists() and any(root.iterdir()):
+                raise ConfigError(f"files.path={root} holds something else; give a directory that is empty, or that Baton has filled")
+            os.close(os.open(marker, os.O_CREAT | os.O_WRONLY, 0o660))
+            self._count()
+        except OSError as error:
+            raise ConfigError(f"files.path={root} cannot be used: {error.strerror}") from error
+
+    def register(self, region: Buffer) -> None:
+        pass
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        self._check()
+        found: list[bool] = []
+        missing = 0
+        for key in keys:
+            name = _name(key)
+            here = missing < GAP and (name in self._files or os.path.exists(self._path(name)))
+            missing = 0 if here else missing + 1
+            found.append(here)
+        return found
+
+    def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
+        self._check()
+        files = [self._open(_name(key)) for key in keys]
+        try:
+            return [self._read(file, _name(key), key, buffer) for file, key, buffer in zip(files, keys, buffers, strict=True)]
+        finally:
+            for file in files:
+                if file is not None:
+                    os.close(file)
+
+    def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
+        self._check()
+        stored: list[bool] = []
+        for key, buffer in zip(keys, buffers, strict=True):
+            try:
+                stored.append(self._write(_name(key), key, buffer))
+            except OSError as error:
+                if error.errno in _FULL or error.errno == _TOO_LARGE:
+                    logger.debug("%s: %s", self._root, error.strerror)
+                    return stored + [False] * (len(keys) - len(stored))
+                raise StoreError(f"{self._root} cannot be written: {error.strerror}") from error
+        return stored
+
+    def usage(self) -> Usage:
+        return Usage(self._used, self._capacity, self._evictions, self._damaged)
+
+    def close(self) -> None:
+        pass
+
+    # -- one block
+
+    def _open(self, name: str) -> int | None:
+        """The disk begins to read it, beside the others that are opened."""
+        try:
+            file = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._forget(name)
+            return None
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+        return file
+
+    def _read(self, file: int | None, name: str, key: str, buffer: Buffer) -> bool:
+        if file is None:
+            return False
+        try:
+            header, size = os.read(file, _HEADER.size), os.fstat(file).st_size
+            if len(header) < _HEADER.size:
+                return self._remove_damaged(name)
+            magic, nbytes, checksum, digest = _HEADER.unpack(header)
+            if magic != _MAGIC or digest != _digest(key) or size != _HEADER.size + nbytes:
+                return self._remove_damaged(name)
+            if nbytes != buffer.nbytes:
+                return False
+            view = _view(buffer)
+            if not _fill(file, view) or zlib.crc32(view) != checksum:
+                return self._remove_damaged(name)
+            with contextlib.suppress(OSError):  # read only
+                os.utime(file)
+        except OSError as error:
+            logger.warning("%s: %s", self._path(name), error.strerror)
+            self._forget(name)
+            return False
+        self._note(name, size)
+        return True
+
+    def _write(self, name: str, key: str, buffer: Buffer) -> bool:
+        """Raises OSError."""
+        path, size = self._path(name), _HEADER.size + buffer.nbytes
+        if name in self._files or os.path.exists(path):
+            self._note(name, size)
+            return True
+        if size > self._capacity:
+            return False
+        self._make_room(size)
+        view = _view(buffer)
+        header = _HEADER.pack(_MAGIC, buffer.nbytes, zlib.crc32(view), _digest(key))
+        temporary = f"{path}.{os.getpid()}-{next(self._numbers)}{TEMPORARY}"
+        try:
+            _write_whole(temporary, path, header, view)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self._evict(2 * size)  # the disk holds less than the budget
+            _write_whole(temporary, path, header, view)
+        self._written += size
+        self._note(name, size)
+        return True
+
+    def _remove_damaged(self, name: str) -> bool:
+        self._damaged += 1
+        logger.warning("a damaged KV block was removed: %s", self._path(name))
+        self._unlink(name)
+        return False
+
+    # -- the budget
+
+    def _make_room(self, size: int) -> None:
+        if self._written > self._capacity * RECOUNT_SHARE:
+            self._count()
+        self._evict(self._used + size - self._capacity)
+
+    def _evict(self, nbytes: int) -> None:
+        """At least so many, if there are so many."""
+        while nbytes > 0 and self._files:
+            with self._lock:
+                name, size = next(iter(self._files.items()), ("", 0))
+            if not name:
+                return
+            self._unlink(name)
+            self._evictions += 1
+            nbytes -= size
+
+    def _count(self) -> None:
+        """What is really there, whoever wrote it; removes what the dead left half written."""
+        found: list[tuple[int, str, int]] = []
+        now = time.time()
+        for folder in os.scandir(self._root):
+            if len(folder.name) != 2 or not folder.is_dir():
+                continue
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
+                    if not entry.name.endswith(TEMPORARY):
+                        found.append((status.st_mtime_ns, entry.name, status.st_size))
+                    elif now - status.st_mtime > ABANDONED_S:
+                        os.unlink(entry)
+        found.sort()
+        with self._lock:
+            self._files = OrderedDict((name, size) for _, name, size in found)
+            self._used = sum(self._files.values())
+            self._written = 0
+
+    def _note(self, name: str, size: int) -> None:
+        """It was just used."""
+        with self._lock:
+            self._used += size - self._files.pop(name, 0)
+            self._files[name] = size
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._used -= self._files.pop(name, 0)
+
+    def _unlink(self, name: str) -> None:
+        self._forget(name)
+        with contextlib.suppress(OSError):
+            os.unlink(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name[:2]}/{name}"
+
+    def _check(self) -> None:
+        """Without its marker, the root is an empty mount point, which must not be filled."""
+        if not os.path.exists(self._root / MARKER):
+            raise StoreError(f"{self._root}/{MARKER} is not there any more: was the file system unmounted, or its content removed?")
+
+
+def _write_whole(temporary: str, path: str, header: bytes, view: memoryview) -> None:
+    """All of it under its name, or nothing. Raises OSError."""
+    file = _create(temporary)
+    try:
+        try:
+            for part in (memoryview(header), view):
+                while part:
+                    part = part[os.write(file, part) :]
+        finally:
+            os.close(file)
+        os.rename(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _create(path: str) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o660)
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path), 0o770)
+        return os.open(path, flags, 0o660)
+
+
+def _fill(file: int, view: memoryview) -> bool:
+    """Whether there was so much to read."""
+    while view:
+        count = os.readv(file, [view])
+        if not count:
+            return False
+        view = view[count:]
+    return True
+
+
+def _view(buffer: Buffer) -> memoryview:
+    return memoryview((ctypes.c_char * buffer.nbytes).from_address(buffer.address)).cast("B")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=16).digest()
+
+
+def _name(key: str) -> str:
+    return _digest(key).hex()

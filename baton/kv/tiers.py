@@ -1,0 +1,58 @@
+"""The tiers of a worker's KV behind the device, fastest first; docs/tiers.md has the picture. Each is a KVTransfer of its own, so that none
+waits for another; what is loaded from where, and what is saved, `runtime.loading` decides."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from baton.config import FilesConfig, HostConfig, PoolConfig
+from baton.kv.files import FileStore
+from baton.kv.host import HostStore
+from baton.kv.memory import CpuMemory, memory_beside
+from baton.kv.mooncake import MooncakeStore
+from baton.kv.staged import StagedStore
+from baton.kv.store import Buffer
+from baton.kv.transfer import KVTransfer
+
+
+class HostTier(KVTransfer):
+    """What is saved here is written back from here to a tier behind, so that the device's blocks need not wait for that one."""
+
+    def __init__(self, store: HostStore, behind: KVTransfer | None) -> None:
+        super().__init__(store, "host", shared=False, usage=store.usage)
+        self._host, self._behind = store, behind
+
+    def save(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
+        def saved(stored: list[bool]) -> None:
+            if self._behind is not None:
+                self._write_back([key for key, good in zip(keys, stored, strict=True) if good], self._behind)
+            done(stored)
+
+        super().save(keys, buffers, saved)
+
+    def _write_back(self, keys: Sequence[str], behind: KVTransfer) -> None:
+        held = self._host.hold(keys)
+        if held:
+            behind.save(list(held), list(held.values()), lambda _: self._host.release(held))
+        elif keys:
+            behind.stats.skipped += 1
+
+
+def connect_tiers(host: HostConfig, pool: PoolConfig, files: FilesConfig, memory: torch.Tensor, block_bytes: int) -> list[KVTransfer]:
+    """For `memory`, all KV blocks of this worker. A pool may come later. Raises ConfigError where a tier can't be had."""
+    tiers: list[KVTransfer] = []
+    beside = memory_beside(memory)
+    if files.path:
+        store = FileStore(Path(files.path), files.bytes)
+        served = store if isinstance(beside, CpuMemory) else StagedStore(store, beside, block_bytes)
+        direct = files.shared or not host.bytes  # who waits for what is shared does not wait for the host first
+        tiers.append(KVTransfer(served, "files", shared=files.shared, direct=direct, usage=store.usage))
+    if pool.master:
+        mooncake = MooncakeStore(pool.master, host=pool.host, protocol=pool.protocol, devices=pool.devices, local_buffer=pool.local_buffer)
+        mooncake.register(Buffer(memory.data_ptr(), memory.nbytes))
+        tiers.append(KVTransfer(mooncake))
+    if host.bytes:
+        behind = next((tier for tier in tiers if not tier.direct), None)
+        tiers.append(HostTier(HostStore(host.bytes, block_bytes, beside), behind))
+    return tiers[::-1]

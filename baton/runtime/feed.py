@@ -1,0 +1,59 @@
+"""Feed: what one request gets from the tiers of KV and gives to them. `runtime.loading` keeps it."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from baton.scheduling.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Feed:
+    """Tiers are numbers, the fastest first; blocks are numbers in the prompt."""
+
+    request: Request
+    hold: bool
+    await_saves: bool
+    num_tokens: int = 0  # known at the start
+    num_blocks: int = 0  # full blocks of them
+    num_matched: int = 0  # leading blocks of the own prefix cache at the start
+    num_found: int = 0  # leading blocks that are here, or were in a tier at the start and worth fetching
+    num_available: int = 0  # leading blocks that are here, or in a tier by now and worth fetching
+    num_loaded: int = 0  # leading blocks that are here
+    looked_up: bool = False
+    ready: bool = False
+    closed: bool = False
+    deadline: float | None = None  # of the calls in flight
+
+    asked: range = range(0)  # blocks of the lookup
+    answered: set[int] = field(default_factory=set[int])  # tiers
+    sources: dict[int, list[int]] = field(default_factory=dict[int, list[int]])  # of a block: tiers to try, in order
+    failed: set[int] = field(default_factory=set[int])  # tiers that took too long
+    assumed_s: dict[int, float] = field(default_factory=dict[int, float])  # for a block, by tier, when it was decided what to fetch
+    decides: bool = False  # anew while it loads; not where others count on what was said
+    source: int = -1  # tier of the load in flight
+    room_deadline: float | None = None  # until when it waits for free blocks
+    in_flight: list[int] = field(default_factory=list[int])
+
+    kept: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict[int, set[int]](set))  # blocks that a tier has
+    shared: set[int] = field(default_factory=set[int])  # blocks that other workers can read
+    num_saved_blocks: int = 0  # leading run of `shared`
+    num_saving: int = 0  # calls to shared tiers
+    saves_deadline: float | None = None  # set when nothing but saves is awaited
+    saves_given_up: bool = False
+
+    @property
+    def saves_ended(self) -> bool:
+        return self.num_saving == 0 or self.saves_given_up or self.num_saved_blocks >= self.num_blocks
+
+    def source_of(self, block: int) -> int | None:
+        """The fastest tier that may give it."""
+        return next((tier for tier in self.sources.get(block, ()) if tier not in self.failed), None)
+
+    def sources_of(self, blocks: Iterable[int]) -> Iterator[int]:
+        """Of each, up to the first that no tier may give."""
+        for block in blocks:
+            number = self.source_of(block)
+            if number is None:
+                return
+            yield number

@@ -1,0 +1,153 @@
+"""Time to the first token of a long prompt, alone, by where its KV lies: on the device, in host memory, in files, in the pool, or nowhere
+(computed again). One engine in this process for each; the pool is a kvstore master and a node, in processes of their own.
+
+    baton model new /tmp/m --hidden-size 512 --num-layers 8 --num-heads 8 --num-kv-heads 4 --max-len 8448 --dtype bfloat16
+    python benchmarks/tiers.py /tmp/m [--length 8192] [--rounds 5] [--folder /tmp/kv]
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from baton.config import EngineConfig, FilesConfig, HostConfig, PoolConfig
+from baton.kv.tiers import connect_tiers
+from baton.runtime.build import LoadedModel, build_engine, load
+from baton.runtime.engine import Engine
+from baton.types import GenerateRequest, SamplingParams
+
+BUDGET = 2**30
+
+
+async def first_token(engine: Engine, prompt: tuple[int, ...], name: str) -> tuple[float, int]:
+    """Seconds, and how many tokens of the prompt were not computed."""
+    request = GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=1, temperature=0))
+    started = time.perf_counter()
+    async for output in engine.submit(request):
+        if output.tokens:
+            seconds = time.perf_counter() - started
+            assert output.cache is not None
+            return seconds, output.cache.num_cached_tokens
+    raise AssertionError("no token came")
+
+
+async def forget(engine: Engine) -> None:
+    """The device's prefix cache is empty afterwards."""
+    done, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def run() -> None:
+        pool = engine.scheduler.cache.pool
+        pool.release(pool.take(pool.num_free))
+        loop.call_soon_threadsafe(done.set)
+
+    engine._post(run)
+    await done.wait()
+
+
+async def measure(
+    loaded: LoadedModel,
+    prompt: tuple[int, ...],
+    rounds: int,
+    host: HostConfig,
+    pool: PoolConfig,
+    files: FilesConfig,
+    before: Callable[[], None],
+) -> tuple[list[float], int, list[float], float]:
+    """Seconds to the first token where the one tier has the prompt, and the tokens that it gave; seconds where nobody has it; MB/s."""
+    tiers = connect_tiers(host, pool, files, loaded.pool.tensor, loaded.pool.layout.block_bytes)
+    engine = build_engine(loaded, tiers, budget_s=30)
+    engine.start()
+    try:
+        other = tuple(reversed(prompt))
+        computed = [(await first_token(engine, each, f"computed {i}"))[0] for i, each in enumerate((prompt, other))]
+        async with asyncio.timeout(60):
+            while any(tier.stats.blocks_saved < 2 * (len(prompt) // engine.scheduler.cache.block_size) for tier in tiers):
+                await asyncio.sleep(0.05)
+        times, cached = list[float](), 0
+        for i in range(rounds + 1):  # the first warms up
+            if tiers:
+                await forget(engine)
+                before()
+            seconds, cached = await first_token(engine, prompt if tiers else other, f"again {i}")
+            times += [seconds] if i else []
+        assert await engine.check_integrity() == []
+        speed = sum(tier.stats.bytes_loaded for tier in tiers) / max(sum(tier.stats.seconds_loading for tier in tiers), 1e-9) / 1e6
+        return times, cached, computed, speed
+    finally:
+        await engine.stop()
+
+
+def drop_pages(folder: Path) -> None:
+    """The files are read from the disk next."""
+    for path in folder.glob("??/*"):
+        file = os.open(path, os.O_RDONLY)
+        os.fdatasync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+@contextmanager
+def kvstore() -> Iterator[PoolConfig]:
+    ports = [_free_port() for _ in range(2)]
+    pool = PoolConfig(master=f"127.0.0.1:{ports[0]}")
+    common = [f"pool.master={pool.master}", f"master_port={ports[0]}", f"master_metrics_port={ports[1]}"]
+    modes = (["mode=master"], ["mode=node", f"memory={BUDGET}"])
+    processes = [subprocess.Popen([sys.executable, "-m", "services.kvstore", *common, *mode], stderr=subprocess.DEVNULL) for mode in modes]
+    try:
+        time.sleep(8)  # until the node has joined
+        yield pool
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+            process.wait(30)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=None, help="where the file tier's directory is made")
+    arguments = parser.parse_args()
+    rng = random.Random(0)
+    prompt = tuple(rng.randrange(4, 250) for _ in range(arguments.length))
+    loaded = load(arguments.model, EngineConfig(num_blocks=2 * arguments.length // 16 + 64))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder, prefix="baton-kv-")))
+        files, warm, cold = FilesConfig(), folder / "warm", folder / "cold"
+        none, pool = PoolConfig(), stack.enter_context(kvstore())
+        ways: dict[str, tuple[HostConfig, PoolConfig, FilesConfig, Callable[[], None]]] = {
+            "device": (HostConfig(), none, files, lambda: None),
+            "host": (HostConfig(bytes=BUDGET), none, files, lambda: None),
+            "files, in the page cache": (HostConfig(), none, FilesConfig(path=str(warm), bytes=BUDGET), lambda: None),
+            "files, read from the disk": (HostConfig(), none, FilesConfig(path=str(cold), bytes=BUDGET), lambda: drop_pages(cold)),
+            "pool": (HostConfig(), pool, files, lambda: None),
+        }
+        found = {way: asyncio.run(measure(loaded, prompt, arguments.rounds, *each)) for way, each in ways.items()}
+    computed = statistics.median(seconds for _, _, again, _ in found.values() for seconds in again)
+    print(f"{arguments.length} tokens, {arguments.length // 16 * loaded.pool.layout.block_bytes / 1e6:.0f} MB of KV\n")
+    print("| the prompt's KV is | tokens not computed | TTFT, ms: median (worst) | ÷ computing | MB/s loaded |\n|---|---|---|---|---|")
+    for way, (times, cached, _, speed) in found.items():
+        median = statistics.median(times)
+        speed_text = f"{speed:,.0f}" if speed else ""
+        print(f"| {way} | {cached:,} | {median * 1e3:.0f} ({max(times) * 1e3:.0f}) | {median / computed:.3f} | {speed_text} |")
+    print(f"| nowhere | 0 | {computed * 1e3:.0f} | 1 | |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,502 @@
+"""Host memory as a tier, fetching against computing, and the ways of blocks between tiers."""
+
+import ctypes
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.config import FilesConfig, HostConfig, WorkerConfig, load_config
+from baton.errors import ConfigError
+from baton.kv.files import FileStore
+from baton.kv.host import HostStore
+from baton.kv.memory import CpuMemory
+from baton.kv.staged import SLOTS, StagedStore
+from baton.kv.store import Buffer
+from baton.kv.tiers import HostTier
+from baton.kv.transfer import KVTransfer
+from baton.metrics import WorkerMetrics
+from baton.scheduling import fetching
+from baton.scheduling.fetching import Rate, num_to_fetch
+from baton.types import Load, OutputToken, Pace
+from tests.properties.test_engine_machine import BUDGET_S, EngineMachine
+from tests.properties.toy import BLOCK_SIZE, ToyTransfer, reference
+from tests.unit.test_files import Slot
+from tests.unit.test_transfer import Answers, BreakableStore
+
+BLOCK = 4096
+
+
+def host(slots: int) -> HostStore:
+    return HostStore(slots * BLOCK + 1, BLOCK, CpuMemory())
+
+
+def content(key: str) -> bytes:
+    return (key.encode() * BLOCK)[:BLOCK]
+
+
+def put(store: HostStore, *keys: str) -> list[bool]:
+    slots = [Slot(content(key)) for key in keys]
+    return store.put(keys, [slot.buffer for slot in slots])
+
+
+def read(store: HostStore, *keys: str) -> list[bytes | None]:
+    slots = [Slot() for _ in keys]
+    return [slot.content if hit else None for slot, hit in zip(slots, store.get(keys, [s.buffer for s in slots]), strict=True)]
+
+
+# -- host memory
+
+
+def test_what_was_put_is_got_within_the_budget() -> None:
+    store = host(3)
+    assert put(store, "a", "b", "a") == [True] * 3
+    assert read(store, "a", "x", "b") == [content("a"), None, content("b")]
+    assert (store.usage().used_bytes, store.usage().capacity_bytes) == (2 * BLOCK, 3 * BLOCK)
+    assert put(store, "c", "d", "e") == [True] * 3
+    assert store.usage().used_bytes == 3 * BLOCK
+    assert store.usage().evictions == 2
+    half = Slot(bytes(BLOCK // 2))
+    assert store.put(["half"], [half.buffer]) == [False]
+    assert store.get(["c"], [half.buffer]) == [False]
+    with pytest.raises(ConfigError, match=r"host\.bytes=100 holds 0 blocks"):
+        HostStore(100, BLOCK, CpuMemory())
+    with pytest.raises(ConfigError, match=r"host\.bytes=\d+ cannot be had on this machine"):
+        HostStore(1 << 60, BLOCK, CpuMemory())
+
+
+def test_prompts_that_come_once_do_not_flush_what_requests_share() -> None:
+    store, shared = host(20), [f"system{i}" for i in range(8)]
+    put(store, *shared)
+    put(store, *(f"once{i}" for i in range(8)))
+    read(store, *shared)  # by another request
+    for i in range(100):
+        put(store, f"scan{i}")
+    assert store.contains(shared) == [True] * 8
+    assert not any(store.contains([f"once{i}" for i in range(8)]))
+    for i in range(100):  # what is shared may change, too
+        put(store, f"new{i}")
+        read(store, f"new{i}")
+    assert not any(store.contains(shared))
+
+
+def test_of_a_prefix_the_end_goes_first() -> None:
+    store = host(8)
+    put(store, *(f"p{i}" for i in range(8)))
+    put(store, "x", "y", "z")
+    assert store.contains([f"p{i}" for i in range(8)]) == [True] * 5 + [False] * 3
+
+
+def test_held_blocks_stay_and_not_too_many_are_held() -> None:
+    store = host(4)
+    put(store, "a", "b", "c")
+    held = store.hold(["a", "missing", "b"])
+    assert [ctypes.string_at(buffer.address, buffer.nbytes) for buffer in held.values()] == [content("a"), content("b")]
+    assert store.hold(["c"]) == {}  # half of them are held
+    assert put(store, "d", "e", "f", "g") == [True, True, False, False]
+    assert store.contains(["a", "b"]) == [True, True]
+    assert [ctypes.string_at(buffer.address, buffer.nbytes) for buffer in held.values()] == [content("a"), content("b")]
+    store.release(held)
+    assert put(store, "h", "i", "j", "k") == [True] * 4
+    assert not any(store.contains(["a", "b"]))
+
+
+def test_threads_that_put_and_get_never_see_anothers_block() -> None:
+    store, wrong = host(10), list[str]()
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(300):
+            keys = [f"k{rng.randrange(30)}" for _ in range(3)]
+            put(store, *keys)
+            wrong.extend(key for key, got in zip(keys, read(store, *keys), strict=True) if got not in (None, content(key)))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert store.usage().used_bytes == 10 * BLOCK
+    assert not store._holds
+
+
+# -- from host to files
+
+
+def test_saves_to_the_host_are_written_back_behind_it(tmp_path: Path) -> None:
+    files = FileStore(tmp_path, 1 << 20)
+    behind = KVTransfer(files, "files", shared=False, direct=False, usage=files.usage)
+    store = host(8)
+    tier = HostTier(store, behind)
+    slots, saved = [Slot(content(key)) for key in "abc"], Answers()
+    tier.save(list("abc"), [slot.buffer for slot in slots], saved)
+    assert saved.wait(1) == [[True] * 3]
+    for slot in slots:  # the device's blocks are free to be used again
+        ctypes.memset(slot.buffer.address, 0, BLOCK)
+    deadline = time.monotonic() + 10
+    while behind.stats.blocks_saved < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    behind.close()
+    assert not store._holds
+    tier.save(["d"], [Slot(content("d")).buffer], saved)  # the tier behind is gone
+    assert saved.wait(2)[1] == [True]
+    tier.close()
+    assert not store._holds
+    again = [Slot() for _ in "abc"]
+    assert FileStore(tmp_path, 1 << 20).get(list("abc"), [slot.buffer for slot in again]) == [True] * 3
+    assert [slot.content for slot in again] == [content(key) for key in "abc"]
+
+
+def test_a_tier_behind_that_hangs_holds_up_neither_the_host_nor_its_memory() -> None:
+    slow = BreakableStore()
+    slow.gate.clear()
+    store, behind = host(8), KVTransfer(slow, "files", shared=False, direct=False)
+    tier, saved = HostTier(store, behind), Answers()
+    slots = [Slot(content(f"k{i}")) for i in range(40)]
+    for i, slot in enumerate(slots):
+        tier.save([f"k{i}"], [slot.buffer], saved)
+    assert saved.wait(40) == [[True]] * 40
+    assert behind.stats.skipped > 30
+    slow.gate.set()
+    behind.close()
+    tier.close()
+    assert not store._holds
+
+
+# -- fetch or compute
+
+seconds = st.floats(0, 10)
+
+
+@given(st.lists(st.tuples(seconds, seconds), max_size=20), seconds)
+def test_the_cut_is_the_best_of_all(blocks: list[tuple[float, float]], wait_s: float) -> None:
+    fetch_s, compute_s = [fetch for fetch, _ in blocks], [compute for _, compute in blocks]
+
+    def total(count: int) -> float:
+        return max(sum(fetch_s[:count]), wait_s) + sum(compute_s[count:])
+
+    chosen = num_to_fetch(fetch_s, compute_s, wait_s)
+    assert total(chosen) <= min(map(total, range(len(blocks) + 1))) + 1e-9
+
+
+def test_what_the_cut_means() -> None:
+    assert num_to_fetch([0.0] * 5, [1.0] * 5, 0.0) == 5  # nothing is known of the tier: it is tried
+    assert num_to_fetch([1.0] * 5, [1.0] * 5, 0.0) == 5
+    assert num_to_fetch([2.0] * 5, [1.0] * 5, 0.0) == 0
+    assert num_to_fetch([0.1] * 3 + [2.0] * 5, [1.0] * 8, 0.0) == 3  # what the host has, not what the slow disk has
+    assert num_to_fetch([2.0] * 5, [1.0] * 5, 6.0) == 3  # the engine is busy meanwhile
+    assert num_to_fetch([9.0, 0.1, 0.1], [4.0] * 3, 0.0) == 3  # a queue, once
+    assert num_to_fetch([2.0] * 4, [1.0, 2.0, 3.0, 4.0], 0.0) == 4  # the further back, the more there is to attend to
+
+
+def test_a_rate_is_a_median_and_ages(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(fetching.time, "monotonic", lambda: now)
+    rate = Rate()
+    assert rate.seconds(100) == 0.0
+    for _ in range(5):
+        rate.add(100, 1.0)
+    rate.add(100, 50.0)  # a hiccup
+    rate.add(1, 5.0)  # a tiny call
+    rate.add(0, 5.0)
+    assert rate.seconds(200) == 2.0
+    now += fetching.HALF_LIFE_S
+    assert rate.seconds(200) == pytest.approx(1.0)
+    for _ in range(fetching.NUM_SAMPLES):
+        rate.add(100, 50.0)  # not a hiccup
+    assert rate.seconds(200) == 100.0
+
+
+# -- the way of blocks
+
+PROMPT = [0, 1, 2, 3, 3, 2, 1, 0, 1, 1, 2, 2, 3]
+NUM_FULL = len(PROMPT) // BLOCK_SIZE
+
+
+class Tiers:
+    """An engine with a host tier, a pool and files, all by hand."""
+
+    def __init__(self) -> None:
+        self.machine = EngineMachine()
+        self.machine.start(num_blocks=20, budget=30, seqs=4, caching=True, depth=0, around=True)
+        self.host, self.pool, self.files = self.machine.tiers
+
+    def fill(self, tier: ToyTransfer, *numbers: int) -> None:
+        from baton.hashing import block_hashes
+
+        for number, key in enumerate(block_hashes(PROMPT, BLOCK_SIZE)):
+            if number in numbers:
+                tier.pool[key.hex()] = tuple(PROMPT[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE])
+
+    def submit(self, *, hold: bool = False, await_saves: bool = False) -> str:
+        self.machine.submit(prompt=PROMPT, max_tokens=3, cut=0, hold=hold, await_saves=await_saves, push=False)
+        return f"r{self.machine.count}"
+
+    def computing_takes(self, token_s: float) -> None:
+        self.machine.engine.loader._pace = lambda: Pace(token_s=token_s)
+
+    def answer(self, *tiers: ToyTransfer, works: bool = True) -> None:
+        while any([tier.answer_one(works) for tier in tiers or self.machine.tiers]):  # noqa: C419
+            self.machine.run_inbox()
+
+    def end(self, name: str) -> int:
+        """How many prompt tokens were not computed."""
+        sink, request = self.machine.sinks[name]
+        cache = None
+        entry = self.machine.entries[name]
+        for _ in range(50):
+            self.answer()
+            self.machine.step()
+            cache = cache or entry.request.cache
+        assert sink.tokens == reference(request)
+        self.machine.teardown()
+        assert cache is not None
+        return cache.num_local_tokens + cache.num_pool_tokens
+
+
+@pytest.fixture
+def tiers() -> Tiers:
+    return Tiers()
+
+
+def test_each_block_comes_from_the_fastest_tier_and_goes_to_faster_ones(tiers: Tiers) -> None:
+    tiers.fill(tiers.files, 0, 1, 2)
+    tiers.fill(tiers.pool, 1)
+    tiers.fill(tiers.host, 0)
+    name = tiers.submit()
+    assert tiers.end(name) == 3 * BLOCK_SIZE
+    assert len(tiers.host.pool) == 3
+    assert len(tiers.pool.pool) == 2  # its own, and what came from the files
+
+
+def test_only_shared_tiers_count_as_saved(tiers: Tiers) -> None:
+    name = tiers.submit(await_saves=True)
+    tiers.answer()
+    tiers.machine.step()
+    entry = tiers.machine.entries[name]
+    tiers.answer(tiers.host, tiers.files)
+    assert len(tiers.host.pool) == NUM_FULL
+    assert (entry.feed.num_saved_blocks, entry.feed.saves_ended) == (0, False)
+    tiers.answer(tiers.pool)
+    assert (entry.feed.num_saved_blocks, entry.feed.saves_ended) == (NUM_FULL, True)
+    tiers.end(name)
+
+
+def test_what_only_a_private_tier_has_is_saved_to_the_pool_for_a_prefill(tiers: Tiers) -> None:
+    tiers.fill(tiers.host, 0, 1)
+    tiers.fill(tiers.pool, 0)
+    name = tiers.submit(await_saves=True)
+    tiers.answer()
+    assert tiers.machine.entries[name].feed.num_saved_blocks == 1
+    tiers.machine.step()
+    tiers.answer()
+    assert len(tiers.pool.pool) == NUM_FULL
+    tiers.end(name)
+
+
+def test_nobody_waits_for_a_tier_when_faster_ones_have_everything(tiers: Tiers) -> None:
+    tiers.fill(tiers.host, 0, 1, 2)
+    name = tiers.submit()
+    tiers.answer(tiers.host)
+    assert tiers.machine.entries[name].feed.ready
+    assert tiers.end(name) == 3 * BLOCK_SIZE
+
+
+def test_a_tier_that_does_not_answer_costs_its_own_blocks_alone(tiers: Tiers) -> None:
+    tiers.fill(tiers.host, 0, 1)
+    tiers.fill(tiers.files, 0, 1, 2)
+    name = tiers.submit()
+    tiers.answer(tiers.host, tiers.pool)
+    assert not tiers.machine.entries[name].feed.looked_up
+    tiers.machine.engine.loader.tick(time.monotonic() + BUDGET_S)
+    tiers.answer(tiers.host)
+    assert tiers.machine.entries[name].feed.ready
+    assert tiers.end(name) == 2 * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("how", ["misses", "hangs"])
+def test_what_one_tier_does_not_give_another_does(tiers: Tiers, how: str) -> None:
+    tiers.fill(tiers.pool, 0, 1, 2)
+    tiers.fill(tiers.files, 0, 1, 2)
+    name = tiers.submit()
+    for tier in tiers.machine.tiers:
+        tier.answer_one(True)
+    tiers.machine.run_inbox()
+    assert tiers.machine.entries[name].feed.source == 1
+    if how == "misses":
+        tiers.pool.answer_one(False)
+        tiers.machine.run_inbox()
+    else:
+        tiers.machine.engine.loader.tick(time.monotonic() + BUDGET_S)
+    assert tiers.machine.entries[name].feed.source == 2
+    assert tiers.end(name) == 3 * BLOCK_SIZE
+
+
+def test_what_is_slower_than_computing_is_computed_and_counted(tiers: Tiers) -> None:
+    tiers.fill(tiers.host, 0)
+    tiers.fill(tiers.files, 0, 1, 2)
+    tiers.computing_takes(1.0)
+    tiers.files.block_s = 1000.0
+    name = tiers.submit()
+    assert tiers.end(name) == BLOCK_SIZE
+    assert (tiers.host.num_declined, tiers.files.num_declined) == (0, 2)
+
+
+def test_a_tier_that_turns_out_slow_is_dropped_on_the_way(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.runtime.loading.MAX_BLOCKS_PER_LOAD", 1)
+    tiers.fill(tiers.files, 0, 1, 2)
+    tiers.computing_takes(1.0)
+    name = tiers.submit()
+    for tier in tiers.machine.tiers:
+        tier.answer_one(True)
+    tiers.machine.run_inbox()
+    tiers.files.block_s = 1000.0  # as the first call tells
+    assert tiers.end(name) == BLOCK_SIZE
+    assert tiers.files.num_declined == 2
+
+
+def test_a_request_fetches_what_it_gets_room_for_while_others_compute(tiers: Tiers) -> None:
+    machine = tiers.machine
+    tiers.fill(tiers.files, 0, 1, 2)
+    machine.submit(prompt=[2] * 26, max_tokens=1, cut=0, hold=False, await_saves=False, push=False)
+    tiers.answer()
+    pool = machine.engine.scheduler.cache.pool
+    taken = pool.take(pool.num_free)
+    name = tiers.submit()
+    tiers.answer()
+    feed = machine.entries[name].feed
+    assert (feed.ready, feed.num_loaded) == (False, 0)
+    assert machine.engine.loader.next_deadline == 0.0
+    pool.release(taken[:2])
+    machine.engine.loader.tick(time.monotonic())
+    tiers.answer(tiers.files)
+    assert (feed.ready, feed.num_loaded) == (False, 2)
+    pool.release(taken[2:])
+    machine.engine.loader.tick(time.monotonic())
+    assert tiers.end(name) == 3 * BLOCK_SIZE
+
+
+def test_nobody_waits_for_room_that_nobody_gives(tiers: Tiers) -> None:
+    tiers.fill(tiers.files, 0, 1, 2)
+    pool = tiers.machine.engine.scheduler.cache.pool
+    taken = pool.take(pool.num_free)
+    name = tiers.submit()
+    tiers.answer()
+    assert tiers.machine.entries[name].feed.ready
+    pool.release(taken)
+    assert tiers.end(name) == 0
+
+
+def test_others_count_on_what_a_held_request_said_it_would_fetch(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.runtime.loading.MAX_BLOCKS_PER_LOAD", 1)
+    tiers.fill(tiers.files, 0, 1, 2)
+    tiers.computing_takes(1.0)
+    name = tiers.submit(hold=True)
+    for tier in tiers.machine.tiers:
+        tier.answer_one(True)
+    tiers.machine.run_inbox()
+    tiers.files.block_s = 1000.0
+    tiers.answer()
+    assert tiers.machine.entries[name].feed.num_loaded == 3
+    tiers.machine.engine.loader.release(tiers.machine.entries[name].feed)
+    assert tiers.end(name) == 3 * BLOCK_SIZE
+
+
+def test_blocks_that_were_pushed_here_go_to_private_tiers(tiers: Tiers) -> None:
+    machine = tiers.machine
+    name = tiers.submit(hold=True)
+    tiers.answer()
+    answers: list = []
+    machine.engine.reservations.reserve(machine.entries[name].feed, answers.append)
+    (target,) = answers
+    for number, address in enumerate(target.addresses):
+        token_ids = PROMPT[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE]
+        machine.runner.entries[address][:] = token_ids + [777] * (BLOCK_SIZE - len(token_ids))
+    machine.engine.reservations.arrived(target.lease, len(target.addresses))
+    machine.engine.push(machine.entries[name], OutputToken(reference(machine.sinks[name][1])[0]))
+    machine.engine.reservations.settle(target.lease)
+    machine.engine.loader.release(machine.entries[name].feed)
+    tiers.end(name)
+    assert len(tiers.host.pool) == len(tiers.files.pool) == NUM_FULL
+    assert len(tiers.pool.pool) == 0  # the prefill worker sees to that
+
+
+def test_a_tier_that_is_behind_with_its_saves_is_passed_over_alone(tiers: Tiers) -> None:
+    machine = tiers.machine
+    for i in range(6):
+        machine.submit(prompt=[i % 4, i // 4] * 6, max_tokens=1, cut=0, hold=False, await_saves=False, push=False)
+        tiers.answer(tiers.host)
+        for tier in (tiers.pool, tiers.files):
+            tier.answer_one(True) if i == 0 else None
+        machine.run_inbox()
+        machine.engine.loader.tick(time.monotonic() + BUDGET_S)
+        machine.step()
+    assert machine.engine.loader.num_skipped_saves > 0
+    machine.teardown()
+    assert len(tiers.host.pool) > len(tiers.files.pool) > 0
+
+
+# -- configuration and metrics
+
+
+def test_settings_that_make_no_sense_are_explained() -> None:
+    config = load_config(WorkerConfig, None, ["host.bytes=1GiB", "files.path=/kv", "files.bytes=2GiB"], {})
+    assert (config.host, config.files) == (HostConfig(bytes=2**30), FilesConfig(path="/kv", bytes=2**31))
+    with pytest.raises(ConfigError, match=r"files.path needs a budget: give files.bytes"):
+        load_config(WorkerConfig, None, ["files.path=/kv"], {})
+    with pytest.raises(ConfigError, match=r"say nothing without files.path"):
+        load_config(WorkerConfig, None, ["files.bytes=1GiB"], {})
+
+
+def test_tiers_are_told_by_metrics() -> None:
+    store = host(4)
+    tier = HostTier(store, None)
+    saved = Answers()
+    tier.save(["a"], [Slot(content("a")).buffer], saved)
+    saved.wait(1)
+    tier.decline(3)
+    metrics = WorkerMetrics("m", "decode-0", Load, dict)
+    metrics.tiers({"host": tier.values})
+    page = metrics.exposition().decode()
+    labels = '{model_name="m",tier="host",worker="decode-0"}'
+    for sample in ("blocks_saved_total 1.0", "blocks_declined_total 3.0", f"used_bytes {BLOCK}.0", f"capacity_bytes {4 * BLOCK}.0"):
+        name, value = sample.split()
+        assert f"baton:kv_tier_{name}{labels} {value}" in page
+    tier.close()
+
+
+class OtherMemory(CpuMemory):
+    """As if blocks outside of what was allocated here were on a device."""
+
+    def is_host(self, buffer: Buffer) -> bool:
+        return any(area.data_ptr() <= buffer.address < area.data_ptr() + area.numel() for area in self._allocated)
+
+
+def test_files_of_a_device_go_by_staging(tmp_path: Path) -> None:
+    memory, keys = OtherMemory(), [f"k{i}" for i in range(2 * SLOTS + 3)]
+    store = StagedStore(FileStore(tmp_path, 1 << 20), memory, BLOCK)
+    slots = [Slot(content(key)) for key in keys]
+    assert store.put(keys, [slot.buffer for slot in slots]) == [True] * len(keys)
+    asked, targets = [keys[1], "missing", *keys], [Slot() for _ in range(len(keys) + 2)]
+    assert store.contains(asked) == [True, False] + [True] * len(keys)
+    assert store.get(asked, [slot.buffer for slot in targets]) == [True, False] + [True] * len(keys)
+    assert [slot.content for slot in targets] == [content(keys[1]), bytes(BLOCK), *map(content, keys)]
+    area = memory.allocate(BLOCK)
+    assert store.get([keys[0]], [area]) == [True]
+    assert ctypes.string_at(area.address, BLOCK) == content(keys[0])
+
+
+def test_device_memory_is_reached_by_address() -> None:
+    memory = CpuMemory()
+    area = memory.allocate(3 * BLOCK)
+    slot = Slot(content("a"))
+    target = Buffer(area.address + BLOCK, BLOCK)
+    memory.copy([target], [slot.buffer])
+    assert ctypes.string_at(target.address, BLOCK) == content("a")
+    assert memory.is_host(target)
