@@ -1,0 +1,151 @@
+"""Prefill and decode apart, beside unified workers of the same model on as many devices: what a request's hand-over costs, what load does
+to both, and what a hit in the KV pool is worth.
+
+    python -m benchmarks.disaggregation --shape llama-3.1-8b --lengths 8192 --rates 2 4 6 8 --load 4096 256      # two GPUs
+    python -m benchmarks.disaggregation --model DIR --lengths 1000 --rates 0.5 1 --load 256 32 --seconds 12      # anywhere
+
+`--shape`: random weights; only config.json is needed, which is made. One cluster at a time has the devices. Tables for benchmarks/results/.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from baton.cli.bench import Load, _drive, summarise
+from benchmarks.engine import MODELS
+from benchmarks.handover import one
+
+TOKENIZER = Path(__file__).parent.parent / "examples" / "demo-model"
+VOCAB = 2000  # of the tokenizer above: ids below are sent
+BATON = [sys.executable, "-c", "from baton.cli import main; main()", "up", "--http-port", "0", "--grpc-port", "0", "--etcd", "none"]
+UNIFIED, APART = ("--unified", "2", "--kvstore", "0"), ("--prefill", "1", "--decode", "1", "--kvstore", "0")
+
+
+@contextmanager
+def cluster(model: Path, options: Sequence[str]) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        ready, logs = Path(folder) / "ready.json", Path(folder) / "logs"
+        process = subprocess.Popen(
+            [*BATON, "--model", str(model), "--ready-file", str(ready), "--log-dir", str(logs), *options], stdout=subprocess.DEVNULL
+        )
+        try:
+            while not ready.exists():
+                if process.poll() is not None:
+                    raise SystemExit(f"the cluster did not start: {' '.join(options)}")
+                time.sleep(0.2)
+            yield json.loads(ready.read_text())["http"]
+            for log in logs.glob("prefill-*.log"):
+                print(*(f"<!-- {line[24:]} -->" for line in log.read_text().splitlines() if "push to" in line), sep="\n", flush=True)
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def shape(name: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    (folder / "config.json").write_text(json.dumps(MODELS[name]))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / file, folder)
+    return folder
+
+
+def requests_alone(model: Path, options: Sequence[str], lengths: Sequence[int], rounds: int) -> None:
+    """TTFT, first to second token, a step: of one request at a time."""
+    found: dict[tuple[str, int], tuple[float, ...]] = {}
+    for name, layout in (("unified", UNIFIED), ("1P1D", APART)):
+        with cluster(model, [*layout, *options]) as url:
+            for length in lengths:
+                times = [one(url, length, time.time_ns(), VOCAB) for _ in range(rounds + 2)][2:]
+                found[name, length] = tuple(statistics.median(column) for column in zip(*times, strict=True))
+    print(
+        "\n| prompt | | TTFT, ms | first to second token, ms | a step, ms | TTFT ÷ unified | steps to the second |\n|---|---|---|---|---|---|---|"
+    )
+    for (name, length), (ttft, gap, step) in found.items():
+        ratio = ttft / found["unified", length][0]
+        print(f"| {length:,} | {name} | {ttft:.1f} | {gap:.2f} | {step:.2f} | {ratio:.3f} | {gap / step:.2f} |", flush=True)
+
+
+def under_load(
+    model: Path, options: Sequence[str], load: Sequence[int], rates: Sequence[float], seconds: float, slo: Sequence[float]
+) -> None:
+    """Poisson arrivals; refusals and failures count as misses."""
+    print(
+        f"\n{load[0]} in / {load[1]} out, goodput: TTFT ≤ {slo[0]:g} ms and a request's mean ITL ≤ {slo[1]:g} ms\n\n"
+        "| requests/s | | TTFT p50 / p99, ms | ITL p50 / p99, ms | goodput, requests/s | met | output tok/s |\n|---|---|---|---|---|---|---|"
+    )
+    layouts = (("2 unified", UNIFIED, ()), ("1P1D", APART, ()), ("1P1D, prompts at P only", APART, ("--set", "router.local_prefill=false")))
+    for name, layout, more in layouts:
+        with cluster(model, [*layout, *options, *more]) as url:
+            for number, rate in enumerate((rates[0], *rates)):  # the first warms up
+                sent = Load(
+                    num_requests=max(int(rate * seconds), 8), concurrency=1, rate=rate, input_len=(load[0], load[0]),
+                    output_len=(load[1], load[1]), shared_prefix=0, repeat_prompts=1, seed=time.time_ns() % 2**31,
+                    ttft_slo_ms=slo[0], itl_slo_ms=slo[1],
+                )  # fmt: skip
+                result = summarise(*asyncio.run(_drive(url, sent)), sent)
+                if not number:
+                    continue
+                ttft, itl = result["ttft_ms"], result["itl_ms"]
+                print(
+                    f"| {rate:g} | {name} | {ttft['p50']:.0f} / {ttft['p99']:.0f} | {itl['p50']:.1f} / {itl['p99']:.1f} | "
+                    f"{result['goodput_requests_per_s']:.2f} | {result['slo_met']:.0%} | {result['output_tokens_per_s']:.0f} |",
+                    flush=True,
+                )
+
+
+def pool_hits(model: Path, options: Sequence[str], lengths: Sequence[int], rounds: int) -> None:
+    """The same prompt to one worker, which computes it, then to the other, which finds it in the pool (two workers take turns)."""
+    print("\n| prompt | TTFT computed, ms | from the pool, ms | ÷ |\n|---|---|---|---|")
+    with cluster(model, ["--unified", "2", "--kvstore", "1", "--policy", "round_robin", *options]) as url:
+        for length in lengths:
+            times: dict[str, list[float]] = {"computed": [], "pool": []}
+            for number in range(rounds + 1):
+                seed = random.Random(time.time_ns()).randrange(2**31)
+                for way in times:
+                    ttft, _, _ = one(url, length, seed, VOCAB)
+                    time.sleep(1.0)  # its blocks are saved in the background
+                    if number:
+                        times[way].append(ttft)
+            computed, pool = (statistics.median(values) for values in times.values())
+            print(f"| {length:,} | {computed:.1f} | {pool:.1f} | {pool / computed:.3f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path)
+    source.add_argument("--shape", choices=MODELS)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--load", type=int, nargs=2, default=[4096, 256], metavar=("IN", "OUT"))
+    parser.add_argument("--rates", type=float, nargs="*", default=[])
+    parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals at each rate")
+    parser.add_argument("--slo", type=float, nargs=2, default=[1000.0, 25.0], metavar=("TTFT_MS", "ITL_MS"))
+    parser.add_argument("--only", nargs="*", default=["alone", "load", "pool"], choices=["alone", "load", "pool"])
+    parser.add_argument("--set", action="append", default=[], help="as baton up takes it")
+    arguments = parser.parse_args()
+    options = [part for setting in arguments.set for part in ("--set", setting)]
+    model = arguments.model
+    if arguments.shape:
+        model = shape(arguments.shape)
+        options += ["--set", "prefill.engine.load_format=dummy", "--set", "decode.engine.load_format=dummy"]
+    if "alone" in arguments.only:
+        requests_alone(model, options, arguments.lengths, arguments.rounds)
+    if "load" in arguments.only and arguments.rates:
+        under_load(model, options, arguments.load, arguments.rates, arguments.seconds, arguments.slo)
+    if "pool" in arguments.only:
+        pool_hits(model, options, arguments.lengths, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
