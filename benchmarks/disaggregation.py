@@ -68,7 +68,8 @@ def requests_alone(model: Path, options: Sequence[str], lengths: Sequence[int], 
                 times = [one(url, length, time.time_ns(), VOCAB) for _ in range(rounds + 2)][2:]
                 found[name, length] = tuple(statistics.median(column) for column in zip(*times, strict=True))
     print(
-        "\n| prompt | | TTFT, ms | first to second token, ms | a step, ms | TTFT ÷ unified | steps to the second |\n|---|---|---|---|---|---|---|"
+        "\n| prompt | | TTFT, ms | first to second token, ms | a step, ms | TTFT ÷ unified | steps to the second |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for (name, length), (ttft, gap, step) in found.items():
         ratio = ttft / found["unified", length][0]
@@ -81,7 +82,8 @@ def under_load(
     """Poisson arrivals; refusals and failures count as misses."""
     print(
         f"\n{load[0]} in / {load[1]} out, goodput: TTFT ≤ {slo[0]:g} ms and a request's mean ITL ≤ {slo[1]:g} ms\n\n"
-        "| requests/s | | TTFT p50 / p99, ms | ITL p50 / p99, ms | goodput, requests/s | met | output tok/s |\n|---|---|---|---|---|---|---|"
+        "| requests/s | | TTFT p50 / p99, ms | ITL p50 / p99, ms | goodput, requests/s | met | output tok/s |\n"
+        "|---|---|---|---|---|---|---|"
     )
     layouts = (("2 unified", UNIFIED, ()), ("1P1D", APART, ()), ("1P1D, prompts at P only", APART, ("--set", "router.local_prefill=false")))
     for name, layout, more in layouts:

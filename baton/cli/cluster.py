@@ -60,6 +60,7 @@ class Child:
     command: list[str]
     log: Path
     process: asyncio.subprocess.Process | None = None
+    gpus: str = ""  # CUDA_VISIBLE_DEVICES: its own first
     quick_deaths: int = 0
     keeper: asyncio.Task[None] | None = None
 
@@ -157,6 +158,10 @@ class Cluster:
             )
             for role, name in names
         ]
+        gpus = _gpus()
+        for number, worker in enumerate(workers if len(gpus) > 1 else []):
+            own = number % len(gpus)  # it sees the others too: NVLink maps their memory
+            worker.gpus = ",".join(gpus[own:] + gpus[:own])
         if plan.kvstore:
             config = {**shared, "mode": "node", "pool": pool}
             workers += [self._service("kvstore", "kvstore", f"kvstore-{i}", config) for i in range(plan.kvstore)]
@@ -187,6 +192,8 @@ class Cluster:
 
     async def _spawn(self, child: Child) -> None:
         environment = {**os.environ, "BATON_DIE_WITH_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        if child.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = child.gpus
         with child.log.open("ab") as log:
             child.process = await asyncio.create_subprocess_exec(
                 *child.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
@@ -337,3 +344,15 @@ async def run_until_signal(plan: Plan, on_ready: "Callable[[Cluster], None]") ->
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError | BatonError):
                 logger.error("supervisor failed", exc_info=result)
+
+
+def _gpus() -> list[str]:
+    """This machine's, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    found = subprocess.run([program, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=False)
+    return found.stdout.split() if found.returncode == 0 else []

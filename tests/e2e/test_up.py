@@ -94,6 +94,15 @@ def test_a_draining_router_and_sigint_leave_nothing(tiny_model: Path) -> None:
         assert cluster.process.returncode == 0
 
 
+def test_workers_are_spread_over_the_gpus(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees its own first, and the others: NVLink maps their memory."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    with running_cluster(model=tiny_model, prefill=2, decode=2, kvstore=0) as cluster:
+        seen = {name: child.environ().get("CUDA_VISIBLE_DEVICES") for name, child in cluster.children().items()}
+    assert [seen[name] for name in ("prefill-0", "prefill-1", "decode-0", "decode-1")] == ["4,6,7", "6,7,4", "7,4,6", "4,6,7"]
+    assert seen["router"] == "4,6,7"  # as it was
+
+
 def test_no_orphan_survives_a_killed_supervisor(tiny_model: Path) -> None:
     with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=1) as cluster:
         everybody = psutil.Process(cluster.process.pid).children(recursive=True)
