@@ -32,6 +32,41 @@ _TWINS = frozenset(
     }
 )
 
+# How totals are told that others count: `kv.transfer`, `kv.direct`, mooncake_master.
+_TOTALS = {
+    "blocks_loaded": ("kv_pool_loaded_blocks", "Blocks loaded from the KV pool"),
+    "blocks_missed": ("kv_pool_missed_blocks", "Blocks that the KV pool was asked for and did not give"),
+    "blocks_saved": ("kv_pool_saved_blocks", "Blocks saved to the KV pool"),
+    "blocks_refused": ("kv_pool_refused_blocks", "Blocks that the KV pool did not take"),
+    "bytes_loaded": ("kv_pool_loaded_bytes", "Bytes loaded from the KV pool"),
+    "bytes_saved": ("kv_pool_saved_bytes", "Bytes saved to the KV pool"),
+    "seconds_loading": ("kv_pool_load_seconds", "Time spent in loads that went through"),
+    "seconds_saving": ("kv_pool_save_seconds", "Time spent in saves that went through"),
+    "failures": ("kv_pool_failures", "Calls to the KV pool that failed"),
+    "skipped": ("kv_pool_skipped_calls", "Calls not made, because the KV pool was left alone or the queue was full"),
+    "push_bytes": ("kv_push_bytes", "Bytes written into decode workers"),
+    "push_seconds": ("kv_push_seconds", "Time spent in pushes that went through"),
+    "push_failures": ("kv_push_failures", "Pushes that failed"),
+    "evicted": ("kvstore_evicted_keys", "Blocks that the pool evicted"),
+    "evicted_bytes": ("kvstore_evicted_bytes", "Bytes that the pool evicted"),
+    "refused": ("kvstore_failed_puts", "Puts for which the pool had no room"),
+    "master_restarts": ("kvstore_master_restarts", "How often mooncake_master was started again"),
+}
+
+
+class _Totals(Collector):
+    """Counters that somebody else counts, read when they are asked for."""
+
+    def __init__(self, read: Callable[[], Mapping[str, float]], labels: Mapping[str, str]) -> None:
+        self._read, self._labels = read, labels
+
+    def collect(self) -> Iterator[Metric]:
+        for key, value in self._read().items():
+            name, help = _TOTALS[key]
+            family = CounterMetricFamily(f"baton:{name}", help, labels=[*self._labels])
+            family.add_metric([*self._labels.values()], value)
+            yield family
+
 
 class _Exported(Collector):
     """A registry's samples, and those that vLLM has too under its names as well."""
@@ -60,6 +95,10 @@ class Metrics:
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """A value that is read when somebody asks."""
         Gauge(f"baton:{name}", help, [*self._labels], registry=self._own).labels(**self._labels).set_function(read)
+
+    def totals(self, read: Callable[[], Mapping[str, float]]) -> None:
+        """Values that only grow, by name, counted elsewhere; each becomes a counter."""
+        self._own.register(_Totals(read, self._labels))
 
     def counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"baton:{name}", help, [*self._labels, *labels], registry=self._own)
@@ -127,11 +166,9 @@ class WorkerMetrics(Metrics):
         self.gauge("num_requests_waiting", "Requests that are queued or loading KV", lambda: read_load().num_waiting)
         self.gauge("kv_cache_usage_perc", "Share of KV blocks in use (1 is full)", lambda: _usage(read_load()))
         self.gauge("kv_blocks_cached", "KV blocks that the prefix cache can find", lambda: read_load().blocks_cached)
-        for name in read_transfer():
-            self.gauge(f"kv_pool_{name}", "KV pool traffic since the start", lambda name=name: read_transfer()[name])
-        counts = pushed or {}
-        for name in counts:
-            self.gauge(f"kv_{name}", "KV written into decode workers since the start", lambda name=name: counts[name])
+        self.totals(read_transfer)
+        if pushed:
+            self.totals(lambda: pushed)
         self.prompt_tokens = self.labelled(self.counter("prompt_tokens", "Prompt tokens taken"))
         self.generation_tokens = self.labelled(self.counter("generation_tokens", "Tokens generated"))
         self.prefix_cache_queries = self.labelled(self.counter("prefix_cache_queries", "Prompt tokens looked up in caches"))
@@ -173,16 +210,25 @@ class RouterMetrics(Metrics):
 
 
 class KVStoreMetrics(Metrics):
-    """Of the pool as a whole, as its master counts it; `state` is set whenever it was asked."""
+    """Of the pool as a whole, as its master counts it; `state` is set whenever it was asked. A new master counts from zero."""
 
     def __init__(self, name: str) -> None:
         super().__init__("", name)
         self.state = PoolState()
+        self.gauge("kvstore_up", "1 while a master answers", lambda: self.state.up)
+        self.gauge("kvstore_leader", "1 if the master that was asked leads, 0 if it stands by", lambda: self.state.leads)
         self.gauge("kvstore_capacity_bytes", "Memory lent to the pool", lambda: self.state.capacity_bytes)
         self.gauge("kvstore_used_bytes", "Memory of the pool in use", lambda: self.state.used_bytes)
         self.gauge("kvstore_keys", "Blocks in the pool", lambda: self.state.num_keys)
-        self.gauge("kvstore_evicted_keys", "Blocks evicted so far", lambda: self.state.num_evicted)
         self.gauge("kvstore_nodes", "Nodes that lend memory", lambda: len(self.state.segments))
+        self.totals(self._counts)
+
+    def _counts(self) -> dict[str, float]:
+        return {
+            "evicted": self.state.num_evicted,
+            "evicted_bytes": self.state.bytes_evicted,
+            "refused": self.state.num_refused,
+        }
 
 
 def serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[WSGIServer, int]:

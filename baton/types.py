@@ -186,10 +186,14 @@ class Load:
 class PoolState:
     """The KV pool as its master counts it."""
 
+    up: bool = False  # a master answers
+    leads: bool = False  # it leads; the figures of one that stands by mean nothing
     capacity_bytes: int = 0
     used_bytes: int = 0
     num_keys: int = 0
-    num_evicted: int = 0  # since the master's start
+    num_evicted: int = 0  # keys, since the master's start
+    bytes_evicted: int = 0
+    num_refused: int = 0  # puts for which there was no room
     segments: tuple[tuple[str, int, int], ...] = ()  # of each node: name, used bytes, capacity bytes
 
 

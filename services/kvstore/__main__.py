@@ -1,7 +1,6 @@
 """The kvstore's process: `master` supervises mooncake_master, `node` lends memory to the pool."""
 
 import asyncio
-import dataclasses
 import logging
 import os
 from typing import Any, cast
@@ -13,7 +12,7 @@ from baton.hosting.server import Host
 from baton.kv.mooncake import MooncakeStore
 from baton.metrics import KVStoreMetrics
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
-from baton.types import Member, Role
+from baton.types import Member, PoolState, Role
 from services.kvstore.admin import MasterAdmin
 from services.kvstore.master import MasterSupervisor
 from services.kvstore.node import LentMemory
@@ -42,7 +41,7 @@ async def serve(config: KVStoreConfig) -> None:
     supervisor = None
     if is_master:
         supervisor = MasterSupervisor(config.server.host, config.master_port, config.master_metrics_port, config.client_ttl_s)
-        metrics.gauge("kvstore_master_restarts", "How often mooncake_master was started again", lambda: supervisor.num_restarts)
+        metrics.totals(lambda: {"master_restarts": supervisor.num_restarts})
         supervisor.start()
     served = False
     try:
@@ -66,7 +65,9 @@ async def _poll(admin: MasterAdmin, metrics: KVStoreMetrics) -> None:
         except Exception as error:
             if not isinstance(error, StoreError):
                 logger.exception("the pool's state cannot be read")
-            metrics.state = dataclasses.replace(metrics.state, capacity_bytes=0, used_bytes=0, num_keys=0, segments=())
+            metrics.state = PoolState(  # counters stay
+                num_evicted=metrics.state.num_evicted, bytes_evicted=metrics.state.bytes_evicted, num_refused=metrics.state.num_refused
+            )
         await asyncio.sleep(_POLL_S)
 
 

@@ -41,13 +41,18 @@ class MasterAdmin:
             raise StoreError(f"mooncake_master describes its segments in a form that is not known here ({error!r})") from error
 
     async def state(self) -> PoolState:
+        leads = (await self._request("GET", "/role")).text.strip() == "leader"
         values = {name: float(value) for name, value in _SAMPLE.findall((await self._request("GET", "/metrics")).text)}
         segments = await self.segments()
         return PoolState(
+            up=True,
+            leads=leads,
             capacity_bytes=int(values.get("master_total_capacity_bytes", 0)),
             used_bytes=int(values.get("master_allocated_bytes", 0)),
             num_keys=int(values.get("master_key_count", 0)),
             num_evicted=int(values.get("master_evicted_key_count", 0)),
+            bytes_evicted=int(values.get("master_evicted_size_bytes", 0)),
+            num_refused=int(values.get("master_put_start_alloc_failures_total", 0)),
             segments=tuple((each.name, each.used_bytes, each.capacity_bytes) for each in segments),
         )
 

@@ -34,7 +34,7 @@ def pushed(cluster: RunningCluster) -> float:
     """Bytes so far."""
     worker = next(worker for worker in cluster.workers() if worker["id"] == "prefill-0")
     text = httpx.get(f"http://{worker['metrics']}/metrics").text
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("baton:kv_push_bytes{"))
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("baton:kv_push_bytes_total{"))
 
 
 def make_prompt(seed: int, length: int) -> list[int]:

@@ -152,7 +152,7 @@ def test_operators_pages(http: httpx.Client) -> None:
         assert worker["blocks_total"] >= worker["blocks_free"] >= 0
         own = httpx.get(f"http://{worker['metrics']}/metrics").text
         assert "vllm:num_requests_running" in own
-        assert "baton:kv_pool_blocks_saved" in own
+        assert "baton:kv_pool_saved_blocks_total" in own
 
 
 def test_a_client_that_goes_away_frees_everything(cluster: RunningCluster) -> None:

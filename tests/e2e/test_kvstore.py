@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import httpx
 import psutil
 import pytest
 
@@ -41,7 +43,7 @@ class Pool:
     """A master and nodes, each `python -m services.kvstore`."""
 
     def __init__(self, folder: Path) -> None:
-        self.ports = {name: free_port() for name in ("master", "metrics", "master-grpc", "node0-grpc", "node1-grpc")}
+        self.ports = {name: free_port() for name in ("master", "metrics", "master-grpc", "master-own", "node0-grpc", "node1-grpc")}
         self.master = f"127.0.0.1:{self.ports['master']}"
         self._folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -50,6 +52,7 @@ class Pool:
         settings = [f"mode={mode}", f"server.id={name}", f"server.grpc_port={self.ports[name + '-grpc']}", "client_ttl_s=3"]
         settings += [f"master_port={self.ports['master']}", f"master_metrics_port={self.ports['metrics']}"]
         settings += [f"pool.master={self.master}", f"memory={memory}"]
+        settings += [f"server.metrics_port={self.ports['master-own']}"] if mode == "master" else []
         with (self._folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen([sys.executable, "-m", "services.kvstore", *settings], stdout=log, stderr=log)
 
@@ -69,6 +72,11 @@ class Pool:
             assert time.monotonic() < deadline, str(seen)
             time.sleep(0.1)
         return seen
+
+    def metric(self, name: str) -> float:
+        page = httpx.get(f"http://127.0.0.1:{self.ports['master-own']}/metrics").text
+        (value,) = re.findall(rf"^baton:{name}{{[^}}]*}} (\S+)$", page, re.MULTILINE)
+        return float(value)
 
     def signal_mooncake_master(self, number: signal.Signals) -> None:
         (child,) = psutil.Process(self.processes["master"].pid).children()
@@ -162,12 +170,20 @@ def test_a_full_pool_refuses_and_serves_on(pool: Pool, client: tuple[MooncakeSto
     while not all(store.put(keys("later"), memory.blocks)):  # eviction makes room
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    levels = {"kvstore_up": 1, "kvstore_leader": 1, "kvstore_nodes": 1, "kvstore_capacity_bytes": 32 << 20}
+    while not (pool.metric("kvstore_evicted_keys_total") and pool.metric("kvstore_failed_puts_total")):  # asked for every two seconds
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert {name: pool.metric(name) for name in levels} == levels
+    assert pool.metric("kvstore_used_bytes") == pool.metric("kvstore_keys") * BLOCK
+    assert pool.metric("kvstore_evicted_bytes_total") == pool.metric("kvstore_evicted_keys_total") * BLOCK
 
 
 def test_a_killed_master_is_started_again_and_everybody_comes_back(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
     store, memory = client
     memory.fill(1)
     assert all(store.put(keys("a"), memory.blocks))
+    assert pool.metric("kvstore_master_restarts_total") == 0
     pool.signal_mooncake_master(signal.SIGKILL)
     started = time.monotonic()
     while True:
@@ -179,6 +195,7 @@ def test_a_killed_master_is_started_again_and_everybody_comes_back(pool: Pool, c
         assert time.monotonic() - started < 30
         time.sleep(0.2)
     assert store.get(keys("b"), memory.blocks) == [True] * COUNT
+    assert pool.metric("kvstore_master_restarts_total") == 1
 
 
 def test_a_killed_node_is_a_miss_and_its_keys_are_forgotten(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:

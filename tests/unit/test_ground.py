@@ -225,7 +225,8 @@ def test_vllms_names_are_exported_beside_ours() -> None:
     for name in ("baton:num_requests_running", "vllm:num_requests_running"):
         assert f'{name}{{model_name="m",worker="decode-0"}} 3.0' in page
     assert 'vllm:kv_cache_usage_perc{model_name="m",worker="decode-0"} 0.6' in page
-    assert 'baton:kv_pool_blocks_saved{model_name="m",worker="decode-0"} 5.0' in page
+    assert 'baton:kv_pool_saved_blocks_total{model_name="m",worker="decode-0"} 5.0' in page
+    assert "# TYPE baton:kv_pool_saved_blocks_total counter" in page
     assert "vllm:kv_pool" not in page
     router = RouterMetrics("m")
     router.time_to_first_token.observe(0.2)
