@@ -74,6 +74,7 @@ class PoolConfig(Strict):
     host: str = "127.0.0.1"  # that other store clients reach this one at
     budget_s: float = Field(default=2.0, gt=0)  # a slower pool call counts as a miss
     local_buffer: Size = 16 * 2**20
+    verify: bool = False  # blocks carry checksums, for tests: all workers of a pool alike; slow, and not on a GPU
 
 
 class HostConfig(Strict):
@@ -105,6 +106,7 @@ class PushConfig(Strict):
     host: str = ""  # that peers reach this process's Transfer Engine at; empty: server.advertise, or server.host
     devices: str = ""  # RDMA devices, comma-separated
     limit_s: float = Field(default=5.0, gt=0)  # a push that takes longer has failed
+    verify: bool = False  # checksums travel with the news of what was pushed, for tests: slow, and not on a GPU
 
 
 class WorkerConfig(Strict):

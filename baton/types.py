@@ -125,6 +125,7 @@ class GenerateOutput:
     num_computed_tokens: int = 0
     num_saved_blocks: int = 0  # leading full blocks of the tokens sent that the KV pool is known to hold
     num_pushed_blocks: int = 0  # leading blocks of the tokens sent, the last one maybe half full, that the push target is known to hold
+    pushed_sums: tuple[int, ...] = ()  # with push.verify: checksums of the pushed blocks so far, from the target's first one on
     cache: CacheReport | None = None  # with the first output
 
 

@@ -27,8 +27,9 @@ class Sequence(Protocol):
         outlives the sequence: it ends with `Leases.settle` or `Leases.fence`, and one of them must follow."""
         ...
 
-    def blocks_pushed(self, lease: str, num_blocks: int) -> None:
-        """The first `num_blocks` blocks of the prompt have been written into what was reserved; the last of them may be half full."""
+    def blocks_pushed(self, lease: str, num_blocks: int, sums: tuple[int, ...] = ()) -> None:
+        """The first `num_blocks` blocks of the prompt have been written into what was reserved; the last of them may be half full. `sums`:
+        what they should be, with push.verify."""
         ...
 
     def push_token(self, token: OutputToken) -> None:

@@ -139,12 +139,16 @@ class MooncakeStore:
         codes: list[int] = []
         for start in range(0, len(keys), step):
             wave = slice(start, start + step)
-            codes += self._call(method, list(keys[wave]), [b.address for b in buffers[wave]], [b.nbytes for b in buffers[wave]])
+            codes += self._move(method, keys[wave], buffers[wave])
             if TRANSFER_FAILED in codes:
                 break
         if codes and all(code == TRANSFER_FAILED for code in codes):
             raise StoreError("the pool's nodes do not answer")
         return codes + [_NOT_TRIED] * (len(keys) - len(codes))
+
+    def _move(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
+        """One wave."""
+        return self._call(method, list(keys), [b.address for b in buffers], [b.nbytes for b in buffers])
 
     def _call(self, method: str, *arguments: object) -> list[int]:
         self.connect()

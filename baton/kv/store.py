@@ -6,6 +6,7 @@ pool is a cache: a lost or refused block is a miss (False), never an error. `Sto
 
 import ctypes
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ class Usage:
     capacity_bytes: int = 0
     evictions: int = 0
     damaged: int = 0  # blocks whose content was not what had been put
+
+
+def checksum(buffer: Buffer) -> int:
+    """CRC-32 of memory that the CPU can read."""
+    return zlib.crc32((ctypes.c_char * buffer.nbytes).from_address(buffer.address))
 
 
 class KVStore(Protocol):

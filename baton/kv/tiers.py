@@ -14,6 +14,7 @@ from baton.kv.mooncake import MooncakeStore
 from baton.kv.staged import StagedStore
 from baton.kv.store import Buffer
 from baton.kv.transfer import KVTransfer
+from baton.kv.verify import CheckedStore, CheckedTransfer
 
 
 class HostTier(KVTransfer):
@@ -49,9 +50,10 @@ def connect_tiers(host: HostConfig, pool: PoolConfig, files: FilesConfig, memory
         direct = files.shared or not host.bytes  # who waits for what is shared does not wait for the host first
         tiers.append(KVTransfer(served, "files", shared=files.shared, direct=direct, usage=store.usage))
     if pool.master:
-        mooncake = MooncakeStore(pool.master, host=pool.host, protocol=pool.protocol, devices=pool.devices, local_buffer=pool.local_buffer)
+        make = CheckedStore if pool.verify else MooncakeStore
+        mooncake = make(pool.master, host=pool.host, protocol=pool.protocol, devices=pool.devices, local_buffer=pool.local_buffer)
         mooncake.register(Buffer(memory.data_ptr(), memory.nbytes))
-        tiers.append(KVTransfer(mooncake))
+        tiers.append(CheckedTransfer(mooncake) if isinstance(mooncake, CheckedStore) else KVTransfer(mooncake))
     if host.bytes:
         behind = next((tier for tier in tiers if not tier.direct), None)
         tiers.append(HostTier(HostStore(host.bytes, block_bytes, beside), behind))

@@ -39,6 +39,8 @@ class TransferStats:
     bytes_saved: int = 0
     seconds_loading: float = 0.0
     seconds_saving: float = 0.0
+    blocks_verified: int = 0  # with kv.verify
+    blocks_corrupt: int = 0
     failures: int = 0
     skipped: int = 0  # calls not made because the store was left alone, or the queue was full
     blocks_declined: int = 0  # found, but computed instead, which was predicted to be faster

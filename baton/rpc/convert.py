@@ -121,6 +121,7 @@ def output_to_proto(output: GenerateOutput) -> common.SequenceOutput:
         num_computed_tokens=output.num_computed_tokens,
         num_saved_blocks=output.num_saved_blocks,
         num_pushed_blocks=output.num_pushed_blocks,
+        pushed_sums=output.pushed_sums,
     )
     if output.finish_reason is not None:
         message.finish_reason = _FINISH[output.finish_reason]
@@ -144,6 +145,7 @@ def output_from_proto(message: common.SequenceOutput) -> GenerateOutput:
         num_computed_tokens=message.num_computed_tokens,
         num_saved_blocks=message.num_saved_blocks,
         num_pushed_blocks=message.num_pushed_blocks,
+        pushed_sums=tuple(message.pushed_sums),
         cache=CacheReport(**_plain(message.cache, CacheReport)) if message.HasField("cache") else None,
     )
 

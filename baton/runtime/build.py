@@ -67,6 +67,10 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
             "a decode worker takes a prompt's KV through its prefix cache: leave engine.prefix_caching on, or use role=unified"
         )
     model = Path(config.model)
+    if (config.push.verify or config.pool.verify) and _device(config.engine.device) == "cuda":
+        raise ConfigError(
+            "push.verify and pool.verify read KV where it lies, which they can't on a GPU; leave them off, or set engine.device=cpu"
+        )
     loaded = load(model, config.engine)
     tiers = connect_tiers(config.host, config.pool, config.files, loaded.pool.tensor, loaded.pool.layout.block_bytes)
     host = config.push.host or config.server.advertise or config.server.host
@@ -80,6 +84,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         prefix_caching=config.engine.prefix_caching,
         sender=sender,
         receiver=receiver,
+        verify_pushes=config.push.verify,
     )
     name = config.served_model_name or model.resolve().name
     member = Member(
@@ -95,7 +100,9 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         instance=secrets.token_hex(8),
     )
     pool_stats = next((tier.stats for tier in tiers if tier.name == "pool"), TransferStats())
-    metrics = WorkerMetrics(name, member.id, lambda: engine.load, pool_stats.values, {} if sender is None else sender.values)
+    metrics = WorkerMetrics(
+        name, member.id, lambda: engine.load, pool_stats.values, engine.reservations.values if sender is None else sender.values
+    )
     metrics.tiers({tier.name: tier.values for tier in tiers})
     engine.on_crash = lambda: os._exit(70)  # peers see broken streams at once, and a supervisor starts the worker again
     engine.on_step = lambda plan, seconds: metrics.step_seconds.observe(seconds)
@@ -160,6 +167,7 @@ def build_engine(
     prefix_caching: bool = True,
     sender: Sender | None = None,
     receiver: Receiver | None = None,
+    verify_pushes: bool = False,
 ) -> Engine:
     """An engine that can be started. `tiers` hold KV behind the device, fastest first; `budget_s` bounds each call to one."""
     block_size = loaded.pool.layout.block_size
@@ -175,6 +183,7 @@ def build_engine(
         budget_s=budget_s,
         sender=sender,
         receiver=receiver,
+        verify_pushes=verify_pushes,
     )
 
 

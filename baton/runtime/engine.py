@@ -66,6 +66,7 @@ class Engine:
         budget_s: float,
         sender: Sender | None = None,
         receiver: Receiver | None = None,
+        verify_pushes: bool = False,
     ) -> None:
         """`tiers` hold KV behind the device, fastest first; `key` names a block hash there, `buffer` gives a block's memory, `budget_s`
         bounds each call. `sender` and `receiver` move blocks between workers past the tiers."""
@@ -88,8 +89,11 @@ class Engine:
             on_ready=self._ready,
             on_saved=self._saved,
         )
-        self.pusher = Pusher(scheduler.cache.pool, sender, block_size=scheduler.cache.block_size, buffer=buffer, post=self._post)
-        self.reservations = Reservations(scheduler.cache, receiver, buffer=buffer, after_steps=self._flights.after, patience_s=budget_s)
+        cache = scheduler.cache
+        self.pusher = Pusher(cache.pool, sender, block_size=cache.block_size, buffer=buffer, post=self._post, verify=verify_pushes)
+        self.reservations = Reservations(
+            cache, receiver, buffer=buffer, after_steps=self._flights.after, patience_s=budget_s, verify=verify_pushes
+        )
         self.leases = EngineLeases(self.pusher, self.reservations, receiver, post=self._post, stopping=lambda: self._stopping)
         self._sender, self._receiver = sender, receiver
         self._tiers, self._eos_token_ids = tiers, eos_token_ids
@@ -359,6 +363,7 @@ class Engine:
             num_computed_tokens=item.end,
             num_saved_blocks=entry.num_saved_blocks,
             num_pushed_blocks=entry.num_pushed_blocks,
+            pushed_sums=entry.pushed_sums,
             cache=request.cache,
         )
         self._emit(entry, output)
@@ -377,7 +382,8 @@ class Engine:
         self._outbox.append((entry.sequence, output))
 
     def _finish(self, entry: Entry, last: GenerateOutput) -> None:
-        last = replace(last, num_saved_blocks=entry.num_saved_blocks, num_pushed_blocks=entry.num_pushed_blocks)
+        pushed = entry.num_pushed_blocks
+        last = replace(last, num_saved_blocks=entry.num_saved_blocks, num_pushed_blocks=pushed, pushed_sums=entry.pushed_sums)
         self._outbox.append((entry.sequence, last))
         self.scheduler.remove(entry.request)
         self._drop(entry)
@@ -401,6 +407,7 @@ class Engine:
             num_computed_tokens=entry.request.num_computed_tokens,
             num_saved_blocks=entry.num_saved_blocks,
             num_pushed_blocks=entry.num_pushed_blocks,
+            pushed_sums=entry.pushed_sums,
         )
         if entry.finish is not None and not entry.awaits:
             self._finish(entry, entry.finish)

@@ -34,6 +34,11 @@ class Entry:
     def num_pushed_blocks(self) -> int:
         return 0 if self.shipment is None else self.shipment.num_arrived
 
+    @property
+    def pushed_sums(self) -> tuple[int, ...]:
+        shipment = self.shipment
+        return () if shipment is None else tuple(shipment.sums[: shipment.num_arrived - shipment.target.first_block])
+
     def take_prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         if self.request.sampling.prompt_logprobs is None:
             return ()

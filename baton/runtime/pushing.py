@@ -9,6 +9,7 @@ A push that fails or takes too long is given up at once; but a write that was gi
 until it has settled, here until the lease has ended well or its session is fenced (docs/transfer.md).
 """
 
+import logging
 import secrets
 import time
 from collections import OrderedDict, deque
@@ -17,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.kv.push import Copy, PushResult, PushStatus
-from baton.kv.store import Buffer
+from baton.kv.store import Buffer, checksum
 from baton.runtime.feed import Feed
 from baton.scheduling.blocks import BlockPool
 from baton.scheduling.cache import KVCache
 from baton.types import LeaseEnd, PushTarget
 
+logger = logging.getLogger(__name__)
 MAX_RESERVED_FRACTION = 0.5  # of all blocks, unless it is one request's
 _KEPT = 0.95  # of what a push counts for in `token_s`, after one more
 _REMEMBERED = 4096  # leases that are over
@@ -62,6 +64,7 @@ class Shipment:
     done: set[int] = field(default_factory=set[int])  # blocks that have arrived, beyond num_arrived
     num_open: int = 0  # pushes that have not ended
     num_unsettled: int = 0
+    sums: list[int] = field(default_factory=list[int])  # of the blocks sent, with push.verify
     failed: bool = False
     dirty: bool = False  # a push has not ended well: some of its bytes may still land
     closed: bool = False
@@ -85,7 +88,10 @@ class Pusher:
         block_size: int,
         buffer: Callable[[int], Buffer],
         post: Callable[[Callable[[], None]], None],
+        verify: bool = False,
     ) -> None:
+        """`verify`: what is sent has checksums."""
+        self._verify = verify
         self._pool, self._sender, self._size, self._buffer, self._post = pool, sender, block_size, buffer, post
         self._shipments: dict[str, Shipment] = {}  # by lease
         self._over: OrderedDict[str, bool] = OrderedDict()  # with whether they are dirty
@@ -126,6 +132,8 @@ class Pusher:
         for index, block_id in enumerate(pinned, first - shipment.target.first_block):
             source = self._buffer(block_id)
             copies.append(Copy(source.address, shipment.target.addresses[index], source.nbytes))
+            if self._verify:
+                shipment.sums.append(checksum(source))
 
         def done(result: PushResult) -> None:
             self._post(lambda: self._ended(shipment, range(first, end), result))
@@ -207,6 +215,7 @@ class Reservation:
     first: int  # block of the prompt
     block_ids: list[int]
     num_arrived: int = 0
+    corrupt: bool = False  # the next block is not what was sent: none from there on is used
 
 
 class Reservations:
@@ -218,9 +227,12 @@ class Reservations:
         buffer: Callable[[int], Buffer],
         after_steps: Callable[[Callable[[], None]], None],
         patience_s: float,
+        verify: bool = False,
     ) -> None:
         """`after_steps` runs a function once blocks that are free by now are written by no step any more. Room is waited for as long as
-        `patience_s`."""
+        `patience_s`. `verify`: checksums that come with a push are compared."""
+        self._verify = verify
+        self.values = {"push_verified": 0.0, "push_corrupt": 0.0}
         self._cache, self._receiver, self._buffer, self._after_steps = cache, receiver, buffer, after_steps
         self._by_lease: dict[str, Reservation] = {}
         self._patience_s = patience_s
@@ -264,13 +276,15 @@ class Reservations:
         target = PushTarget(lease=lease, machine=machine, sessions=sessions, first_block=first, addresses=addresses)
         self._after_steps(lambda: answer(target))
 
-    def arrived(self, lease: str, num_blocks: int) -> None:
-        """The first blocks of the prompt, this many, are known to have been written whole."""
+    def arrived(self, lease: str, num_blocks: int, sums: Sequence[int] = ()) -> None:
+        """The first blocks of the prompt, this many, are known to have been written whole. `sums`: of those reserved, from the first on."""
         reservation = self._by_lease.get(lease)
-        if reservation is None:
+        if reservation is None or reservation.corrupt:
             return
         feed, size, start = reservation.feed, self._cache.block_size, reservation.num_arrived
         reservation.num_arrived = max(start, min(num_blocks - reservation.first, len(reservation.block_ids)))
+        if self._verify:
+            reservation.num_arrived = self._verified(reservation, start, sums)
         for index in range(start, reservation.num_arrived):
             block_id, number = reservation.block_ids[index], reservation.first + index
             full = (number + 1) * size <= feed.num_tokens
@@ -282,6 +296,20 @@ class Reservations:
                 self._cache.pin(feed.request.request_id, [block_id])
             else:
                 self._cache.give_tail(feed.request.request_id, block_id, feed.num_tokens)
+
+    def _verified(self, reservation: Reservation, start: int, sums: Sequence[int]) -> int:
+        """How many have arrived as they were sent."""
+        for index in range(start, min(reservation.num_arrived, len(sums))):
+            self.values["push_verified"] += 1
+            if checksum(self._buffer(reservation.block_ids[index])) != sums[index]:
+                self.values["push_corrupt"] += 1
+                reservation.corrupt = True
+                request = reservation.feed.request.request_id
+                logger.critical(
+                    "block %d of %s was pushed here and is not what was sent; it is not used", reservation.first + index, request
+                )
+                return index
+        return reservation.num_arrived
 
     def __contains__(self, lease: str) -> bool:
         return lease in self._by_lease

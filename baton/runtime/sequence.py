@@ -47,8 +47,8 @@ class EngineSequence:
         if target is not None:
             self._engine.leases.settle(target.lease)
 
-    def blocks_pushed(self, lease: str, num_blocks: int) -> None:
-        self._engine.post_to(self.request_id, lambda entry: self._engine.reservations.arrived(lease, num_blocks))
+    def blocks_pushed(self, lease: str, num_blocks: int, sums: tuple[int, ...] = ()) -> None:
+        self._engine.post_to(self.request_id, lambda entry: self._engine.reservations.arrived(lease, num_blocks, sums))
 
     def push_token(self, token: OutputToken) -> None:
         self._engine.post_to(self.request_id, lambda entry: self._engine.push(entry, token))

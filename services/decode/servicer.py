@@ -202,7 +202,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                         async for output in self._prefill(candidate, request, target):
                             feeding.prefill_cache = output.cache or feeding.prefill_cache
                             num_blocks = max(num_blocks, output.num_pushed_blocks, output.num_saved_blocks)
-                            arrived(output.num_pushed_blocks)
+                            arrived(output.num_pushed_blocks, output.pushed_sums)
                             sequence.offer_blocks(output.num_saved_blocks)
                             for token in output.tokens:
                                 pushed = True
@@ -227,17 +227,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     @contextlib.asynccontextmanager
     async def _reserved(
         self, sequence: Sequence, candidate: decode_pb2.PrefillCandidate
-    ) -> AsyncIterator[tuple[PushTarget | None, Callable[[int], None]]]:
+    ) -> AsyncIterator[tuple[PushTarget | None, Callable[[int, tuple[int, ...]], None]]]:
         """Blocks for the candidate to write into, and how to say that so many have arrived. Their lease ends here, well or not."""
         leases = self._leases
         target = await sequence.reserve() if leases is not None else None
         last = 0
 
-        def arrived(num_blocks: int) -> None:
+        def arrived(num_blocks: int, sums: tuple[int, ...]) -> None:
             nonlocal last
             if target is not None and num_blocks > last:
                 last = num_blocks
-                sequence.blocks_pushed(target.lease, num_blocks)
+                sequence.blocks_pushed(target.lease, num_blocks, sums)
 
         broken = False
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import queue
 import re
 import signal
 import socket
@@ -19,6 +20,7 @@ import pytest
 from baton.errors import StoreError
 from baton.kv.mooncake import MooncakeStore
 from baton.kv.store import Buffer
+from baton.kv.verify import CheckedStore, CheckedTransfer
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 BLOCK = 64 << 10
@@ -343,3 +345,31 @@ def test_a_service_that_cannot_start_says_why() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+def test_a_corrupted_block_is_caught_and_not_used(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    """pool.verify: the source of one block is written to between its step and its save."""
+    store, memory = CheckedStore(pool.master, host="127.0.0.1"), Memory()
+    store.register(memory.region)
+    transfer = CheckedTransfer(store)
+    try:
+        content = memory.fill(1)
+        store.take(keys("a"), memory.blocks)
+        ctypes.memset(memory.blocks[2].address + 7, 255, 1)
+        assert store.put(keys("a"), memory.blocks) == [True] * COUNT
+        memory.fill(1)
+        saved: queue.SimpleQueue[list[bool]] = queue.SimpleQueue()
+        transfer.save(keys("b"), memory.blocks, saved.put)
+        assert saved.get(timeout=30) == [True] * COUNT
+        memory.fill(100)
+        loaded: queue.SimpleQueue[list[bool]] = queue.SimpleQueue()
+        transfer.load(keys("b"), memory.blocks, loaded.put)
+        assert loaded.get(timeout=30) == [True] * COUNT
+        assert memory.bytes.raw == content
+        transfer.load(keys("a"), memory.blocks, loaded.put)
+        assert loaded.get(timeout=30) == [True] * 2 + [False] + [True] * 5
+        assert (transfer.stats.blocks_verified, transfer.stats.blocks_corrupt, transfer.stats.failures) == (2 * COUNT, 1, 0)
+        assert "with another content than it was saved with" in caplog.text
+        assert MooncakeStore(pool.master, host="127.0.0.1").contains(keys("a")) == [False] * COUNT  # workers without it never see these
+    finally:
+        transfer.close()

@@ -118,7 +118,7 @@ class SequenceRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., salt: _Optional[str] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("tokens", "finish_reason", "stop_token_id", "prompt_logprobs", "num_computed_tokens", "num_saved_blocks", "cache", "num_pushed_blocks")
+    __slots__ = ("tokens", "finish_reason", "stop_token_id", "prompt_logprobs", "num_computed_tokens", "num_saved_blocks", "cache", "num_pushed_blocks", "pushed_sums")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class SequenceOutput(_message.Message):
     NUM_SAVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     NUM_PUSHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_SUMS_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[OutputToken]
     finish_reason: FinishReason
     stop_token_id: int
@@ -135,4 +136,5 @@ class SequenceOutput(_message.Message):
     num_saved_blocks: int
     cache: CacheReport
     num_pushed_blocks: int
-    def __init__(self, tokens: _Optional[_Iterable[_Union[OutputToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., num_computed_tokens: _Optional[int] = ..., num_saved_blocks: _Optional[int] = ..., cache: _Optional[_Union[CacheReport, _Mapping]] = ..., num_pushed_blocks: _Optional[int] = ...) -> None: ...
+    pushed_sums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[OutputToken, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., num_computed_tokens: _Optional[int] = ..., num_saved_blocks: _Optional[int] = ..., cache: _Optional[_Union[CacheReport, _Mapping]] = ..., num_pushed_blocks: _Optional[int] = ..., pushed_sums: _Optional[_Iterable[int]] = ...) -> None: ...

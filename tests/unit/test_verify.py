@@ -1,0 +1,86 @@
+"""push.verify: what was pushed is compared with what was computed, and what differs is not used."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from baton.kv.push import Copy, PushResult, PushStatus
+from baton.kv.store import Buffer
+from baton.runtime.feed import Feed
+from baton.runtime.pushing import Pusher, Reservations
+from baton.scheduling.cache import KVCache
+from baton.scheduling.request import Request
+from baton.types import GenerateRequest, PushTarget, SamplingParams
+from tests.properties.toy import ToyReceiver
+
+SIZE, BYTES, NUM_BLOCKS = 4, 64, 16
+
+
+class Worker:
+    """Blocks in this process's memory."""
+
+    def __init__(self) -> None:
+        self.cache = KVCache(NUM_BLOCKS, SIZE)
+        self.memory = ctypes.create_string_buffer(NUM_BLOCKS * BYTES)
+
+    def buffer(self, block_id: int) -> Buffer:
+        return Buffer(ctypes.addressof(self.memory) + block_id * BYTES, BYTES)
+
+    def fill(self, block_id: int, value: int) -> None:
+        ctypes.memset(self.buffer(block_id).address, value, BYTES)
+
+
+class CopyingSender:
+    """Writes at once, or after `before`."""
+
+    before: Callable[[], None] = staticmethod(lambda: None)
+
+    def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
+        self.before()
+        for copy in copies:
+            ctypes.memmove(copy.target, copy.source, copy.nbytes)
+        done(PushResult(PushStatus.GOOD, 0, 0.0))
+        settled()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("corrupt", [None, "source", "target"])
+def test_a_corrupted_block_is_caught_and_not_used(corrupt: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    prefill, decode, sender = Worker(), Worker(), CopyingSender()
+    prompt = tuple(range(14))  # three full blocks and a tail
+    inner = Request.create(
+        GenerateRequest(request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=1)),
+        eos_token_ids=frozenset(), max_model_len=64, block_size=SIZE, arrival=0.0,
+    )  # fmt: skip
+    feed = Feed(inner, hold=True, await_saves=False, num_tokens=14, num_blocks=3, looked_up=True)
+    reservations = Reservations(
+        decode.cache, ToyReceiver(), buffer=decode.buffer, after_steps=lambda action: action(), patience_s=1.0, verify=True
+    )
+    targets: list[PushTarget | None] = []
+    reservations.reserve(feed, targets.append)
+    (target,) = targets
+    assert target is not None
+    pusher = Pusher(prefill.cache.pool, sender, block_size=SIZE, buffer=prefill.buffer, post=lambda action: action(), verify=True)
+    shipment = pusher.open(target, 14, lambda: None)
+    blocks = prefill.cache.pool.take(4)
+    for number, block_id in enumerate(blocks):
+        prefill.fill(block_id, number + 1)
+    if corrupt == "source":  # somebody writes there between the step and the push
+        sender.before = lambda: prefill.fill(blocks[1], 99)
+    pusher.send(shipment, blocks, 14)
+    if corrupt == "target":
+        ctypes.memset(target.addresses[1] + 5, 99, 1)
+    reservations.arrived(target.lease, 1, shipment.sums[:1])
+    reservations.arrived(target.lease, 4, shipment.sums)
+    reservations.arrived(target.lease, 4, shipment.sums)
+    good = 4 if corrupt is None else 1
+    assert len(decode.cache.match(inner)) == min(good, 3)
+    assert reservations.values == {"push_verified": 4 if corrupt is None else 2, "push_corrupt": corrupt is not None}
+    assert ("block 1 of r was pushed here and is not what was sent" in caplog.text) is (corrupt is not None)
+    reservations.settle(target.lease)
+    decode.cache.unpin("r")
+    assert decode.cache.pool.num_free == NUM_BLOCKS
+    assert decode.cache.pool.check_integrity([]) == []
