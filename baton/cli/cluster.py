@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -302,9 +303,14 @@ def _check(plan: Plan) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A child takes it seconds later, and again whenever it is started again: so none that the kernel may give to a connection meanwhile
+    (from 32768 on, as a rule), nor one of Mooncake's own (12000 to 17000)."""
+    for port in random.sample(range(18_000, 32_000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError("no free port was found between 18000 and 32000")
 
 
 def _tail(log: Path, lines: int = 15) -> str:

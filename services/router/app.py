@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from baton.errors import BatonError, InvalidRequest, ModelNotFound, NoWorkers, RequestCancelled
 from baton.metrics import RouterMetrics
@@ -194,10 +195,13 @@ def describe(gateway: Gateway) -> dict[str, Any]:
 async def read_json(request: Request, limit: int) -> object:
     """The body, read no further than `limit` bytes."""
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > limit:
-            raise HTTPException(413, f"the body is larger than {limit} bytes (max_body)")
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > limit:
+                raise HTTPException(413, f"the body is larger than {limit} bytes (max_body)")
+    except ClientDisconnect as error:
+        raise RequestCancelled("the client went away") from error
     try:
         return json.loads(data)
     except ValueError as error:

@@ -52,7 +52,7 @@ class _Session:
         self._worker_id, self._lease_s = worker_id, lease_s
         self._inboxes: dict[int, Inbox] = {}
         self._numbers = itertools.count()
-        self._requests: asyncio.Queue[decode_pb2.SessionRequest] = asyncio.Queue()
+        self._requests: asyncio.Queue[decode_pb2.SessionRequest | None] = asyncio.Queue()
         stub: Any = decode_pb2_grpc.DecodeStub(channel)
         self._call = stub.Session(self._outgoing())
         self._reader = asyncio.create_task(self._read(), name=f"session-{worker_id}")
@@ -70,13 +70,18 @@ class _Session:
         if cancel:
             self._requests.put_nowait(decode_pb2.SessionRequest(call=number))
         if not self._inboxes and not self.ended:
-            self.ended = True
-            self._call.cancel()
+            self._end()
             self._reader.cancel()
 
+    def _end(self) -> None:
+        """gRPC leaves the task that waits for requests alone when a call that has failed already is cancelled: it is told to end."""
+        self.ended = True
+        self._call.cancel()
+        self._requests.put_nowait(None)
+
     async def _outgoing(self) -> AsyncIterator[decode_pb2.SessionRequest]:
-        while True:
-            yield await self._requests.get()
+        while (request := await self._requests.get()) is not None:
+            yield request
 
     async def _read(self) -> None:
         error: BatonError = WorkerLost(f"{self._worker_id} ended the stream too early")
@@ -98,8 +103,7 @@ class _Session:
         except (asyncio.CancelledError, grpc.aio.UsageError):  # its channel was closed under it; or nobody is left
             error = WorkerLost(f"{self._worker_id} has left the cluster")
         finally:
-            self.ended = True
-            self._call.cancel()
+            self._end()
             for inbox in self._inboxes.values():
                 inbox.put_nowait(error)
             self._inboxes.clear()

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,6 +155,17 @@ def test_operators_pages(http: httpx.Client) -> None:
         own = httpx.get(f"http://{worker['metrics']}/metrics").text
         assert "vllm:num_requests_running" in own
         assert "baton:kv_pool_saved_blocks_total" in own
+
+
+def test_a_client_that_goes_away_in_its_request_is_no_news(cluster: RunningCluster, http: httpx.Client) -> None:
+    log = cluster.logs / "router.log"
+    before = len(log.read_text())
+    with socket.create_connection((http.base_url.host, http.base_url.port or 80)) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        time.sleep(0.3)
+    time.sleep(0.3)
+    assert http.get("/health").status_code == 200
+    assert "ERROR" not in log.read_text()[before:]
 
 
 def test_a_client_that_goes_away_frees_everything(cluster: RunningCluster) -> None:

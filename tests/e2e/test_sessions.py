@@ -82,6 +82,8 @@ async def test_a_worker_that_dies_ends_all_of_them() -> None:
         for error in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(error, WorkerLost)
         assert not made._sessions
+        await asyncio.sleep(0.2)
+        assert not [task for task in asyncio.all_tasks() if "_consume_request_iterator" in repr(task.get_coro())]
 
 
 async def test_a_step_longer_than_the_lease_is_not_taken_for_a_loss() -> None:

@@ -16,6 +16,7 @@ class Prompt:
     max_tokens: int
     temperature: float
     seed: int
+    salt: str = ""  # of another salt nothing is cached
 
     def body(self) -> dict[str, object]:
         return {
@@ -26,6 +27,7 @@ class Prompt:
             "ignore_eos": True,
             "stream": True,
             "return_token_ids": True,
+            "cache_salt": self.salt,
         }
 
 
