@@ -68,7 +68,7 @@ class EngineConfig(Strict):
 
 
 class PoolConfig(Strict):
-    master: str = ""  # host:port of mooncake_master; empty: no pool
+    master: str = ""  # host:port of mooncake_master; etcd: whichever leads, by cluster.etcd; empty: no pool
     protocol: Literal["tcp", "rdma"] = "tcp"
     devices: str = ""  # RDMA devices, comma-separated
     host: str = "127.0.0.1"  # that other store clients reach this one at
@@ -147,10 +147,27 @@ class KVStoreConfig(Strict):
     cluster: ClusterConfig = ClusterConfig()
     pool: PoolConfig = PoolConfig()
     memory: Size = 512 * 2**20  # node: bytes lent
+    ha: bool = False  # master: one of several, of which one leads; needs cluster.etcd
+    oplog: bool = True  # master, with ha: the next leader knows the keys; nothing ever removes what is written to etcd for that
+    masters: tuple[str, ...] = ()  # node, with pool.master=etcd: host:master_metrics_port of all of them
     master_port: int = Field(default=50051, ge=1, le=65535)  # master: where mooncake_master listens
     master_metrics_port: int = Field(default=9003, ge=1, le=65535)
     client_ttl_s: int = Field(default=5, ge=1)  # a silent node is unmounted after so long
     drain_grace_s: float = Field(default=10.0, ge=0)
+
+
+def pool_master(pool: PoolConfig, cluster: ClusterConfig) -> str:
+    """Where the KV pool is asked for: empty, host:port, or etcd://host:port;host:port. Raises ConfigError."""
+    if pool.master != "etcd":
+        return pool.master
+    if not cluster.etcd:
+        raise ConfigError("pool.master=etcd asks etcd for the leading master: set cluster.etcd, or give host:port of a master")
+    return "etcd://" + etcd_endpoints(cluster)
+
+
+def etcd_endpoints(cluster: ClusterConfig) -> str:
+    """host:port;host:port, as Mooncake wants them."""
+    return ";".join(part.rpartition("//")[2].rstrip("/") for part in cluster.etcd.split(","))
 
 
 def member_id(server: ServerConfig, role: Role) -> str:

@@ -48,9 +48,15 @@ class RunningCluster:
                 continue
             if "--config" in line:
                 found[Path(line[line.index("--config") + 1]).stem] = child
-            elif line and Path(line[0]).name in ("etcd", "mooncake_master"):
-                found[Path(line[0]).name] = child
+            elif line and Path(line[0]).name == "etcd":
+                found["etcd"] = child
+            elif line and Path(line[0]).name == "mooncake_master":
+                found["mooncake_master" + _config_stem(child.parent()).removeprefix("kvstore-master")] = child
         return found
+
+    def describe_etcd(self) -> str:
+        """host:port of its etcd."""
+        return str(json.loads(self.ready_file.read_text())["etcd"]).removeprefix("http://")
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.children()[name].send_signal(number)
@@ -101,17 +107,22 @@ class RunningCluster:
         )
 
 
+def _config_stem(process: psutil.Process | None) -> str:
+    line = process.cmdline() if process is not None else []
+    return Path(line[line.index("--config") + 1]).stem if "--config" in line else ""
+
+
 @contextmanager
 def running_cluster(
     *, model: Path | None = None, etcd: str = "auto", options: Sequence[str] = (), **counts: int
 ) -> Iterator[RunningCluster]:
-    """`counts` are prefill, decode, unified and kvstore. On leaving, all is stopped, and nothing may be left."""
+    """`counts` are prefill, decode, unified, kvstore and kvstore_masters. On leaving, all is stopped, and nothing may be left."""
     with tempfile.TemporaryDirectory(prefix="baton-test-") as folder:
         ready = Path(folder) / "ready.json"
         command = [sys.executable, "-c", "from baton.cli import main; main()", "up", "--http-port", "0", "--grpc-port", "0"]
         command += ["--ready-file", str(ready), "--log-dir", folder, "--etcd", etcd]
         command += ["--model", str(model)] if model else []
-        command += [part for role, count in counts.items() for part in (f"--{role}", str(count))]
+        command += [part for role, count in counts.items() for part in (f"--{role.replace('_', '-')}", str(count))]
         with (Path(folder) / "up.log").open("wb") as log:
             process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         cluster = RunningCluster("", "", process, ready, Path(folder))

@@ -46,6 +46,7 @@ class Plan:
     decode: int = 1
     unified: int = 0
     kvstore: int = 1
+    kvstore_masters: int = 1
     policy: str = "predicted"
     http_port: int = 8000
     grpc_port: int = 9000
@@ -93,7 +94,7 @@ class Cluster:
             for child in group:
                 await self._spawn(child)
                 child.keeper = asyncio.create_task(self._keep(child), name=f"keep-{child.name}")
-            if group[0].role in ("etcd", "kvstore-master"):
+            if group[0].role == "etcd" or (group[0].role == "kvstore-master" and len(group) == 1):
                 await self._until(self._listening(group[0]), group[0].name)
         await self._until(self._ready(), "the router")
         self._was_ready = True
@@ -134,13 +135,9 @@ class Cluster:
         names = [(role, f"{role}-{i}") for role, count in counts.items() for i in range(count)]
         ports = {name: _free_port() for _, name in names}
         cluster = {"etcd": self.etcd} if self.etcd else {"workers": [f"127.0.0.1:{port}" for port in ports.values()]}
-        pool: dict[str, Any] = {}
-        if plan.kvstore:
-            master_port, metrics_port = _free_port(), _free_port()
-            pool = {"master": f"127.0.0.1:{master_port}"}
-            shared = {"cluster": cluster, "master_metrics_port": metrics_port}
-            master = self._service("kvstore", "kvstore-master", "kvstore-master", {**shared, "mode": "master", "master_port": master_port})
-            groups.append([master])
+        masters, pool, node = self._plan_pool(cluster)
+        if masters:
+            groups.append(masters)
         cores, busy = os.cpu_count() or 1, len(names) if plan.unified else -(-len(names) // 2)  # prefill and decode take turns
         threads = max(1, cores // max(busy, 1))
         workers = [
@@ -163,9 +160,7 @@ class Cluster:
         for number, worker in enumerate(workers if len(gpus) > 1 else []):
             own = number % len(gpus)  # it sees the others too: NVLink maps their memory
             worker.gpus = ",".join(gpus[own:] + gpus[:own])
-        if plan.kvstore:
-            config = {**shared, "mode": "node", "pool": pool}
-            workers += [self._service("kvstore", "kvstore", f"kvstore-{i}", config) for i in range(plan.kvstore)]
+        workers += [self._service("kvstore", "kvstore", f"kvstore-{i}", node) for i in range(plan.kvstore)]
         groups.append(workers)
         router = {
             "model": str(plan.model),
@@ -176,6 +171,28 @@ class Cluster:
         }
         groups.append([self._service("router", "router", "router", router)])
         return groups
+
+    def _plan_pool(self, cluster: Mapping[str, Any]) -> tuple[list[Child], dict[str, Any], dict[str, Any]]:
+        """The masters, a worker's `pool` section and a node's configuration. Of several masters one leads, by etcd."""
+        count = self._plan.kvstore_masters if self._plan.kvstore else 0
+        ports = [(_free_port(), _free_port()) for _ in range(count)]
+        if not ports:
+            return [], {}, {}
+        several = count > 1
+        if several and not self.etcd:
+            raise ConfigError("several masters need etcd: install it (Debian: apt-get install etcd-server), or give --etcd URL")
+        masters = [
+            self._service(
+                "kvstore",
+                "kvstore-master",
+                f"kvstore-master-{i}" if several else "kvstore-master",
+                {"mode": "master", "ha": several, "cluster": cluster, "master_port": rpc, "master_metrics_port": metrics},
+            )
+            for i, (rpc, metrics) in enumerate(ports)
+        ]
+        pool = {"master": "etcd" if several else f"127.0.0.1:{ports[0][0]}"}
+        admins = [f"127.0.0.1:{metrics}" for _, metrics in ports]
+        return masters, pool, {"mode": "node", "cluster": cluster, "pool": pool, "masters": admins}
 
     def _service(self, service: str, role: str, name: str, config: Mapping[str, Any]) -> Child:
         tree = {**config, "server": {"id": name, **config.get("server", {})}}

@@ -38,6 +38,8 @@ def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable
         logging.debug("cannot start", exc_info=True)
         print(f"{name}: {error.message}", file=sys.stderr)
         raise SystemExit(EXIT_CONFIG) from error
+    logging.shutdown()
+    os._exit(0)  # all is done: what foreign libraries do at an interpreter's end takes up to 30 s (Mooncake with several masters)
 
 
 async def _serve(serve: Callable[[C], Awaitable[None]], config: C) -> None:

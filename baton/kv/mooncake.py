@@ -4,6 +4,7 @@ Connects at the first call, so a worker starts and serves before the pool exists
 the master. Every value is written from and read into registered memory, without a copy.
 """
 
+import base64
 import contextlib
 import ctypes
 import logging
@@ -14,6 +15,8 @@ import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
+
+import httpx
 
 from baton.errors import ConfigError, StoreError
 from baton.kv.store import Buffer
@@ -40,14 +43,40 @@ _GLOG_FATAL = 3
 TRANSFER_FAILED = -800  # the node that holds the value, or shall, does not answer
 MASTER_AWAY = frozenset({-900, -901})  # the master does not answer, or not in time
 _NOT_TRIED = -1
+_ETCD = "etcd://"
+_LEFT: list[Any] = []  # clients whose end would take too long
+
+
+def leader(endpoints: str, cluster: str) -> str:
+    """host:port of the mooncake_master that leads, as it has written to etcd. Raises StoreError."""
+    key = base64.b64encode(f"mooncake-store/{cluster}/master_view".encode()).decode()
+    problem = "none leads"
+    for endpoint in endpoints.split(";"):
+        try:
+            answer = httpx.post(f"http://{endpoint}/v3/kv/range", json={"key": key}, timeout=1.0).raise_for_status().json()
+            if answer.get("kvs"):
+                return base64.b64decode(answer["kvs"][0]["value"]).decode()
+        except (httpx.HTTPError, ValueError) as error:
+            problem = f"etcd at {endpoint}: {error!r}"
+    raise StoreError(f"no mooncake_master of {cluster} is known ({problem})")
 
 
 class MooncakeStore:
     def __init__(
-        self, master: str, *, host: str, protocol: str = "tcp", devices: str = "", local_buffer: int = 16 * 2**20, segment: int = 0
+        self,
+        master: str,
+        *,
+        host: str,
+        cluster: str = "",
+        protocol: str = "tcp",
+        devices: str = "",
+        local_buffer: int = 16 * 2**20,
+        segment: int = 0,
     ) -> None:
-        """`master` is host:port of mooncake_master; `host` is where other clients reach this process; `segment` bytes are lent to the
-        pool. Raises ConfigError if Mooncake is not installed."""
+        """`master` is host:port of mooncake_master, or etcd://host:port;host:port, where the leading one of `cluster` is found; `host` is
+        where other clients reach this process; `segment` bytes are lent to the pool. Raises ConfigError if Mooncake is not installed."""
+        if master.startswith(_ETCD):
+            os.environ["MC_STORE_CLUSTER_ID"] = cluster
         self._chatty = "MC_LOG_LEVEL" in os.environ
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -65,7 +94,7 @@ class MooncakeStore:
             ) from error
         self._make: Any = MooncakeDistributedStore
         self._setup = (host, "P2PHANDSHAKE", segment, local_buffer, protocol, devices, master)
-        self._master, self._protocol = master, protocol
+        self._master, self._cluster, self._protocol = master, cluster, protocol
         self._store: Any = None
         self._closed = False
         self._regions: list[Buffer] = []
@@ -126,12 +155,15 @@ class MooncakeStore:
         return str(self._store.get_hostname())
 
     def close(self) -> None:
-        """Leaves the pool for good. Takes seconds where the master does not answer. Idempotent."""
+        """Leaves the pool for good. Takes seconds where the master does not answer. Idempotent. With several masters Mooncake would take
+        30 s, holding the interpreter, so nothing is done: the process is about to end (`hosting.process`), and the master notices."""
         with self._lock:
             self._closed = True
-            if self._store is not None:
+            if self._master.startswith(_ETCD):
+                _LEFT.append(self._store)
+            elif self._store is not None:
                 self._store.close()
-                self._store = None
+            self._store = None
 
     def _transfer(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
         """A batch call's codes. After a wave in which a node did not answer nothing more is tried: it would wait for that node again."""
@@ -159,11 +191,12 @@ class MooncakeStore:
 
     def _probe(self) -> None:
         """Mooncake's own set-up tries for 90 s when there is no master; nobody waits for that here."""
-        host, _, port = self._master.rpartition(":")
+        address = leader(self._master.removeprefix(_ETCD), self._cluster) if self._master.startswith(_ETCD) else self._master
+        host, _, port = address.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=1.0).close()
         except (OSError, ValueError) as error:
-            raise StoreError(f"no mooncake_master at {self._master} ({error})") from error
+            raise StoreError(f"no mooncake_master at {address} ({error})") from error
 
     def _register(self, store: Any, region: Buffer) -> None:
         code = store.register_buffer(region.address, region.nbytes)

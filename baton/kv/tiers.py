@@ -40,8 +40,10 @@ class HostTier(KVTransfer):
             behind.stats.skipped += 1
 
 
-def connect_tiers(host: HostConfig, pool: PoolConfig, files: FilesConfig, memory: torch.Tensor, block_bytes: int) -> list[KVTransfer]:
-    """For `memory`, all KV blocks of this worker. A pool may come later. Raises ConfigError where a tier can't be had."""
+def connect_tiers(
+    host: HostConfig, pool: PoolConfig, files: FilesConfig, memory: torch.Tensor, block_bytes: int, *, cluster: str = ""
+) -> list[KVTransfer]:
+    """For `memory`, all KV blocks of this worker. A pool may come later; `cluster` is its name where it has several masters. Raises ConfigError where a tier can't be had."""
     tiers: list[KVTransfer] = []
     beside = memory_beside(memory)
     if files.path:
@@ -51,7 +53,14 @@ def connect_tiers(host: HostConfig, pool: PoolConfig, files: FilesConfig, memory
         tiers.append(KVTransfer(served, "files", shared=files.shared, direct=direct, usage=store.usage))
     if pool.master:
         make = CheckedStore if pool.verify else MooncakeStore
-        mooncake = make(pool.master, host=pool.host, protocol=pool.protocol, devices=pool.devices, local_buffer=pool.local_buffer)
+        mooncake = make(
+            pool.master,
+            host=pool.host,
+            cluster=cluster,
+            protocol=pool.protocol,
+            devices=pool.devices,
+            local_buffer=pool.local_buffer,
+        )
         mooncake.register(Buffer(memory.data_ptr(), memory.nbytes))
         tiers.append(CheckedTransfer(mooncake) if isinstance(mooncake, CheckedStore) else KVTransfer(mooncake))
     if host.bytes:

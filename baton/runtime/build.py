@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from baton.config import EngineConfig, WorkerConfig, member_id
+from baton.config import EngineConfig, WorkerConfig, member_id, pool_master
 from baton.errors import ConfigError
 from baton.kernels.table import choose
 from baton.kv.connect import connect_push
@@ -72,7 +72,8 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
             "push.verify and pool.verify read KV where it lies, which they can't on a GPU; leave them off, or set engine.device=cpu"
         )
     loaded = load(model, config.engine)
-    tiers = connect_tiers(config.host, config.pool, config.files, loaded.pool.tensor, loaded.pool.layout.block_bytes)
+    pool = config.pool.model_copy(update={"master": pool_master(config.pool, config.cluster)})
+    tiers = connect_tiers(config.host, pool, config.files, loaded.pool.tensor, loaded.pool.layout.block_bytes, cluster=config.cluster.name)
     host = config.push.host or config.server.advertise or config.server.host
     sender, receiver = connect_push(
         config.push.model_copy(update={"host": host}), config.role, loaded.pool.region, cuda=loaded.pool.tensor.is_cuda

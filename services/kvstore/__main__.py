@@ -5,7 +5,7 @@ import logging
 import os
 from typing import Any, cast
 
-from baton.config import KVStoreConfig, member_id
+from baton.config import KVStoreConfig, etcd_endpoints, member_id, pool_master
 from baton.errors import ConfigError, StoreError
 from baton.hosting.process import run_service
 from baton.hosting.server import Host
@@ -25,12 +25,16 @@ _POLL_S = 2.0
 async def serve(config: KVStoreConfig) -> None:
     is_master = config.mode == "master"
     pool, lent = config.pool, 0 if is_master else config.memory
-    address = f"{config.server.host}:{config.master_port}" if is_master else pool.master
-    if not address:
-        raise ConfigError("pool.master is not set: give host:port of mooncake_master")
-    admin = MasterAdmin(f"{address.rpartition(':')[0]}:{config.master_metrics_port}")
+    address, admins = _addresses(config)
+    admin = MasterAdmin(*admins)
     store = MooncakeStore(
-        address, host=pool.host, protocol=pool.protocol, devices=pool.devices, local_buffer=pool.local_buffer, segment=lent
+        address,
+        host=pool.host,
+        cluster=config.cluster.name,
+        protocol=pool.protocol,
+        devices=pool.devices,
+        local_buffer=pool.local_buffer,
+        segment=lent,
     )
     memory = LentMemory(store, admin, lent)
     name = member_id(config.server, Role.KVSTORE)
@@ -40,7 +44,10 @@ async def serve(config: KVStoreConfig) -> None:
     tasks = [asyncio.create_task(memory.join(), name="join"), asyncio.create_task(_poll(admin, metrics), name="poll")]
     supervisor = None
     if is_master:
-        supervisor = MasterSupervisor(config.server.host, config.master_port, config.master_metrics_port, config.client_ttl_s)
+        ha = (etcd_endpoints(config.cluster), config.cluster.name) if config.ha else ()
+        supervisor = MasterSupervisor(
+            config.server.host, config.master_port, config.master_metrics_port, config.client_ttl_s, ha, config.oplog
+        )
         metrics.totals(lambda: {"master_restarts": supervisor.num_restarts})
         supervisor.start()
     served = False
@@ -56,6 +63,26 @@ async def serve(config: KVStoreConfig) -> None:
         await admin.close()
         if supervisor is not None:
             await supervisor.stop()
+
+
+def _addresses(config: KVStoreConfig) -> tuple[str, tuple[str, ...]]:
+    """Where the pool is asked for, and where masters are asked about it. Raises ConfigError."""
+    host = config.server.host
+    if config.mode == "master":
+        if config.ha and not config.cluster.etcd:
+            raise ConfigError("ha=true needs cluster.etcd: that is where masters agree on who leads")
+        if config.ha and host in ("0.0.0.0", "::"):
+            raise ConfigError(f"ha=true tells others server.host={host} as this master's address: give the address that they reach it at")
+        address = f"{host}:{config.master_port}"
+        if config.ha:
+            address = pool_master(config.pool.model_copy(update={"master": "etcd"}), config.cluster)
+        return address, (f"{host}:{config.master_metrics_port}",)
+    address = pool_master(config.pool, config.cluster)
+    if not address:
+        raise ConfigError("pool.master is not set: give host:port of mooncake_master, or etcd where there are several")
+    if config.pool.master == "etcd" and not config.masters:
+        raise ConfigError("pool.master=etcd: give a node masters=[host:port, …] too, the master_metrics_port of each master")
+    return address, config.masters or (f"{address.rpartition(':')[0]}:{config.master_metrics_port}",)
 
 
 async def _poll(admin: MasterAdmin, metrics: KVStoreMetrics) -> None:

@@ -1,6 +1,7 @@
 """MasterAdmin: what mooncake_master tells and does over HTTP. Knows its paths and forms, which nobody else does."""
 
 import asyncio
+import contextlib
 import logging
 import re
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ class Segment:
 
 
 class MasterAdmin:
-    """Every call raises StoreError when the master does not answer, or not as expected."""
+    """Every call raises StoreError when the master does not answer, or not as expected. Of several, the one that leads is asked."""
 
-    def __init__(self, address: str) -> None:
-        self._client = httpx.AsyncClient(base_url=f"http://{address}", timeout=2.0)
+    def __init__(self, *addresses: str) -> None:
+        self._client = httpx.AsyncClient(timeout=2.0)
+        self._addresses = list(addresses)  # the one that led last comes first
 
     async def segments(self) -> list[Segment]:
         answer = await self._request("GET", "/get_segments_detail")
@@ -41,12 +43,14 @@ class MasterAdmin:
             raise StoreError(f"mooncake_master describes its segments in a form that is not known here ({error!r})") from error
 
     async def state(self) -> PoolState:
-        leads = (await self._request("GET", "/role")).text.strip() == "leader"
+        await self._find_leader()
+        if not await self._leads(self._addresses[0]):
+            return PoolState(up=True)
         values = {name: float(value) for name, value in _SAMPLE.findall((await self._request("GET", "/metrics")).text)}
         segments = await self.segments()
         return PoolState(
             up=True,
-            leads=leads,
+            leads=True,
             capacity_bytes=int(values.get("master_total_capacity_bytes", 0)),
             used_bytes=int(values.get("master_allocated_bytes", 0)),
             num_keys=int(values.get("master_key_count", 0)),
@@ -73,12 +77,32 @@ class MasterAdmin:
             await asyncio.sleep(_POLL_S)
         return False
 
+    async def _find_leader(self) -> None:
+        """Brings it to the front."""
+        if len(self._addresses) == 1:
+            return
+        for address in self._addresses:
+            with contextlib.suppress(StoreError):
+                if await self._leads(address):
+                    self._addresses.sort(key=lambda other: other != address)
+                    return
+        raise StoreError(f"none of the masters at {', '.join(self._addresses)} leads")
+
+    async def _leads(self, address: str) -> bool:
+        """Whether it leads, and knows its keys by now."""
+        try:
+            answer = (await self._client.get(f"http://{address}/health")).json()
+            return answer["role"] == "leader" and answer["service_ready"]
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise StoreError(f"mooncake_master does not answer ({type(error).__name__})") from error
+
     async def close(self) -> None:
         await self._client.aclose()
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        await self._find_leader()
         try:
-            answer = await self._client.request(method, path, json=body)
+            answer = await self._client.request(method, f"http://{self._addresses[0]}{path}", json=body)
         except httpx.HTTPError as error:
             raise StoreError(f"mooncake_master does not answer ({type(error).__name__})") from error
         if answer.status_code >= 300:

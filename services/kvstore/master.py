@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from baton.errors import ConfigError
@@ -17,8 +18,10 @@ _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
 
 
 class MasterSupervisor:
-    def __init__(self, host: str, port: int, metrics_port: int, client_ttl_s: int) -> None:
-        """Raises ConfigError where mooncake_master is not installed."""
+    def __init__(self, host: str, port: int, metrics_port: int, client_ttl_s: int, ha: Sequence[str] = (), oplog: bool = True) -> None:
+        """`ha`: etcd's endpoints (host:port;host:port) and the cluster's name, where this is one of several masters. One leads; with
+        `oplog`, what it does is written to etcd, where the others read it, so that the next one knows the keys. Raises ConfigError where
+        mooncake_master is not installed."""
         beside = Path(sys.executable).parent / "mooncake_master"
         program = str(beside) if beside.is_file() else shutil.which("mooncake_master")
         if program is None:
@@ -34,6 +37,14 @@ class MasterSupervisor:
             "--logtostderr=true",
             "--minloglevel=1",
         )
+        if ha:
+            endpoints, cluster = ha
+            self._command += (
+                "--enable_ha=true",
+                f"--enable_oplog={str(oplog).lower()}",
+                f"--etcd_endpoints={endpoints}",
+                f"--cluster_id={cluster}",
+            )
         self._task: asyncio.Task[None] | None = None
         self.num_restarts = 0
         self.pid = 0

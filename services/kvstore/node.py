@@ -31,16 +31,16 @@ class LentMemory:
         while not self._joined:
             try:
                 await asyncio.to_thread(self._store.connect)
-                self._joined = True
-                logger.info("joined the pool, lending %d bytes", self._nbytes)
                 if self._nbytes:
                     await self._touch()
+                self._joined = True
+                logger.info("joined the pool, lending %d bytes", self._nbytes)
             except Exception as error:
                 if not isinstance(error, StoreError):
                     logger.exception("joining the pool failed in a way that is not known here")
                 attempts += 1
-                if attempts == _PATIENCE or self._joined:
-                    logger.warning("%s%s", error, "" if self._joined else "; trying on")
+                if attempts == _PATIENCE:
+                    logger.warning("%s; trying on", error)
                 await asyncio.sleep(_RETRY_S)
 
     async def drain(self, grace_s: float) -> None:
@@ -57,9 +57,11 @@ class LentMemory:
     async def _touch(self) -> None:
         """Has the kernel back every page now: the first write to a fresh page is many times slower than the next."""
         name = await asyncio.to_thread(lambda: self._store.segment_name)
-        for segment in await self._admin.segments():
-            if segment.name == name:
-                await asyncio.to_thread(_populate, segment.address, segment.capacity_bytes)
+        mine = [segment for segment in await self._admin.segments() if segment.name == name]
+        if not mine:
+            raise StoreError(f"the master does not know {name} yet")
+        for segment in mine:
+            await asyncio.to_thread(_populate, segment.address, segment.capacity_bytes)
 
 
 def _populate(address: int, nbytes: int) -> None:

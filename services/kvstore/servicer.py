@@ -28,6 +28,8 @@ class KVStoreServicer(kvstore_pb2_grpc.KVStoreServicer):
             state = await self._admin.state()
         except StoreError as error:
             return pb.GetStatsResponse(available=False, problem=error.message)
+        if not state.leads:
+            return pb.GetStatsResponse(available=False, problem="this master stands by; ask the one that leads, or a node")
         return pb.GetStatsResponse(
             available=True,
             capacity_bytes=state.capacity_bytes,

@@ -1,5 +1,5 @@
-"""Random requests, cancels, kills and stops for a while: no wrong token, no block that differs from what was computed or stays taken, no wait
-over lease + 2 s.
+"""Random requests, cancels, kills and stops for a while: no wrong token, no block that differs from what was computed or stays taken, no
+wait over lease + 2 s.
 
     python -m tests.faults.chaos --requests 10000 --minutes 30 [--seed 0]
 
