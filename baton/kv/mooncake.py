@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,8 +42,10 @@ _GLOG_LEVEL = "_ZN3fLI17FLAGS_minloglevelE"
 _GLOG_FATAL = 3
 
 TRANSFER_FAILED = -800  # the node that holds the value, or shall, does not answer
+NO_SPACE = -200  # said at once; eviction begins then
 MASTER_AWAY = frozenset({-900, -901})  # the master does not answer, or not in time
 _NOT_TRIED = -1
+_ROOM_S = 0.05  # that eviction takes
 _ETCD = "etcd://"
 _LEFT: list[Any] = []  # clients whose end would take too long
 
@@ -137,7 +140,12 @@ class MooncakeStore:
         return [code == buffer.nbytes for code, buffer in zip(codes, buffers, strict=True)]
 
     def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
-        return [code == 0 for code in self._transfer("batch_put_from", keys, buffers)]
+        codes = self._transfer("batch_put_from", keys, buffers)
+        if full := [i for i, code in enumerate(codes) if code == NO_SPACE]:
+            time.sleep(_ROOM_S)
+            again = self._transfer("batch_put_from", [keys[i] for i in full], [buffers[i] for i in full])
+            codes = [again[full.index(i)] if i in full else code for i, code in enumerate(codes)]
+        return [code == 0 for code in codes]
 
     def remove(self, prefix: str) -> int:
         """Removes every key that starts with `prefix`, leased ones too; returns how many."""

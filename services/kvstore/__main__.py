@@ -5,7 +5,7 @@ import logging
 import os
 from typing import Any, cast
 
-from baton.config import KVStoreConfig, etcd_endpoints, member_id, pool_master
+from baton.config import KVStoreConfig, member_id, pool_master
 from baton.errors import ConfigError, StoreError
 from baton.hosting.process import run_service
 from baton.hosting.server import Host
@@ -44,10 +44,7 @@ async def serve(config: KVStoreConfig) -> None:
     tasks = [asyncio.create_task(memory.join(), name="join"), asyncio.create_task(_poll(admin, metrics), name="poll")]
     supervisor = None
     if is_master:
-        ha = (etcd_endpoints(config.cluster), config.cluster.name) if config.ha else ()
-        supervisor = MasterSupervisor(
-            config.server.host, config.master_port, config.master_metrics_port, config.client_ttl_s, ha, config.oplog
-        )
+        supervisor = MasterSupervisor(config)
         metrics.totals(lambda: {"master_restarts": supervisor.num_restarts})
         supervisor.start()
     served = False

@@ -7,43 +7,51 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+from baton.config import KVStoreConfig, etcd_endpoints
 from baton.errors import ConfigError
 from baton.hosting.process import die_with_parent
 
 logger = logging.getLogger(__name__)
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
+_HOT_WINDOW_S = 10
+_KV_LEASE_S = 5  # that a key which was looked up or read is not evicted for: longer than any call takes; 10 by default
 
 
 class MasterSupervisor:
-    def __init__(self, host: str, port: int, metrics_port: int, client_ttl_s: int, ha: Sequence[str] = (), oplog: bool = True) -> None:
-        """`ha`: etcd's endpoints (host:port;host:port) and the cluster's name, where this is one of several masters. One leads; with
-        `oplog`, what it does is written to etcd, where the others read it, so that the next one knows the keys. Raises ConfigError where
-        mooncake_master is not installed."""
+    def __init__(self, config: KVStoreConfig) -> None:
+        """With `ha` this is one of several masters. One leads; with `oplog`, what it does is written to etcd, where the others read it, so
+        that the next one knows the keys. Raises ConfigError where mooncake_master is not installed."""
         beside = Path(sys.executable).parent / "mooncake_master"
         program = str(beside) if beside.is_file() else shutil.which("mooncake_master")
         if program is None:
             raise ConfigError("mooncake_master is not installed; install baton[mooncake]")
         self._command = (
             program,
-            f"--rpc_address={host}",
-            f"--rpc_port={port}",
-            f"--metrics_host={host}",
-            f"--metrics_port={metrics_port}",
-            f"--client_ttl={client_ttl_s}",
+            f"--rpc_address={config.server.host}",
+            f"--rpc_port={config.master_port}",
+            f"--metrics_host={config.server.host}",
+            f"--metrics_port={config.master_metrics_port}",
+            f"--client_ttl={config.client_ttl_s}",
             "--enable_http_metadata_server=false",
+            f"--default_kv_lease_ttl={_KV_LEASE_S}s",
             "--logtostderr=true",
             "--minloglevel=1",
         )
-        if ha:
-            endpoints, cluster = ha
+        if config.hot_reads:
+            per_second = (config.hot_reads - 0.5) / _HOT_WINDOW_S  # Mooncake rounds what it multiplies up
+            self._command += (
+                "--dynamic_replication_mode=enforce",
+                f"--dynamic_replication_heat_window_seconds={_HOT_WINDOW_S}",
+                f"--dynamic_replication_admission_qps_threshold={per_second}",
+            )
+        if config.ha:
             self._command += (
                 "--enable_ha=true",
-                f"--enable_oplog={str(oplog).lower()}",
-                f"--etcd_endpoints={endpoints}",
-                f"--cluster_id={cluster}",
+                f"--enable_oplog={str(config.oplog).lower()}",
+                f"--etcd_endpoints={etcd_endpoints(config.cluster)}",
+                f"--cluster_id={config.cluster.name}",
             )
         self._task: asyncio.Task[None] | None = None
         self.num_restarts = 0

@@ -162,16 +162,22 @@ def test_the_service_looks_up_counts_and_removes(pool: Pool, client: tuple[Moonc
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
 
 
-def test_a_full_pool_refuses_and_serves_on(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+def test_a_full_pool_evicts_and_serves_on(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
     store, memory = client
-    memory.fill(1)
-    stored = [good for i in range(100) for good in store.put(keys(f"k{i}"), memory.blocks)]
-    assert not all(stored)
-    assert any(stored)
+    content = memory.fill(1)
+    assert all(store.put(keys("hot"), memory.blocks))
+    num_stored = 0
+    for i in range(200):  # more than three times what fits: Mooncake refuses at once, and has room a moment later
+        num_stored += sum(store.put(keys(f"k{i}"), memory.blocks))
+        if i % 20 == 0:
+            assert store.get(keys("hot"), memory.blocks) == [True] * COUNT
+            assert memory.bytes.raw == content
+    assert num_stored > 0.75 * 200 * COUNT
+    assert store.contains(keys("k0")) != [True] * COUNT
+    large = ctypes.create_string_buffer(40 << 20)  # more than the pool has
+    store.register(Buffer(ctypes.addressof(large), len(large)))
+    assert store.put(["large"], [Buffer(ctypes.addressof(large), len(large))]) == [False]
     deadline = time.monotonic() + 10
-    while not all(store.put(keys("later"), memory.blocks)):  # eviction makes room
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
     levels = {"kvstore_up": 1, "kvstore_leader": 1, "kvstore_nodes": 1, "kvstore_capacity_bytes": 32 << 20}
     while not (pool.metric("kvstore_evicted_keys_total") and pool.metric("kvstore_failed_puts_total")):  # asked for every two seconds
         assert time.monotonic() < deadline
@@ -212,6 +218,29 @@ def test_a_killed_node_is_a_miss_and_its_keys_are_forgotten(pool: Pool, client: 
     assert time.monotonic() - started < 5
     pool.wait(lambda seen: not seen.segments, 15)
     assert store.contains(keys("a")) == [False] * COUNT
+
+
+def test_blocks_that_are_read_often_survive_a_killed_node(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
+    store, memory = client
+    pool.start("node1", "node")
+    pool.wait(lambda seen: len(seen.segments) == 2)
+    content = memory.fill(1)
+    assert all(store.put(keys("hot"), memory.blocks))
+    deadline = time.monotonic() + 30
+    while pool.wait(lambda seen: seen.available).used_bytes < 2 * COUNT * BLOCK:  # a second replica of each
+        assert store.get(keys("hot"), memory.blocks) == [True] * COUNT
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    pool.processes["node0"].kill()
+    pool.processes["node0"].wait()
+    memory.fill(100)
+    while True:  # until the master has forgotten the node, its replicas are tried first
+        with contextlib.suppress(StoreError):
+            if all(store.get(keys("hot"), memory.blocks)):
+                break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert memory.bytes.raw == content
 
 
 def test_a_node_that_leaves_hands_its_blocks_over(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
