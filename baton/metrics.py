@@ -49,6 +49,7 @@ _TOTALS = {
     "push_bytes": ("kv_push_bytes", "Bytes written into decode workers"),
     "push_seconds": ("kv_push_seconds", "Time spent in pushes that went through"),
     "push_failures": ("kv_push_failures", "Pushes that failed"),
+    "push_fallbacks": ("kv_push_fallbacks", "Pushes that went by another path, because the best one had failed lately"),
     "push_verified": ("kv_push_verified_blocks", "Pushed blocks whose checksum was compared (push.verify)"),
     "push_corrupt": ("kv_push_corrupt_blocks", "Pushed blocks that differed from what was sent (push.verify)"),
     "evicted": ("kvstore_evicted_keys", "Blocks that the pool evicted"),
@@ -66,7 +67,7 @@ class _Totals(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for key, value in self._read().items():
-            name, help = _TOTALS[key]
+            name, help = _TOTALS.get(key, (f"kv_{key}", key.replace("_", " ")))
             family = CounterMetricFamily(f"baton:{name}", help, labels=[*self._labels])
             family.add_metric([*self._labels.values()], value)
             yield family
