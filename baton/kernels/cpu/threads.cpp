@@ -6,7 +6,7 @@
 // A call waits for claimed tasks only, never for a helper that has not come: where cores are shared with other processes, or after a fork,
 // the caller simply does more of the work itself. Results never depend on who did what.
 //
-// Where cores are shared, Linux may leave two of our threads on one core while another idles, for up to 10 ms; whoever holds a task then holds
+// Where cores are shared, Linux may leave two of our threads on one core while another idles, for up to 10 ms; a task of theirs then holds
 // up all others. So a thread that begins to work sends those who wait for its core to another one, and who has nothing left to do lends its
 // core to a thread in a task whose CPU clock stands still.
 #include <pthread.h>
@@ -42,7 +42,7 @@ class alignas(64) Seat {  // of a thread that runs tasks
         if (thread_.load(std::memory_order_relaxed) == gettid() || pthread_getcpuclockid(pthread_self(), &id)) return;
         clock_.store(id, std::memory_order_relaxed), thread_.store(gettid(), std::memory_order_release);
         const sched_param none{};
-        if (sched_getscheduler(0) == SCHED_OTHER) sched_setscheduler(0, SCHED_BATCH, &none);  // so that who lends it a core falls asleep first
+        if (sched_getscheduler(0) == SCHED_OTHER) sched_setscheduler(0, SCHED_BATCH, &none);  // who lends it a core falls asleep first
     }
 
     // To another core, if it waits for the calling thread's.
@@ -132,7 +132,7 @@ class Pool {
 
     void spread(int mine) {
         const int core = sched_getcpu();
-        if (mine < kSeats && seats_[mine].core.load(std::memory_order_relaxed) != core) seats_[mine].core.store(core, std::memory_order_relaxed);
+        if (mine < kSeats) seats_[mine].core.store(core, std::memory_order_relaxed);
         others(mine, [core](Seat& seat) {
             if (seat.core.load(std::memory_order_relaxed) == core) seat.send_away();
         });
