@@ -1,5 +1,6 @@
 """What clients get: OpenAI's response bodies and stream chunks, made from `Choice`s and `Piece`s."""
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from services.router.generation import Ask, Choice
 from services.router.text import Piece
 
 Json = dict[str, Any]
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Answers:
@@ -19,6 +21,7 @@ class Answers:
         self._kind, self._id, self._model, self._tokenizer = kind, request_id, model, tokenizer
         self._asks, self._token_ids, self._created = asks, token_ids, int(time.time())
         self._chat = kind == "chat.completion"
+        self._head = to_json(self._frame(self._chunk_kind))[:-1] + ',"choices":[{"index":'  # of each chunk's JSON
 
     def whole(self, choices: Sequence[Choice], *, echo: bool = False, silent: bool = False) -> Json:
         """The body of an answer that is not streamed. `silent`: what was generated was not asked for (max_tokens 0 with echo)."""
@@ -26,6 +29,18 @@ class Answers:
         body["choices"] = [self._choice(choice, echo=echo, silent=silent) for choice in sorted(choices, key=lambda c: c.index)]
         body["usage"] = self.usage(choices, silent=silent)
         return body
+
+    def line(self, choice: Choice, piece: Piece, *, echo: bool = False) -> str | None:
+        """`chunk` as JSON: for a piece in the midst of a sequence, which nearly all are, without making objects of it first."""
+        if piece is choice.pieces[0] or piece.finish_reason is not None or self._wants_logprobs(choice):
+            chunk = self.chunk(choice, piece, echo=echo)
+            return None if chunk is None else to_json(chunk)
+        if not piece.text and not self._token_ids:
+            return None
+        text = to_json(piece.text)
+        told = f'"delta":{{"content":{text}}}' if self._chat else f'"text":{text}'
+        ids = f',"token_ids":[{",".join([str(token.token_id) for token in piece.tokens])}]' if self._token_ids else ""
+        return f'{self._head}{choice.index},"finish_reason":null,{told},"logprobs":null{ids}}}]}}'
 
     def chunk(self, choice: Choice, piece: Piece, *, echo: bool = False) -> Json | None:
         """A chunk of the stream; None where a piece has nothing to tell yet. A sequence's first chunk carries its first token."""
@@ -49,14 +64,14 @@ class Answers:
             entry["token_ids"] = [token.token_id for token in piece.tokens]
             if first:
                 entry["prompt_token_ids"] = list(self._ask(choice).prompt_token_ids)
-        body = self._frame(self._kind + ".chunk" if self._chat else self._kind)
+        body = self._frame(self._chunk_kind)
         body["choices"] = [entry]
         if piece.finish_reason is not None:
             body["baton"] = {"route": str(choice.route), "moves": choice.route.moves}
         return body
 
     def usage_chunk(self, choices: Sequence[Choice]) -> Json:
-        body = self._frame(self._kind + ".chunk" if self._chat else self._kind)
+        body = self._frame(self._chunk_kind)
         return body | {"choices": [], "usage": self.usage(choices)}
 
     def usage(self, choices: Sequence[Choice], *, silent: bool = False) -> Json:
@@ -135,6 +150,10 @@ class Answers:
 
     def _frame(self, kind: str) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return self._kind + ".chunk" if self._chat else self._kind
 
     def _ask(self, choice: Choice) -> Ask:
         return self._asks[choice.index // self._asks[0].n]

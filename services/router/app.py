@@ -18,7 +18,7 @@ from baton.errors import BatonError, InvalidRequest, ModelNotFound, NoWorkers, R
 from baton.metrics import RouterMetrics
 from baton.tokenizer import Tokenizer
 from baton.types import MemberState
-from services.router.answers import Answers, error_body
+from services.router.answers import Answers, error_body, to_json
 from services.router.dispatch import Dispatcher
 from services.router.generation import Ask, Choice, Generator
 from services.router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
@@ -254,19 +254,19 @@ async def _events(stream: Stream, first: tuple[Choice, Piece], answers: Answers,
             item: tuple[Choice, Piece] | None = first
             while item is not None:
                 choices[item[0].index] = item[0]
-                chunk = answers.chunk(*item, echo=echo)
-                if chunk is not None:
-                    yield _event(chunk)
+                line = answers.line(*item, echo=echo)
+                if line is not None:
+                    yield _event(line)
                 item = await anext(stream, None)
             if include_usage:
-                yield _event(answers.usage_chunk(list(choices.values())))
+                yield _event(to_json(answers.usage_chunk(list(choices.values()))))
         except BatonError as error:
-            yield _event(error_body(error.message, error.code, error.http_status, error.param))
+            yield _event(to_json(error_body(error.message, error.code, error.http_status, error.param)))
     yield "data: [DONE]\n\n"
 
 
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def _event(line: str) -> str:
+    return f"data: {line}\n\n"
 
 
 async def _until_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T:

@@ -34,6 +34,9 @@ class TextStream:
         self._count = 0
 
     def push(self, output: GenerateOutput) -> Piece:
+        if not self._stop and output.finish_reason is None and len(output.tokens) == 1:  # nearly always; nothing is held back then
+            self._count += 1
+            return Piece(self._detokenizer.push([output.tokens[0].token_id]), output.tokens)
         text = ""
         for index, token in enumerate(output.tokens):
             self._count += 1

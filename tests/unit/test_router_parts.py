@@ -1,6 +1,7 @@
 """The router's pure parts: index, policies, text, bodies, routes."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from baton.errors import InvalidRequest, NoWorkers
 from baton.hashing import block_hashes
 from baton.tokenizer import Detokenizer, Tokenizer
-from baton.types import BlocksRemoved, BlocksStored, FinishReason, GenerateOutput, OutputToken, Pace, Role, SamplingParams
+from baton.types import BlocksRemoved, BlocksStored, FinishReason, GenerateOutput, OutputToken, Pace, Role, SamplingParams, TokenLogprobs
 from services.router.answers import Answers
 from services.router.dispatch import Route
 from services.router.generation import Ask, Choice
@@ -296,3 +297,20 @@ def test_a_sequences_first_chunk_says_who_speaks_also_when_more_has_come_by_then
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
     assert first["choices"][0]["prompt_token_ids"] == [1, 2]
     assert second["choices"][0]["delta"] == {"content": "b"}
+
+
+@pytest.mark.parametrize("kind", ["chat.completion", "text_completion"])
+@pytest.mark.parametrize("token_ids", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_a_chunks_line_is_its_json(tokenizer: Tokenizer, kind: str, token_ids: bool, logprobs: int | None) -> None:
+    ask = Ask(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=9, logprobs=logprobs), n=2)
+    answers = Answers(kind, 'r"1', "m\n\u00e9", tokenizer, [ask], token_ids=token_ids)
+    choice = Choice(1, Route("round_robin"))
+    score = None if logprobs is None else TokenLogprobs(-0.5, 1)
+    texts = ["a", 'b"\\\n\t\x00\x7f', "", "\u00fc\u2028\U0001f600", "end"]
+    choice.pieces += [Piece(text, (OutputToken(5 + i, score), OutputToken(9, score))) for i, text in enumerate(texts)]
+    choice.pieces.append(Piece("", (), FinishReason.LENGTH))
+    for piece in choice.pieces:
+        chunk = answers.chunk(choice, piece)
+        expected = None if chunk is None else json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+        assert answers.line(choice, piece) == expected

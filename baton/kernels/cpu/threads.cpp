@@ -5,6 +5,15 @@
 //
 // A call waits for claimed tasks only, never for a helper that has not come: where cores are shared with other processes, or after a fork,
 // the caller simply does more of the work itself. Results never depend on who did what.
+//
+// Where cores are shared, Linux may leave two of our threads on one core while another idles, for up to 10 ms; a task of theirs then holds
+// up all others. So a thread that begins to work sends those who wait for its core to another one, and who has nothing left to do lends its
+// core to a thread in a task whose CPU clock stands still.
+#include <pthread.h>
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <exception>
@@ -20,13 +29,70 @@ namespace {
 constexpr int kBits = 20;  // of the two counts
 constexpr int64_t kMost = (1 << kBits) - 1;
 constexpr int kSpins = 4000;  // looks at the state before a helper sleeps: some 50 microseconds
+constexpr int kStill = 400;   // of those, without a tick of a thread's CPU clock, mean that it is off its core
+constexpr int kSeats = 64;    // threads that can be moved
+
+class alignas(64) Seat {  // of a thread that runs tasks
+  public:
+    std::atomic<int> core{-1};  // where it was when it last began to work; -1: it was sent elsewhere since
+    std::atomic<bool> working{false};
+
+    void take() {
+        clockid_t id;
+        if (thread_.load(std::memory_order_relaxed) == gettid() || pthread_getcpuclockid(pthread_self(), &id)) return;
+        clock_.store(id, std::memory_order_relaxed), thread_.store(gettid(), std::memory_order_release);
+        const sched_param none{};
+        if (sched_getscheduler(0) == SCHED_OTHER) sched_setscheduler(0, SCHED_BATCH, &none);  // who lends it a core falls asleep first
+    }
+
+    // To another core, if it waits for the calling thread's.
+    void send_away() {
+        core.store(-1, std::memory_order_relaxed);
+        move([](cpu_set_t& cores, int here) { CPU_CLR(here, &cores); });
+    }
+
+    // To the calling thread's core, if it is in a task and off its own.
+    void fetch() {
+        if (!working.load(std::memory_order_acquire)) return;
+        const int64_t before = ran();
+        for (int i = 0; i < kStill; i++) _mm_pause();
+        if (before < 0 || ran() != before || !working.load(std::memory_order_acquire)) return;
+        move([](cpu_set_t& cores, int here) {
+            CPU_ZERO(&cores);
+            CPU_SET(here, &cores);
+        });
+    }
+
+  private:
+    int64_t ran() const {  // nanoseconds; -1: it is not of this process (after a fork)
+        timespec now;
+        return clock_gettime(clock_.load(std::memory_order_relaxed), &now) ? -1 : now.tv_sec * 1'000'000'000 + now.tv_nsec;
+    }
+
+    // A thread that waits for a core moves when the cores that it may use change. Those stay as they were in the end.
+    template <typename F>
+    void move(F&& change) {
+        std::unique_lock<std::mutex> mine(moving_, std::try_to_lock);
+        const pid_t id = thread_.load(std::memory_order_acquire);
+        cpu_set_t allowed;
+        if (!mine || !id || ran() < 0 || sched_getaffinity(id, sizeof allowed, &allowed)) return;
+        cpu_set_t wanted = allowed;
+        change(wanted, sched_getcpu());
+        if (sched_setaffinity(id, sizeof wanted, &wanted) == 0) sched_setaffinity(id, sizeof allowed, &allowed);
+    }
+
+    std::mutex moving_;  // else one mover would take another's change for what is allowed
+    std::atomic<pid_t> thread_{0};
+    std::atomic<clockid_t> clock_{0};
+};
 
 class Pool {
   public:
     bool run(int64_t tasks, int threads, TaskBody body, void* context) {
         std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
         if (!mine || tasks > kMost) return false;
-        for (; helpers_ < threads - 1; helpers_++) std::thread([this, index = helpers_] { help(index); }).detach();
+        for (int i; (i = helpers_.load(std::memory_order_relaxed)) < threads - 1; helpers_.store(i + 1, std::memory_order_relaxed))
+            std::thread([this, i] { help(i); }).detach();
         allowed_.store(threads - 1, std::memory_order_relaxed);
         body_ = body, context_ = context, error_ = nullptr;
         done_.store(0, std::memory_order_relaxed);
@@ -36,11 +102,13 @@ class Pool {
             wake_.fetch_add(1, std::memory_order_seq_cst);
             wake_.notify_all();
         }
-        work();
+        seats_[0].take();
+        work(0);
         for (int i = 0, done; (done = done_.load(std::memory_order_acquire)) < tasks; i++)
             if (i < kSpins) {
                 _mm_pause();
             } else {  // a helper was put off its core: it gets this one
+                lend(0);
                 waiting_.store(true, std::memory_order_seq_cst);
                 if (done_.load(std::memory_order_seq_cst) == done) done_.wait(done);
                 waiting_.store(false, std::memory_order_relaxed);
@@ -52,8 +120,29 @@ class Pool {
   private:
     static bool open(uint64_t state) { return int64_t(state >> kBits & kMost) < int64_t(state & kMost); }
 
+    template <typename F>
+    void others(int mine, F&& body) {
+        for (int seat = 0; seat <= std::min(helpers_.load(std::memory_order_relaxed), kSeats - 1); seat++)
+            if (seat != mine) body(seats_[seat]);
+    }
+
+    void lend(int mine) {
+        others(mine, [](Seat& seat) { seat.fetch(); });
+    }
+
+    void spread(int mine) {
+        const int core = sched_getcpu();
+        if (mine < kSeats) seats_[mine].core.store(core, std::memory_order_relaxed);
+        others(mine, [core](Seat& seat) {
+            if (seat.core.load(std::memory_order_relaxed) == core) seat.send_away();
+        });
+    }
+
     // Claims and runs tasks until none is left.
-    void work() {
+    void work(int seat) {
+        spread(seat);
+        std::atomic<bool> none{false}, &working = seat < kSeats ? seats_[seat].working : none;
+        working.store(true, std::memory_order_release);
         for (uint64_t state = state_.load(std::memory_order_acquire); open(state);) {
             if (!state_.compare_exchange_weak(state, state + (1ull << kBits), std::memory_order_acq_rel)) continue;
             try {
@@ -66,15 +155,18 @@ class Pool {
             if (waiting_.load(std::memory_order_seq_cst)) done_.notify_one();
             state = state_.load(std::memory_order_acquire);
         }
+        working.store(false, std::memory_order_release);
     }
 
     void help(int index) {
+        if (index + 1 < kSeats) seats_[index + 1].take();
         for (;;) {
             const int seen = wake_.load(std::memory_order_seq_cst);
             for (int i = 0; i < kSpins; i++) {
-                if (index < allowed_.load(std::memory_order_relaxed) && open(state_.load(std::memory_order_relaxed))) work(), i = 0;
+                if (index < allowed_.load(std::memory_order_relaxed) && open(state_.load(std::memory_order_relaxed))) work(index + 1), i = 0;
                 _mm_pause();
             }
+            lend(index + 1);
             sleepers_.fetch_add(1, std::memory_order_seq_cst);
             if (index >= allowed_.load(std::memory_order_relaxed) || !open(state_.load(std::memory_order_seq_cst))) wake_.wait(seen);
             sleepers_.fetch_sub(1, std::memory_order_seq_cst);
@@ -82,7 +174,8 @@ class Pool {
     }
 
     std::mutex busy_, failing_;
-    int helpers_ = 0;
+    std::atomic<int> helpers_{0};
+    Seat seats_[kSeats];  // the caller's, then the helpers'
     TaskBody body_ = nullptr;
     void* context_ = nullptr;
     std::exception_ptr error_;
