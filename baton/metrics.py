@@ -36,6 +36,10 @@ _TWINS = frozenset(
 _TOTALS = {
     "blocks_loaded": ("kv_pool_loaded_blocks", "Blocks loaded from the KV pool"),
     "blocks_missed": ("kv_pool_missed_blocks", "Blocks that the KV pool was asked for and did not give"),
+    "blocks_declined": (
+        "kv_pool_declined_blocks",
+        "Blocks that the KV pool held, but that were computed, which was predicted to be faster",
+    ),
     "blocks_saved": ("kv_pool_saved_blocks", "Blocks saved to the KV pool"),
     "blocks_refused": ("kv_pool_refused_blocks", "Blocks that the KV pool did not take"),
     "bytes_loaded": ("kv_pool_loaded_bytes", "Bytes loaded from the KV pool"),

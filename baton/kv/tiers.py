@@ -43,7 +43,8 @@ class HostTier(KVTransfer):
 def connect_tiers(
     host: HostConfig, pool: PoolConfig, files: FilesConfig, memory: torch.Tensor, block_bytes: int, *, cluster: str = ""
 ) -> list[KVTransfer]:
-    """For `memory`, all KV blocks of this worker. A pool may come later; `cluster` is its name where it has several masters. Raises ConfigError where a tier can't be had."""
+    """For `memory`, all KV blocks of this worker. A pool may come later; `cluster` is its name where it has several masters. Raises
+    ConfigError where a tier can't be had."""
     tiers: list[KVTransfer] = []
     beside = memory_beside(memory)
     if files.path:
