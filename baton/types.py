@@ -139,6 +139,7 @@ class Member:
     state: MemberState = MemberState.READY
     pid: int = 0
     instance: str = ""  # of this process alone: a successor has the same id, and maybe address and pid
+    machine: str = ""  # see cluster.machine
     model: str = ""  # served name
     fingerprint: str = ""  # of the KV layout: weights, block size, dtype, hash scheme
     block_size: int = 0  # tokens

@@ -21,6 +21,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from baton.cluster.machine import this_machine
 from baton.cluster.membership import Membership
 from baton.config import ClusterConfig, ServerConfig
 from baton.errors import ConfigError, MembershipError
@@ -37,7 +38,7 @@ class Host:
 
     def __init__(self, server: ServerConfig, cluster: ClusterConfig, member: Member, metrics: Metrics | None = None) -> None:
         self._config, self._metrics = server, metrics
-        self.member = dataclasses.replace(member, pid=os.getpid(), instance=member.instance or secrets.token_hex(8))
+        self.member = dataclasses.replace(member, pid=os.getpid(), instance=member.instance or secrets.token_hex(8), machine=this_machine())
         self.membership: Membership = make_membership(cluster)
         self.grpc: Any = cast(Any, grpc.aio).server(options=server_options(cluster.lease_s))
         self._health: Any = cast(Any, health).aio.HealthServicer()

@@ -1,13 +1,12 @@
 """Direct push over whatever a pair of workers has in common: one receiver or sender for each protocol that this worker announces."""
 
 import logging
-import socket
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
+from baton.cluster.machine import this_machine
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.push import Choice, Copy, Offer, PushResult, PushStatus, choose
 from baton.types import PushTarget
@@ -15,11 +14,6 @@ from baton.types import PushTarget
 logger = logging.getLogger(__name__)
 LEFT_ALONE_S = 30.0  # a path that has failed, where there is another
 _REMEMBERED = 1024  # failed paths
-
-
-def this_machine() -> str:
-    """The same for all processes that could share a device, or see each other's memory."""
-    return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
 
 class DirectReceiver:

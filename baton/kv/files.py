@@ -70,7 +70,7 @@ class FileStore:
         missing = 0
         for key in keys:
             name = _name(key)
-            here = missing < GAP and (name in self._files or os.path.exists(self._path(name)))
+            here = missing < GAP and os.path.exists(self._path(name))  # others evict, too
             missing = 0 if here else missing + 1
             found.append(here)
         return found
@@ -144,9 +144,10 @@ class FileStore:
     def _write(self, name: str, key: str, buffer: Buffer) -> bool:
         """Raises OSError."""
         path, size = self._path(name), _HEADER.size + buffer.nbytes
-        if name in self._files or os.path.exists(path):
+        if os.path.exists(path):
             self._note(name, size)
             return True
+        self._forget(name)  # evicted by another process
         if size > self._capacity:
             return False
         self._make_room(size)

@@ -6,6 +6,7 @@ hangs, further ones are misses at once, too. Measures how fast the store gives b
 means is the caller's business.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -103,7 +104,8 @@ class _Lane:
 
     def end(self, limit_s: float) -> bool:
         """After the calls already there; False where they take longer."""
-        self._queue.put(None)
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=limit_s)
         self._thread.join(limit_s)
         return not self._thread.is_alive()
 

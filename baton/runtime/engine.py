@@ -101,7 +101,7 @@ class Engine:
         self._entries: dict[str, Entry] = {}
         self._outbox: list[tuple[EngineSequence, Delivery]] = []
         self._live: dict[str, EngineSequence] = {}  # the event loop's
-        self._arriving: dict[Entry, int] = {}  # in the inbox, with its tokens: a step may be long, and routers want to know
+        self._arriving: dict[Entry, int | None] = {}  # in the inbox, with the tokens to compute: a step may be long
         self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()  # not told to them yet
         self._publisher = StatePublisher(self._measure, self._take_arrived, scheduler.cache.pool)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -135,7 +135,7 @@ class Engine:
             arrival=time.monotonic(),
         )
         entry = Entry(inner, Feed(inner, hold=hold, await_saves=await_saves), sequence)
-        self._arriving[entry] = inner.num_tokens
+        self._arriving[entry] = None if hold else inner.num_tokens
         self._arrived.put(request.request_id)
         self._post(lambda: self._admit(entry, push))
         return sequence
@@ -271,8 +271,9 @@ class Engine:
         if self.scheduler.has_work:
             return STALLED_WAIT_S if self._stalled else 0.0
         waits = [IDLE_WAIT_S, self._publisher.wait(time.monotonic())]
-        if self.loader.next_deadline is not None:
-            waits.append(self.loader.next_deadline - time.monotonic())
+        for deadline in (self.loader.next_deadline, self.reservations.next_deadline):
+            if deadline is not None:
+                waits.append(deadline - time.monotonic())
         return max(min(waits), 0.001)
 
     def _step(self) -> bool:
@@ -441,12 +442,13 @@ class Engine:
     def _measure(self) -> Load:
         scheduler, pool = self.scheduler, self.scheduler.cache.pool
         arriving = list(self._arriving.values())
-        missing = [(request.num_tokens, request.num_computed_tokens) for request in (entry.request for entry in self._entries.values())]
-        missing += [(tokens, 0) for tokens in arriving]
+        inside = [entry for entry in self._entries.values() if entry.finish_reason is None]  # else all is computed
+        missing = [(entry.request.num_tokens, entry.request.num_computed_tokens) for entry in inside if not entry.is_held]
+        missing += [(tokens, 0) for tokens in arriving if tokens is not None]
         pace = replace(self._pace.pace, push_token_s=self.pusher.token_s)
         return Load(
             num_running=len(scheduler.running),
-            num_waiting=len(arriving) + len(self._entries) - len(scheduler.running),
+            num_waiting=len(arriving) + len(inside) - len(scheduler.running),
             num_waiting_tokens=sum(known - computed for known, computed in missing),
             num_waiting_pairs=sum(known**2 - computed**2 for known, computed in missing) // 2,
             num_context_tokens=sum(request.num_computed_tokens for request in scheduler.running),

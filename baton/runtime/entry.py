@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from baton.runtime.feed import Feed
 from baton.runtime.pushing import Shipment
 from baton.runtime.sequence import EngineSequence
-from baton.scheduling.request import Request
-from baton.types import GenerateOutput, TokenLogprobs
+from baton.scheduling.request import Request, RequestStatus
+from baton.types import FinishReason, GenerateOutput, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +19,15 @@ class Entry:
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])  # by position
     finish: GenerateOutput | None = None  # held back until the saves, or the pushes, have ended
     shipment: Shipment | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.request.finish_reason
+
+    @property
+    def is_held(self) -> bool:
+        """Somebody else computes its prompt."""
+        return self.feed.hold and self.request.status is RequestStatus.LOADING
 
     @property
     def awaits(self) -> bool:

@@ -120,7 +120,7 @@ class Loader:
         if not self._shared or num_blocks <= feed.num_available:
             return
         for block in range(feed.num_available, num_blocks):
-            feed.sources.setdefault(block, list(self._shared))
+            feed.sources[block] = sorted({*feed.sources.get(block, ()), *self._shared})
         feed.num_available = num_blocks
         self._advance(feed)
 
@@ -267,6 +267,8 @@ class Loader:
             else:
                 feed.sources[block].remove(number)
                 feed.kept[number].discard(block)
+                if not feed.sources[block]:  # a later offer may have it again
+                    feed.num_available = min(feed.num_available, block)
         feed.num_loaded += good
         feed.in_flight = []
         faster = [other for other in self._direct if other < number]

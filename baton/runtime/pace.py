@@ -6,12 +6,17 @@ and without prompts fade apart, so that an hour of decoding does not wash out wh
 expected (a stopped process, a collection) the excess does not count.
 """
 
+import contextlib
+import time
+
 from baton.scheduling.plan import StepPlan
 from baton.types import Pace
 
 KEPT = 0.98  # of what a step counts for, after one more of its kind
 _RIDGE = 1e-6  # of the diagonal: decides where steps alone can't
 _OUTLIER = 3.0  # times what was expected
+_FADED = 1e-9  # of what steps count for: a feature that has faded so far is as if never met
+_INTERVAL_S = 0.05  # between two looks at what the sums say
 _SIZE = 5
 _ORDER = tuple((row, column) for row in range(_SIZE) for column in range(row + 1))
 _SCALE = (1.0, 1e-2, 1e-5, 1e-1, 1e-4)  # brings typical features near 1
@@ -33,17 +38,19 @@ class _Memory:
 
 
 class PaceLearner:
-    def __init__(self) -> None:
+    def __init__(self, interval_s: float = _INTERVAL_S) -> None:
         self._prefills, self._decodes = _Memory(), _Memory()
+        self._interval_s, self._solved_at = interval_s, 0.0
         self._pace = Pace()
         self._stale = False
         self._seen = False
 
     @property
     def pace(self) -> Pace:
-        if self._stale:
-            self._stale = False
-            self._pace = _solve(self._prefills, self._decodes)
+        if self._stale and (now := time.monotonic()) >= self._solved_at + self._interval_s:
+            self._stale, self._solved_at = False, now
+            with contextlib.suppress(ArithmeticError):  # steps that say nothing new leave what is known
+                self._pace = _solve(self._prefills, self._decodes)
         return self._pace
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
@@ -64,7 +71,7 @@ class PaceLearner:
         known = self._pace  # as it was published last
         expected = known.base_s + known.token_s * tokens + known.pair_s * pairs + known.decode_s(rows, context)
         counted = min(seconds, _OUTLIER * expected) if expected and (known.token_s or not tokens) else seconds
-        (self._prefills if tokens else self._decodes).add(features, counted, 1 / counted**2)
+        (self._prefills if tokens else self._decodes).add(features, counted, 1 / seconds**2)
         self._stale = True
 
 
@@ -78,7 +85,7 @@ def _solve(*memories: _Memory) -> Pace:
             if row != column:
                 matrix[column][row] += value
         target = [old + new for old, new in zip(target, memory.targets, strict=True)]
-    used = [index for index in range(_SIZE) if matrix[index][index] > 0]
+    used = [index for index in range(_SIZE) if matrix[index][index] > _FADED * matrix[0][0]]
     while used:
         values = _gauss(
             [[matrix[row][column] * (1 + _RIDGE * (row == column)) for column in used] for row in used], [target[i] for i in used]

@@ -252,7 +252,7 @@ class Reservations:
             first = max(feed.num_found, len(self._cache.match(feed.request)))
             count = self._cache.blocks_for(feed.num_tokens) - first
             wanted = self._receiver is not None and count > 0 and not feed.closed and not feed.ready
-            room = wanted and self._has_room(count)
+            room = wanted and self._has_room(count + max(feed.num_found - feed.num_loaded - len(feed.in_flight), 0))
             if wanted and not room and now < first_in_line.deadline:
                 return
             self._waiting.popleft()
@@ -260,6 +260,10 @@ class Reservations:
                 self._take(feed, first, count, first_in_line.answer)
             else:
                 first_in_line.answer(None)
+
+    @property
+    def next_deadline(self) -> float | None:
+        return self._waiting[0].deadline if self._waiting else None
 
     def _has_room(self, count: int) -> bool:
         pool = self._cache.pool

@@ -5,6 +5,7 @@ import logging
 
 import grpc.aio
 
+from baton.cluster.machine import this_machine
 from baton.hosting.engine import Leases as EngineLeases
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import prefill_pb2, prefill_pb2_grpc
@@ -39,11 +40,12 @@ class Leases:
             return
         address = sender.address
         answer, why = await self._answer(lease, address)
-        if answer is not None and answer.clean and (answer.known or (not broken and answer.instance == sender.instance)):
+        if answer is not None and answer.clean and (answer.known or _is_who_was_asked(answer, sender, broken)):
             self._leases.settle(lease)
             return
         logger.warning("the blocks reserved under lease %s are fenced: %s", lease, why)
-        while answer is None and not self._leases.revocable and not await _is_gone(address):
+        only_it_can_end = not self._leases.revocable and sender.machine in ("", this_machine())  # NVLink stays on one machine
+        while answer is None and only_it_can_end and not await _is_gone(address):
             await asyncio.sleep(self._lease_s)
             answer, why = await self._answer(lease, address)
         self._dirty.add(lease)
@@ -102,3 +104,8 @@ async def _is_gone(address: str) -> bool:
         writer.close()
         return False
     return True
+
+
+def _is_who_was_asked(answer: prefill_pb2.EndLeaseResponse, sender: PrefillCandidate, broken: bool) -> bool:
+    """Whether the process that answers is the one that was to send: then what it knows nothing of has never begun."""
+    return answer.instance == sender.instance if sender.instance else not broken

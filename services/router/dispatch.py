@@ -157,6 +157,7 @@ class Dispatcher:
         total, missing = len(request.prompt_token_ids) + len(request.output_token_ids), placement.missing_tokens
         self.workers.routed(placement.decode, request.request_id, 0, 0)
         self.workers.routed(computes, request.request_id, missing, (total**2 - (total - missing) ** 2) // 2)
+        waited_for: tuple[str, ...] = (computes, placement.decode)
         try:
             async with aclosing(
                 self._sessions.generate(placement.decode, self.workers.member(placement.decode).address, message)
@@ -171,11 +172,14 @@ class Dispatcher:
                     if output.cache is not None:
                         route.num_cached_tokens = output.cache.num_cached_tokens
                     if output.tokens or output.finish_reason is not None:
+                        for worker_id in waited_for:  # their own loads have it by now, whether we were told or not
+                            self.workers.unrouted(worker_id, request.request_id)
+                        waited_for = ()
                         yield output
         finally:
-            for worker_id in {computes, placement.decode}:
+            for worker_id in waited_for:
                 self.workers.unrouted(worker_id, request.request_id)
 
     def _candidate(self, worker_id: str) -> decode_pb2.PrefillCandidate:
         member = self.workers.member(worker_id)
-        return decode_pb2.PrefillCandidate(id=worker_id, address=member.address, instance=member.instance)
+        return decode_pb2.PrefillCandidate(id=worker_id, address=member.address, instance=member.instance, machine=member.machine)

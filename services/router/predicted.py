@@ -37,9 +37,8 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
                 ttft = max(ttft, to_push * paces[place.id].push_token_s)
             options.append((ttft + harm + decoding, place is entrance, entrance.id, place.id, ttft))
     _, here, decode, _, ttft = min(options)
+    ranked = [] if here else [name for _, at_decode, entrance, name, _ in sorted(options) if entrance == decode and not at_decode]
     reason = f"{ttft:.3f} s to the first token expected" if known else "nothing learned yet"
-    fitting = [] if here else next(fitting for entrance, fitting in pairs if entrance.id == decode)
-    ranked = sorted((place.id for place in fitting), key=lambda name: (sum(prompts[name]), name))
     matched = next(worker.matched_tokens for worker in workers if worker.id == (decode if here else ranked[0]))
     missing = facts.num_prompt_tokens - matched
     return Placement(decode=decode, prefills=tuple(ranked), missing_tokens=missing, reason=reason, ttft_s=ttft if known else None)

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
+from baton.cluster.machine import this_machine
 from baton.config import PushConfig
 from baton.errors import ConfigError, TransferError
 from baton.kv.connect import connect_push
-from baton.kv.direct import DirectSender, this_machine
+from baton.kv.direct import DirectSender
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.transfer_engine import Engine, describe

@@ -154,7 +154,7 @@ async def test_what_no_fence_ends_waits_for_its_sender(monkeypatch: Any) -> None
     monkeypatch.setattr(leases, "GONE_S", 0.1)
     engine, channels = Decoder(), Channels(1.0)
     engine.revocable = False
-    engine.leases |= {"stopped", "dead", "alive"}
+    engine.leases |= {"stopped", "dead", "alive", "elsewhere"}
     made = leases.Leases(engine, channels, lease_s=0.2)  # type: ignore[arg-type]
     with socket.socket() as stopped, socket.socket() as dead:
         stopped.bind(("127.0.0.1", 0))
@@ -163,6 +163,7 @@ async def test_what_no_fence_ends_waits_for_its_sender(monkeypatch: Any) -> None
         address = f"127.0.0.1:{stopped.getsockname()[1]}"
         try:
             made.end("stopped", PrefillCandidate(address=address), well=False, broken=True)
+            made.end("elsewhere", PrefillCandidate(address="127.0.0.1:9", machine="another"), well=False, broken=True)
             made.end("dead", PrefillCandidate(address=f"127.0.0.1:{dead.getsockname()[1]}"), well=False, broken=True)
             await asyncio.sleep(1.5)
             assert engine.leases == {"stopped", "alive"}
@@ -193,6 +194,23 @@ async def test_a_sender_that_was_replaced_meanwhile_is_not_believed(monkeypatch:
                 while engine.leases:
                     await asyncio.sleep(0.01)
             assert engine.num_fences == 1
+        finally:
+            await made.close()
+            await channels.close()
+
+
+async def test_a_refusal_fences_nobody() -> None:
+    """A sender that is there, and refused the call in good order, has begun nothing."""
+    engine, channels = Decoder(), Channels(1.0)
+    engine.leases |= {"refused", "another"}
+    made = leases.Leases(engine, channels, lease_s=1.0)  # type: ignore[arg-type]
+    async with worker(Role.PREFILL, {}, name="present") as sender:
+        try:
+            made.end("refused", PrefillCandidate(address=sender.address, instance="present"), well=False, broken=True)
+            async with asyncio.timeout(5):
+                while "refused" in engine.leases:
+                    await asyncio.sleep(0.01)
+            assert engine.num_fences == 0
         finally:
             await made.close()
             await channels.close()

@@ -40,21 +40,21 @@ def worst_error(learner: PaceLearner, pace: Pace, rng: random.Random) -> float:
 
 
 def test_it_learns_what_steps_take() -> None:
-    rng, learner = random.Random(1), PaceLearner()
+    rng, learner = random.Random(1), PaceLearner(interval_s=0.0)
     assert learner.pace == Pace()
     teach(learner, TRUE, rng, 200, share=0.5)
     assert worst_error(learner, TRUE, rng) < 0.15
 
 
 def test_an_hour_of_decoding_does_not_wash_out_prompts() -> None:
-    rng, learner = random.Random(2), PaceLearner()
+    rng, learner = random.Random(2), PaceLearner(interval_s=0.0)
     teach(learner, TRUE, rng, 200, share=0.5)
     teach(learner, TRUE, rng, 20_000, share=0.0)
     assert worst_error(learner, TRUE, rng) < 0.2
 
 
 def test_it_follows_a_drift() -> None:
-    rng, learner = random.Random(3), PaceLearner()
+    rng, learner = random.Random(3), PaceLearner(interval_s=0.0)
     teach(learner, TRUE, rng, 300, share=0.5)
     slower = Pace(base_s=0.016, token_s=0.0012, pair_s=4e-8, row_s=0.0008, context_s=2e-7)
     for _ in range(30):
@@ -64,7 +64,7 @@ def test_it_follows_a_drift() -> None:
 
 
 def test_a_process_that_was_stopped_learns_nothing_wrong() -> None:
-    rng, learner = random.Random(4), PaceLearner()
+    rng, learner = random.Random(4), PaceLearner(interval_s=0.0)
     teach(learner, TRUE, rng, 200, share=0.5)
     assert learner.pace.token_s
     plan = step([(0, 512)], [])
@@ -75,9 +75,34 @@ def test_a_process_that_was_stopped_learns_nothing_wrong() -> None:
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_steps_that_are_all_alike_are_predicted_all_the_same(count: int) -> None:
     """Base and token cannot be told apart then; their sum can."""
-    learner, plan = PaceLearner(), step([(0, 512)], [])
+    learner, plan = PaceLearner(interval_s=0.0), step([(0, 512)], [])
     for _ in range(count + 1):
         learner.observe(plan, 0.3)
     assert seconds(learner.pace, plan) == pytest.approx(0.3, rel=0.01)
     pace = learner.pace
     assert min(pace.base_s, pace.token_s, pace.pair_s, pace.row_s, pace.context_s) >= 0
+
+
+def test_what_is_met_no_more_fades_without_harm() -> None:
+    """A prefill worker: prompts, one of whose last chunks had a single token, and then never again."""
+    learner = PaceLearner(interval_s=0.0)
+    plans = [step([(0, 512)], []), step([(0, 511)], [512])]
+    for plan in plans:
+        learner.observe(plan, seconds(TRUE, plan))
+    for number in range(50_000):
+        learner.observe(plans[0], seconds(TRUE, plans[0]))
+        if number % 5000 == 0:
+            assert learner.pace.token_s > 0
+    assert seconds(learner.pace, plans[0]) == pytest.approx(seconds(TRUE, plans[0]), rel=0.01)
+
+
+def test_one_stray_step_does_not_outweigh_the_others() -> None:
+    """Long contexts only, so that nothing of a step's base is known; then short ones, which take many times what was expected."""
+    learner = PaceLearner(interval_s=0.0)
+    for _ in range(50):
+        learner.observe(step([], [100_000]), 0.1)
+    short = step([], [10])
+    for _ in range(60):
+        learner.observe(short, 0.004)
+        learner.pace  # noqa: B018
+    assert seconds(learner.pace, short) > 0.5 * 0.004

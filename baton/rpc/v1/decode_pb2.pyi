@@ -8,14 +8,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillCandidate(_message.Message):
-    __slots__ = ("id", "address", "instance")
+    __slots__ = ("id", "address", "instance", "machine")
     ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
     id: str
     address: str
     instance: str
-    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
+    machine: str
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., instance: _Optional[str] = ..., machine: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("sequence", "prefill_candidates")

@@ -43,7 +43,7 @@ TIER_HOST: Tier
 TIER_POOL: Tier
 
 class Member(_message.Message):
-    __slots__ = ("id", "role", "address", "state", "pid", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "metrics_address", "max_num_batched_tokens", "instance")
+    __slots__ = ("id", "role", "address", "state", "pid", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "metrics_address", "max_num_batched_tokens", "instance", "machine")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class Member(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: Role
     address: str
@@ -70,7 +71,8 @@ class Member(_message.Message):
     metrics_address: str
     max_num_batched_tokens: int
     instance: str
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., metrics_address: _Optional[str] = ..., max_num_batched_tokens: _Optional[int] = ..., instance: _Optional[str] = ...) -> None: ...
+    machine: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., metrics_address: _Optional[str] = ..., max_num_batched_tokens: _Optional[int] = ..., instance: _Optional[str] = ..., machine: _Optional[str] = ...) -> None: ...
 
 class Pace(_message.Message):
     __slots__ = ("base_s", "token_s", "pair_s", "row_s", "context_s", "push_token_s")
