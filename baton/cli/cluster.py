@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ START_TIMEOUT_S = 180.0
 STOP_GRACE_S = 15.0
 _STEADY_S = 10.0  # a child that lived so long may be started again at once
 _MAX_QUICK_DEATHS = 5
+_TARGETS = ("prefill", "decode", "unified", "router", "kvstore", "kvstore-master")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,13 @@ class Cluster:
         for group in reversed(self._groups):
             await asyncio.gather(*(self._end(child) for child in group))
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """All children, at once; `stop` goes on from there."""
+        for child in (child for group in self._groups for child in group):
+            if child.process is not None and child.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.process.kill()
 
     def describe(self) -> dict[str, Any]:
         processes = [{"id": c.name, "role": c.role, "pid": c.pid, "log": str(c.log)} for group in self._groups for c in group]
@@ -317,6 +326,11 @@ def _check(plan: Plan) -> None:
     for setting in plan.settings:
         if "=" not in setting or "." not in setting.partition("=")[0]:
             raise ConfigError(f"--set {setting!r} must look like role.key=value, for example decode.engine.block_size=32")
+        target = setting.partition(".")[0]
+        if target != "all" and re.sub(r"-\d+$", "", target) not in _TARGETS:
+            raise ConfigError(
+                f"--set {setting!r}: there is no role {target!r}; there are all, {', '.join(_TARGETS)}, or one process, decode-0"
+            )
 
 
 def _free_port() -> int:
@@ -345,9 +359,17 @@ async def run_until_signal(plan: Plan, on_ready: "Callable[[Cluster], None]") ->
     """Starts the cluster, calls `on_ready(cluster)`, and stops everything on SIGINT, SIGTERM or failure."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
     cluster = Cluster(plan)
+
+    def signalled() -> None:
+        if stopped.is_set():
+            cluster.kill()
+        else:
+            logger.warning("stopping when the streams have ended, or %.0f s have gone by; a second Ctrl-C stops at once", STOP_GRACE_S)
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, signalled)
 
     async def life() -> None:
         await cluster.start()

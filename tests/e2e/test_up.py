@@ -127,6 +127,19 @@ def test_drain_lets_streams_finish(tiny_model: Path) -> None:
         assert rest[-1]["baton"]["moves"] == []
 
 
+def test_a_second_signal_stops_at_once(tiny_model: Path) -> None:
+    with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none") as cluster:
+        everybody = psutil.Process(cluster.process.pid).children(recursive=True)
+        cluster.signal("unified-0", signal.SIGSTOP)  # it cannot end by itself
+        cluster.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert cluster.process.poll() is None
+        cluster.process.send_signal(signal.SIGINT)
+        cluster.process.wait(timeout=10)
+        _, alive = psutil.wait_procs(everybody, timeout=5)
+        assert not alive
+
+
 def test_an_etcd_that_runs_already(tiny_model: Path, tmp_path: Path) -> None:
     server = Etcd(tmp_path / "etcd")
     try:
@@ -199,6 +212,8 @@ def test_a_taken_port(tiny_model: Path) -> None:
         (["--model", "/nowhere"], "not a Hugging Face model folder"),
         (["--prefill", "1", "--decode", "0"], "needs a prefill and a decode worker"),
         (["--set", "block_size"], "role.key=value"),
+        (["--set", "decod.engine.block_size=32"], "no role 'decod'"),
+        (["--http-port", "99999"], "--http-port"),
         (["--unified", "1", "--kvstore", "0", "--set", "unified.engine.blok_size=8"], "did you mean block_size?"),
         (["--unified", "1", "--kvstore", "0", "--policy", "psychic"], "policy"),
     ],
