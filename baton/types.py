@@ -174,7 +174,8 @@ class Load:
     """A worker's load at one moment."""
 
     num_running: int = 0
-    num_waiting: int = 0  # queued, or loading KV
+    num_waiting: int = 0  # queued, loading KV, or held
+    num_held: int = 0  # of them, those whose prompt another worker computes
     num_waiting_tokens: int = 0  # known tokens of waiting and running requests that are not computed yet
     num_waiting_pairs: int = 0  # of tokens, one of them not computed yet, that attend to each other
     num_context_tokens: int = 0  # computed tokens of running requests

@@ -449,6 +449,7 @@ class Engine:
         return Load(
             num_running=len(scheduler.running),
             num_waiting=len(arriving) + len(inside) - len(scheduler.running),
+            num_held=len(arriving) + len(inside) - len(missing),
             num_waiting_tokens=sum(known - computed for known, computed in missing),
             num_waiting_pairs=sum(known**2 - computed**2 for known, computed in missing) // 2,
             num_context_tokens=sum(request.num_computed_tokens for request in scheduler.running),

@@ -24,6 +24,7 @@ class WorkerView:
     matched_tokens: int  # leading prompt tokens in its prefix cache
     pending_pairs: int = 0  # of tokens that the pending ones attend to, or are attended by
     num_waiting: int = 0  # of num_requests
+    num_held: int = 0  # of num_waiting: another worker computes their prompts
     context_tokens: int = 0  # computed tokens of its running requests
     batched_tokens: int = 0  # of a step at most; 0: not announced
     pace: Pace = field(default_factory=Pace)

@@ -55,7 +55,7 @@ def _prompt(facts: Facts, worker: WorkerView, pace: Pace) -> tuple[float, float]
     missing = facts.num_prompt_tokens - matched
     work = worker.pending_tokens + missing
     steps = -(-work // (worker.batched_tokens or work))
-    rows, delayed = worker.num_requests - worker.num_waiting, worker.num_requests + (worker.role is Role.DECODE)
+    rows, delayed = worker.num_requests - worker.num_waiting, worker.num_requests - worker.num_held + (worker.role is Role.DECODE)
     if worker.role is Role.PREFILL:
         rows, delayed = 0, worker.num_waiting
     beside = steps * (pace.base_s + (pace.decode_s(rows, worker.context_tokens) if rows else 0.0))

@@ -87,6 +87,7 @@ class Workers:
                 pending_pairs=w.load.num_waiting_pairs + sum(pairs for _, pairs in w.routed.values()),
                 matched_tokens=matched[w.member.id],
                 num_waiting=w.load.num_waiting + len(w.routed),
+                num_held=w.load.num_held,
                 context_tokens=w.load.num_context_tokens,
                 batched_tokens=w.member.max_num_batched_tokens,
                 pace=w.load.pace,

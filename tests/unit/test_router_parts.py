@@ -150,6 +150,8 @@ def test_a_decode_worker_computes_prompts_where_that_costs_everybody_less() -> N
     assert placed(one_and_one(3, 1)) == ("d0", ())
     assert placed(one_and_one(3, 1), local=False) == ("d0", ("p0",))
     assert placed(one_and_one(3, 20)) == ("d0", ("p0",))  # it would hold up twenty
+    p0, d0 = one_and_one(3, 20)
+    assert placed([p0, replace(d0, num_waiting=19, num_held=19, context_tokens=1000)]) == ("d0", ())  # who wait for others are not held up
 
 
 def test_seconds_not_tokens_decide() -> None:
