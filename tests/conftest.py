@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("ETCD_CLIENT_DEBUG", "fatal")  # the client in Mooncake writes a line for each failed attempt, after the last test too
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
