@@ -9,6 +9,9 @@ expected (a stopped process, a collection) the excess does not count.
 import contextlib
 import time
 
+import numpy as np
+from numpy.typing import NDArray
+
 from baton.scheduling.plan import StepPlan
 from baton.types import Pace
 
@@ -17,30 +20,28 @@ _RIDGE = 1e-6  # of the diagonal: decides where steps alone can't
 _OUTLIER = 3.0  # times what was expected
 _FADED = 1e-9  # of what steps count for: a feature that has faded so far is as if never met
 _INTERVAL_S = 0.05  # between two looks at what the sums say
-_SIZE = 5
-_ORDER = tuple((row, column) for row in range(_SIZE) for column in range(row + 1))
-_SCALE = (1.0, 1e-2, 1e-5, 1e-1, 1e-4)  # brings typical features near 1
+_SCALE = np.array([1.0, 1e-2, 1e-5, 1e-1, 1e-4])  # brings typical features near 1
 
-Vector = list[float]
+Array = NDArray[np.float64]
 
 
 class _Memory:
     """Faded sums of the normal equations."""
 
     def __init__(self) -> None:
-        self.products = [0.0] * len(_ORDER)  # the lower triangle
-        self.targets = [0.0] * _SIZE
+        self.matrix, self.target = np.zeros((len(_SCALE), len(_SCALE))), np.zeros(len(_SCALE))
 
-    def add(self, features: Vector, target: float, weight: float) -> None:
-        weighted = [weight * value for value in features]
-        self.products = [KEPT * old + weighted[row] * features[column] for old, (row, column) in zip(self.products, _ORDER, strict=True)]
-        self.targets = [KEPT * old + value * target for old, value in zip(self.targets, weighted, strict=True)]
+    def add(self, features: Array, seconds: float, weight: float) -> None:
+        weighted = weight * features
+        self.matrix = KEPT * self.matrix + np.outer(weighted, features)
+        self.target = KEPT * self.target + weighted * seconds
 
 
 class PaceLearner:
     def __init__(self, interval_s: float = _INTERVAL_S) -> None:
         self._prefills, self._decodes = _Memory(), _Memory()
         self._interval_s, self._solved_at = interval_s, 0.0
+        self._values = np.zeros(len(_SCALE))  # of the features
         self._pace = Pace()
         self._stale = False
         self._seen = False
@@ -49,8 +50,10 @@ class PaceLearner:
     def pace(self) -> Pace:
         if self._stale and (now := time.monotonic()) >= self._solved_at + self._interval_s:
             self._stale, self._solved_at = False, now
-            with contextlib.suppress(ArithmeticError):  # steps that say nothing new leave what is known
-                self._pace = _solve(self._prefills, self._decodes)
+            with contextlib.suppress(np.linalg.LinAlgError):  # steps that say nothing new leave what is known
+                self._values = _solve(self._prefills.matrix + self._decodes.matrix, self._prefills.target + self._decodes.target)
+            base, token, pair, row, context = (self._values * _SCALE).tolist()
+            self._pace = Pace(base_s=base, token_s=token, pair_s=pair, row_s=row, context_s=context)
         return self._pace
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
@@ -67,48 +70,22 @@ class PaceLearner:
             else:
                 rows += 1
                 context += item.start
-        features = [scale * value for scale, value in zip(_SCALE, (1.0, tokens, pairs, rows, context), strict=True)]
-        known = self._pace  # as it was published last
-        expected = known.base_s + known.token_s * tokens + known.pair_s * pairs + known.decode_s(rows, context)
-        counted = min(seconds, _OUTLIER * expected) if expected and (known.token_s or not tokens) else seconds
+        features = _SCALE * (1.0, tokens, pairs, rows, context)
+        expected = float(features @ self._values)  # by what was published last
+        counted = min(seconds, _OUTLIER * expected) if expected and (self._pace.token_s or not tokens) else seconds
         (self._prefills if tokens else self._decodes).add(features, counted, 1 / seconds**2)
         self._stale = True
 
 
-def _solve(*memories: _Memory) -> Pace:
-    """The coefficients of all sums together; those that would be negative are left out, the worst first."""
-    matrix = [[0.0] * _SIZE for _ in range(_SIZE)]
-    target = [0.0] * _SIZE
-    for memory in memories:
-        for value, (row, column) in zip(memory.products, _ORDER, strict=True):
-            matrix[row][column] += value
-            if row != column:
-                matrix[column][row] += value
-        target = [old + new for old, new in zip(target, memory.targets, strict=True)]
-    used = [index for index in range(_SIZE) if matrix[index][index] > _FADED * matrix[0][0]]
-    while used:
-        values = _gauss(
-            [[matrix[row][column] * (1 + _RIDGE * (row == column)) for column in used] for row in used], [target[i] for i in used]
-        )
-        worst = min(range(len(used)), key=lambda place: values[place])
-        if values[worst] >= 0:
-            found = dict(zip(used, values, strict=True))
-            base, token, pair, row, context = (found.get(index, 0.0) * _SCALE[index] for index in range(_SIZE))
-            return Pace(base_s=base, token_s=token, pair_s=pair, row_s=row, context_s=context)
-        used.pop(worst)
-    return Pace()
-
-
-def _gauss(matrix: list[Vector], target: Vector) -> Vector:
-    """The solution of a symmetric, positive definite system; `matrix` is used up."""
-    size = len(target)
-    for pivot in range(size):
-        for row in range(pivot + 1, size):
-            factor = matrix[row][pivot] / matrix[pivot][pivot]
-            for column in range(pivot, size):
-                matrix[row][column] -= factor * matrix[pivot][column]
-            target[row] -= factor * target[pivot]
-    for row in reversed(range(size)):
-        rest = sum(matrix[row][column] * target[column] for column in range(row + 1, size))
-        target[row] = (target[row] - rest) / matrix[row][row]
-    return target
+def _solve(matrix: Array, target: Array) -> Array:
+    """Least squares; coefficients that would be negative are left out, the worst first. Raises LinAlgError."""
+    diagonal = matrix.diagonal()
+    used = np.flatnonzero(diagonal > _FADED * diagonal[0])
+    values = np.zeros(len(target))
+    while len(used):
+        found = np.linalg.solve(matrix[np.ix_(used, used)] + np.diag(_RIDGE * diagonal[used]), target[used])
+        if found.min() >= 0:
+            values[used] = found
+            return values
+        used = np.delete(used, found.argmin())
+    return values
