@@ -22,6 +22,7 @@ from dataclasses import replace
 
 from baton.errors import BatonError, Draining, InternalError, Overloaded, WorkerLost
 from baton.kv.store import Buffer
+from baton.runtime.census import Census
 from baton.runtime.entry import Entry
 from baton.runtime.feed import Feed
 from baton.runtime.flights import Flights, Runner
@@ -74,8 +75,9 @@ class Engine:
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
         self._flights, self._pace = Flights(), PaceLearner()
+        cache = scheduler.cache
         self.loader = Loader(
-            scheduler.cache,
+            cache,
             tiers,
             key=key,
             buffer=buffer,
@@ -89,7 +91,6 @@ class Engine:
             on_ready=self._ready,
             on_saved=self._saved,
         )
-        cache = scheduler.cache
         self.pusher = Pusher(cache.pool, sender, block_size=cache.block_size, buffer=buffer, post=self._post, verify=verify_pushes)
         self.reservations = Reservations(
             cache, receiver, buffer=buffer, after_steps=self._flights.after, patience_s=budget_s, verify=verify_pushes
@@ -101,9 +102,8 @@ class Engine:
         self._entries: dict[str, Entry] = {}
         self._outbox: list[tuple[EngineSequence, Delivery]] = []
         self._live: dict[str, EngineSequence] = {}  # the event loop's
-        self._arriving: dict[Entry, int | None] = {}  # in the inbox, with the tokens to compute: a step may be long
-        self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()  # not told to them yet
-        self._publisher = StatePublisher(self._measure, self._take_arrived, scheduler.cache.pool)
+        self._census = Census(scheduler, self._entries, lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s))
+        self._publisher = StatePublisher(self._census, cache.pool)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -135,8 +135,7 @@ class Engine:
             arrival=time.monotonic(),
         )
         entry = Entry(inner, Feed(inner, hold=hold, await_saves=await_saves), sequence)
-        self._arriving[entry] = None if hold else inner.num_tokens
-        self._arrived.put(request.request_id)
+        self._census.arrives(entry)
         self._post(lambda: self._admit(entry, push))
         return sequence
 
@@ -216,7 +215,7 @@ class Engine:
 
     def _admit(self, entry: Entry, push: PushTarget | None = None) -> None:
         self._entries[entry.request.request_id] = entry
-        self._arriving.pop(entry, None)
+        self._census.taken_in(entry)
         if push is not None:
             entry.shipment = self.pusher.open(push, entry.request.num_tokens, lambda: self._progressed(entry))
         self._guard(entry, lambda entry: self.loader.start(entry.feed))
@@ -436,30 +435,8 @@ class Engine:
             except RuntimeError:  # the loop is closed: nobody listens any more
                 self._stopping = True
 
-    def _take_arrived(self) -> list[str]:
-        return [self._arrived.get_nowait() for _ in range(self._arrived.qsize())]
-
-    def _measure(self) -> Load:
-        scheduler, pool = self.scheduler, self.scheduler.cache.pool
-        arriving = list(self._arriving.values())
-        inside = [entry for entry in self._entries.values() if entry.finish_reason is None]  # else all is computed
-        missing = [(entry.request.num_tokens, entry.request.num_computed_tokens) for entry in inside if not entry.is_held]
-        missing += [(tokens, 0) for tokens in arriving if tokens is not None]
-        pace = replace(self._pace.pace, push_token_s=self.pusher.token_s)
-        return Load(
-            num_running=len(scheduler.running),
-            num_waiting=len(arriving) + len(inside) - len(scheduler.running),
-            num_held=len(arriving) + len(inside) - len(missing),
-            num_waiting_tokens=sum(known - computed for known, computed in missing),
-            num_waiting_pairs=sum(known**2 - computed**2 for known, computed in missing) // 2,
-            num_context_tokens=sum(request.num_computed_tokens for request in scheduler.running),
-            blocks_total=pool.num_blocks,
-            blocks_free=pool.num_free,
-            blocks_cached=pool.num_cached,
-            pace=pace,
-        )
-
     def _check_integrity(self) -> list[str]:
+        self._publisher.measure()  # who asks wants to know of this moment
         cache = self.scheduler.cache
         held = [entry.request.block_ids for entry in self._entries.values()]
         problems = cache.pool.check_integrity([*held, *cache.pinned(), *self.loader.held(), *self.pusher.held(), *self.reservations.held()])

@@ -6,7 +6,7 @@ from baton.runtime.feed import Feed
 from baton.runtime.pushing import Shipment
 from baton.runtime.sequence import EngineSequence
 from baton.scheduling.request import Request, RequestStatus
-from baton.types import FinishReason, GenerateOutput, TokenLogprobs
+from baton.types import GenerateOutput, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -21,8 +21,9 @@ class Entry:
     shipment: Shipment | None = None
 
     @property
-    def finish_reason(self) -> FinishReason | None:
-        return self.request.finish_reason
+    def is_computed(self) -> bool:
+        """What is left is to tell somebody, or to wait for its KV to be where it was asked to be."""
+        return self.request.finish_reason is not None
 
     @property
     def is_held(self) -> bool:

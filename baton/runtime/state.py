@@ -6,10 +6,10 @@ thread.
 """
 
 import asyncio
-from collections.abc import Callable
 
+from baton.runtime.census import Census
 from baton.scheduling.blocks import BlockPool
-from baton.types import BlocksStored, KVEvent, Load, MemberState, StateUpdate
+from baton.types import BlocksStored, KVEvent, MemberState, StateUpdate
 
 MIN_INTERVAL_S = 0.02
 HEARTBEAT_S = 1.0
@@ -47,15 +47,14 @@ class StateReader:
 
 
 class StatePublisher:
-    def __init__(self, measure: Callable[[], Load], arrived: Callable[[], list[str]], pool: BlockPool) -> None:
-        """`measure` counts at least the requests that `arrived` has given, each once."""
-        self._measure, self._take_arrived, self._pool = measure, arrived, pool
+    def __init__(self, census: Census, pool: BlockPool) -> None:
+        self._census, self._pool = census, pool
         self._arrived: list[str] = []
         self._readers: dict[StateReader, None] = {}
         self._pending: list[KVEvent] = []
         self._sequence = 0
         self._sent_at = 0.0
-        self.load = measure()
+        self.load = self._sent = census.measure()
         self._dirty = False
 
     def reader(self, loop: asyncio.AbstractEventLoop) -> StateReader:
@@ -72,15 +71,20 @@ class StatePublisher:
         self._readers.pop(reader, None)
 
     def publish(self, now: float) -> None:
-        """Sends what has changed, or a heartbeat, if it is time."""
+        """Sends what has changed, or a heartbeat, if it is time; else nobody has to know what has changed, which takes its time to find."""
+        if now - self._sent_at < MIN_INTERVAL_S:
+            self._dirty = True  # for all that is known
+            return
         self._pending += self._pool.drain_events()
-        self._arrived += self._take_arrived()
-        load = self._measure()
-        self._dirty = self._dirty or bool(self._pending or self._arrived) or load != self.load
-        self.load = load
-        if now - self._sent_at >= (MIN_INTERVAL_S if self._dirty else HEARTBEAT_S):
+        self.measure()
+        self._dirty = bool(self._pending or self._arrived) or self.load != self._sent
+        if self._dirty or now - self._sent_at >= HEARTBEAT_S:
             self._send_all()
             self._sent_at = now
+
+    def measure(self) -> None:
+        self._arrived += self._census.take_arrived()
+        self.load = self._census.measure()
 
     def wait(self, now: float) -> float:
         """Seconds until `publish` has something to send."""
@@ -90,7 +94,7 @@ class StatePublisher:
         self._sequence += 1
         events, self._pending = tuple(self._pending), []
         arrived, self._arrived = tuple(self._arrived), []
-        self._dirty = False
+        self._dirty, self._sent = False, self.load
         for reader in list(self._readers):
             try:
                 reader.send(StateUpdate(sequence=self._sequence, state=MemberState.READY, load=self.load, events=events, arrived=arrived))

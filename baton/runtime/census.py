@@ -1,0 +1,47 @@
+"""Census: what a worker has in hand, for the routers. Requests are counted from the moment that they were submitted, since the step which
+keeps the engine from taking them in may be long."""
+
+import queue
+from collections.abc import Callable, Mapping
+
+from baton.runtime.entry import Entry
+from baton.scheduling.scheduler import Scheduler
+from baton.types import Load, Pace
+
+
+class Census:
+    """`arrives` belongs to the event loop, all else to the engine's thread."""
+
+    def __init__(self, scheduler: Scheduler, entries: Mapping[str, Entry], pace: Callable[[], Pace]) -> None:
+        """`entries`: the requests that the engine has taken in."""
+        self._scheduler, self._entries, self._pace = scheduler, entries, pace
+        self._arriving: dict[Entry, None] = {}  # in the engine's inbox
+        self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()  # not told to the routers yet
+
+    def arrives(self, entry: Entry) -> None:
+        self._arriving[entry] = None
+        self._arrived.put(entry.request.request_id)
+
+    def taken_in(self, entry: Entry) -> None:
+        self._arriving.pop(entry, None)
+
+    def take_arrived(self) -> list[str]:
+        """Ids of requests that `measure` counts from now on; each once."""
+        return [self._arrived.get_nowait() for _ in range(self._arrived.qsize())]
+
+    def measure(self) -> Load:
+        running, pool = self._scheduler.running, self._scheduler.cache.pool
+        inside = [*self._arriving, *(entry for entry in self._entries.values() if not entry.is_computed)]
+        own = [entry.request for entry in inside if not entry.is_held]
+        return Load(
+            num_running=len(running),
+            num_waiting=len(inside) - len(running),
+            num_held=len(inside) - len(own),
+            num_waiting_tokens=sum(request.num_tokens - request.num_computed_tokens for request in own),
+            num_waiting_pairs=sum(request.num_tokens**2 - request.num_computed_tokens**2 for request in own) // 2,
+            num_context_tokens=sum(request.num_computed_tokens for request in running),
+            blocks_total=pool.num_blocks,
+            blocks_free=pool.num_free,
+            blocks_cached=pool.num_cached,
+            pace=self._pace(),
+        )

@@ -1,0 +1,89 @@
+"""What routers are told of a worker's requests: each once, and only what it still has to compute itself."""
+
+import pytest
+
+from baton.runtime.census import Census
+from baton.runtime.entry import Entry
+from baton.runtime.feed import Feed
+from baton.runtime.state import MIN_INTERVAL_S, StatePublisher
+from baton.scheduling.cache import KVCache
+from baton.scheduling.request import Request, RequestStatus
+from baton.scheduling.scheduler import Scheduler
+from baton.types import FinishReason, GenerateRequest, Pace, SamplingParams, StateUpdate
+
+LENGTH, BLOCKS = 24, 16
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.scheduler, self.entries = Scheduler(KVCache(BLOCKS, 4), max_num_batched_tokens=8, max_num_seqs=4), dict[str, Entry]()
+        self.census = Census(self.scheduler, self.entries, Pace)
+
+    def submit(self, name: str, *, hold: bool = False) -> Entry:
+        whole = GenerateRequest(request_id=name, prompt_token_ids=tuple(range(LENGTH)), sampling=SamplingParams(max_tokens=2))
+        request = Request.create(whole, eos_token_ids=frozenset(), max_model_len=100, block_size=4, arrival=0.0)
+        entry = Entry(request, Feed(request, hold=hold, await_saves=False), None)  # type: ignore[arg-type]
+        self.census.arrives(entry)
+        return entry
+
+    def take_in(self, entry: Entry) -> None:
+        self.entries[entry.request.request_id] = entry
+        self.census.taken_in(entry)
+
+
+def test_a_request_is_counted_from_its_arrival_on() -> None:
+    worker = Worker()
+    entry = worker.submit("a")
+    assert worker.census.take_arrived() == ["a"]
+    for load in (worker.census.measure(), worker.take_in(entry) or worker.census.measure()):
+        assert (load.num_waiting, load.num_waiting_tokens, load.num_waiting_pairs) == (1, LENGTH, LENGTH * LENGTH // 2)
+    assert worker.census.take_arrived() == []
+
+
+@pytest.mark.parametrize("taken_in", [False, True])
+def test_a_prompt_that_another_worker_computes_is_no_work_here(taken_in: bool) -> None:
+    worker = Worker()
+    entry = worker.submit("a", hold=True)
+    if taken_in:
+        worker.take_in(entry)
+    load = worker.census.measure()
+    assert (load.num_waiting, load.num_held, load.num_waiting_tokens) == (1, 1, 0)
+    entry.feed.hold = False  # nobody has computed it after all
+    load = worker.census.measure()
+    assert (load.num_waiting, load.num_held, load.num_waiting_tokens) == (1, 0, LENGTH)
+
+
+def test_what_is_computed_and_on_its_way_is_no_work_any_more() -> None:
+    worker = Worker()
+    entry = worker.submit("a")
+    worker.take_in(entry)
+    entry.request.status, entry.request.finish_reason = RequestStatus.FINISHED, FinishReason.LENGTH
+    load = worker.census.measure()
+    assert (load.num_waiting, load.num_waiting_tokens, load.num_waiting_pairs) == (0, 0, 0)
+
+
+class Reader:
+    def __init__(self) -> None:
+        self.updates: list[StateUpdate] = []
+
+    def send(self, update: StateUpdate) -> None:
+        self.updates.append(update)
+
+
+def test_reports_name_who_is_counted_for_the_first_time() -> None:
+    worker = Worker()
+    publisher, reader = StatePublisher(worker.census, worker.scheduler.cache.pool), Reader()
+    publisher.subscribe(reader)  # type: ignore[arg-type]
+    now = 100.0
+    publisher.publish(now)
+    worker.submit("a")
+    publisher.publish(now + MIN_INTERVAL_S / 2)
+    told = len(reader.updates)
+    assert publisher.wait(now + MIN_INTERVAL_S / 2) <= MIN_INTERVAL_S  # it will be looked at again, and soon
+    publisher.measure()  # somebody else asked meanwhile: the readers do not know yet
+    publisher.publish(now + 1.5 * MIN_INTERVAL_S)
+    [update] = reader.updates[told:]
+    assert update.arrived == ("a",)
+    assert update.load.num_waiting == 1
+    publisher.publish(now + 3 * MIN_INTERVAL_S)
+    assert len(reader.updates) == told + 1
