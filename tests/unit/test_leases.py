@@ -2,8 +2,11 @@
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
+
+import pytest
 
 from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.store import Buffer
@@ -108,109 +111,94 @@ class Decoder:
             self.leases -= before
 
 
-async def test_one_fence_does_not_bring_the_next(monkeypatch: Any) -> None:
-    """Those whose pushes a fence breaks find their leases ended."""
-    monkeypatch.setattr(leases, "GRACE_S", 0.05)
-    engine, channels = Decoder(), Channels(1.0)
-    made = leases.Leases(engine, channels, lease_s=0.2)  # type: ignore[arg-type]
+@asynccontextmanager
+async def ending(engine: Decoder, lease_s: float = 0.2) -> AsyncIterator[leases.Leases]:
+    channels = Channels(1.0)
+    made = leases.Leases(engine, channels, lease_s=lease_s)  # type: ignore[arg-type]
     try:
-        for number in range(20):
-            engine.leases.add(str(number))
-        made.end("0", PrefillCandidate(address="127.0.0.1:9"), well=False, broken=True)  # nobody is there
-        while not engine.num_fences:
-            await asyncio.sleep(0.01)
-        engine.leases.add("later")
-        for number in range(1, 20):
-            made.end(str(number), PrefillCandidate(address="127.0.0.1:9"), well=False, broken=True)
-        await asyncio.sleep(0.5)
-        assert engine.num_fences == 1
-        assert engine.leases == {"later"}
+        yield made
     finally:
         await made.close()
         await channels.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+NOBODY = PrefillCandidate(address="127.0.0.1:9")
+
+
+async def test_one_fence_does_not_bring_the_next(monkeypatch: Any) -> None:
+    """Those whose pushes a fence breaks find their leases ended."""
+    monkeypatch.setattr(leases, "GRACE_S", 0.05)
+    engine = Decoder()
+    async with ending(engine) as made:
+        engine.leases |= {str(number) for number in range(20)}
+        made.end("0", NOBODY, well=False, broken=True)
+        await until(lambda: bool(engine.num_fences))
+        engine.leases.add("later")
+        for number in range(1, 20):
+            made.end(str(number), NOBODY, well=False, broken=True)
+        await asyncio.sleep(0.5)
+        assert engine.num_fences == 1
+        assert engine.leases == {"later"}
 
 
 async def test_leases_that_end_together_all_end(monkeypatch: Any) -> None:
     """A worker has died: each of its leases asks for a fence while the fence looks who needs it."""
     monkeypatch.setattr(leases, "GRACE_S", 0.0)
-    engine, channels = Decoder(), Channels(1.0)
-    made = leases.Leases(engine, channels, lease_s=0.2)  # type: ignore[arg-type]
-    try:
+    engine = Decoder()
+    async with ending(engine) as made:
         for number in range(40):
             engine.leases.add(str(number))
-            made.end(str(number), PrefillCandidate(address="127.0.0.1:9"), well=False, broken=True)  # nobody is there
+            made.end(str(number), NOBODY, well=False, broken=True)
             await asyncio.sleep(0.001 * (number % 3))
-        async with asyncio.timeout(5):
-            while engine.leases:
-                await asyncio.sleep(0.01)
-    finally:
-        await made.close()
-        await channels.close()
+        await until(lambda: not engine.leases)
 
 
 async def test_what_no_fence_ends_waits_for_its_sender(monkeypatch: Any) -> None:
     """Over NVLink the sender's device writes by itself: a sender that is stopped may go on, one that is gone will not."""
     monkeypatch.setattr(leases, "GRACE_S", 0.0)
     monkeypatch.setattr(leases, "GONE_S", 0.1)
-    engine, channels = Decoder(), Channels(1.0)
+    engine = Decoder()
     engine.revocable = False
     engine.leases |= {"stopped", "dead", "alive", "elsewhere"}
-    made = leases.Leases(engine, channels, lease_s=0.2)  # type: ignore[arg-type]
     with socket.socket() as stopped, socket.socket() as dead:
         stopped.bind(("127.0.0.1", 0))
         stopped.listen()  # who is stopped still has its sockets
         dead.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{stopped.getsockname()[1]}"
-        try:
-            made.end("stopped", PrefillCandidate(address=address), well=False, broken=True)
+        async with ending(engine) as made:
+            for name, sender in (("stopped", stopped), ("dead", dead)):
+                address = f"127.0.0.1:{sender.getsockname()[1]}"
+                made.end(name, PrefillCandidate(address=address), well=False, broken=True)
             made.end("elsewhere", PrefillCandidate(address="127.0.0.1:9", machine="another"), well=False, broken=True)
-            made.end("dead", PrefillCandidate(address=f"127.0.0.1:{dead.getsockname()[1]}"), well=False, broken=True)
             await asyncio.sleep(1.5)
             assert engine.leases == {"stopped", "alive"}
             stopped.close()
-            async with asyncio.timeout(5):
-                while engine.leases != {"alive"}:
-                    await asyncio.sleep(0.05)
-        finally:
-            await made.close()
-            await channels.close()
+            await until(lambda: engine.leases == {"alive"})
 
 
-async def test_a_sender_that_was_replaced_meanwhile_is_not_believed(monkeypatch: Any) -> None:
-    """It knows nothing of the lease; the process before it may have written."""
+@pytest.mark.parametrize(
+    ("instance", "broken", "num_fences"),
+    [
+        ("present", False, 0),  # the client has gone before its request got there
+        ("present", True, 0),  # it refused the call in good order
+        ("past", False, 1),  # the process before it may have written
+        ("past", True, 1),
+        ("", False, 0),  # nobody knows who it was: it is believed where the call did not break
+        ("", True, 1),
+    ],
+)
+async def test_who_knows_nothing_of_a_lease_is_believed_if_it_is_who_was_asked(
+    monkeypatch: Any, instance: str, broken: bool, num_fences: int
+) -> None:
     monkeypatch.setattr(leases, "GRACE_S", 0.0)
-    engine, channels = Decoder(), Channels(1.0)
-    engine.leases |= {"asked it", "asked another"}
-    made = leases.Leases(engine, channels, lease_s=1.0)  # type: ignore[arg-type]
-    async with worker(Role.PREFILL, {}, name="present") as sender:
-        try:
-            made.end("asked it", PrefillCandidate(address=sender.address, instance="present"), well=False, broken=False)
-            async with asyncio.timeout(5):
-                while "asked it" in engine.leases:
-                    await asyncio.sleep(0.01)
-            assert engine.num_fences == 0
-            made.end("asked another", PrefillCandidate(address=sender.address, instance="past"), well=False, broken=False)
-            async with asyncio.timeout(5):
-                while engine.leases:
-                    await asyncio.sleep(0.01)
-            assert engine.num_fences == 1
-        finally:
-            await made.close()
-            await channels.close()
-
-
-async def test_a_refusal_fences_nobody() -> None:
-    """A sender that is there, and refused the call in good order, has begun nothing."""
-    engine, channels = Decoder(), Channels(1.0)
-    engine.leases |= {"refused", "another"}
-    made = leases.Leases(engine, channels, lease_s=1.0)  # type: ignore[arg-type]
-    async with worker(Role.PREFILL, {}, name="present") as sender:
-        try:
-            made.end("refused", PrefillCandidate(address=sender.address, instance="present"), well=False, broken=True)
-            async with asyncio.timeout(5):
-                while "refused" in engine.leases:
-                    await asyncio.sleep(0.01)
-            assert engine.num_fences == 0
-        finally:
-            await made.close()
-            await channels.close()
+    engine = Decoder()
+    engine.leases.add("a")
+    async with worker(Role.PREFILL, {}, name="present") as sender, ending(engine, lease_s=1.0) as made:
+        made.end("a", PrefillCandidate(address=sender.address, instance=instance), well=False, broken=broken)
+        await until(lambda: not engine.leases)
+        assert engine.num_fences == num_fences
