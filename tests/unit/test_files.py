@@ -298,3 +298,13 @@ def test_processes_that_write_and_evict_the_same_blocks_never_give_wrong_ones(ro
             writer.wait(10)
     assert store.usage().damaged == 0
     assert sum(path.stat().st_size for path in blocks(root)) <= budget * (1 + 3 / 16) + 3 * FILE
+
+
+def test_what_another_process_evicted_is_not_claimed_any_more(store: FileStore, root: Path) -> None:
+    """Who saves it again, for it has it on its device, must write it."""
+    assert put(store, "hot") == [True]
+    [path] = blocks(root)
+    path.unlink()
+    assert store.contains(["hot"]) == [False]
+    assert put(store, "hot") == [True]
+    assert read(FileStore(root, 100 * FILE), "hot") == content("hot")

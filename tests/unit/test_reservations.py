@@ -69,6 +69,7 @@ def test_nobody_waits_for_long(monkeypatch: Any) -> None:
     made.reserve(feed(0, 6), answers.append)
     made.reserve(feed(1, 1), answers.append)
     assert answers == []
+    assert made.next_deadline == 2.0  # until when the engine may sleep
     clock[0] = 2.5
     made.serve()
     assert answers[0] is None

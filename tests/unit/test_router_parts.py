@@ -180,6 +180,19 @@ def test_the_time_to_the_first_token_is_predicted() -> None:
     assert placement.ttft_s == pytest.approx(5.0)
 
 
+def test_a_slow_path_from_a_prefill_worker_counts_against_it() -> None:
+    """And the one that is asked is the one whose time is told."""
+    slow_path, busy = replace(PACE, push_token_s=0.02), {"num_requests": 2, "num_waiting": 2, "pending_tokens": 2000}
+    views = [
+        worker("p0", Role.PREFILL, pace=slow_path),
+        worker("p1", Role.PREFILL, pace=PACE, **busy),
+        worker("d0", Role.DECODE, pace=PACE),
+    ]
+    placement = predicted(Facts(num_prompt_tokens=1000, turn=0, local_prefill=False), views)
+    assert placement.prefills == ("p1", "p0")
+    assert placement.ttft_s == pytest.approx(3 * 1000 * PACE.token_s + PACE.base_s)
+
+
 def test_decode_workers_fill_evenly() -> None:
     busy = worker("d0", Role.DECODE, num_requests=8, context_tokens=8000, pace=PACE)
     assert placed([worker("p0", Role.PREFILL, pace=PACE), busy, worker("d1", Role.DECODE, pace=PACE)]) == ("d1", ("p0",))

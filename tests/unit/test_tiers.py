@@ -186,6 +186,24 @@ def test_what_one_tier_does_not_give_another_does(tiers: Tiers, how: str) -> Non
     assert tiers.end(name) == 3 * BLOCK_SIZE
 
 
+def test_what_the_pool_has_lost_is_loaded_once_a_prefill_worker_has_saved_it_again(tiers: Tiers) -> None:
+    tiers.fill(tiers.host, 0, 1, 2)
+    name = tiers.submit(hold=True)
+    for tier in tiers.machine.tiers:
+        tier.answer_one(True)
+    tiers.machine.run_inbox()
+    tiers.host.answer_one(False)
+    tiers.machine.run_inbox()
+    entry = tiers.machine.entries[name]
+    assert (entry.feed.num_loaded, entry.feed.in_flight) == (0, [])
+    tiers.fill(tiers.pool, 0, 1, 2)
+    tiers.machine.engine.loader.offer(entry.feed, 3)
+    tiers.answer()
+    assert entry.feed.num_loaded == 3
+    tiers.machine.engine.loader.release(entry.feed)
+    assert tiers.end(name) == 3 * BLOCK_SIZE
+
+
 def test_what_is_slower_than_computing_is_computed_and_counted(tiers: Tiers) -> None:
     tiers.fill(tiers.host, 0)
     tiers.fill(tiers.files, 0, 1, 2)
