@@ -13,8 +13,6 @@ import json
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,31 +22,21 @@ from pathlib import Path
 from baton.cli.bench import Load, _drive, summarise
 from benchmarks.engine import MODELS
 from benchmarks.handover import one
+from benchmarks.serving import cluster
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "demo-model"
 VOCAB = 2000  # of the tokenizer above: ids below are sent
-BATON = [sys.executable, "-c", "from baton.cli import main; main()", "up", "--http-port", "0", "--grpc-port", "0", "--etcd", "none"]
 UNIFIED, APART = ("--unified", "2", "--kvstore", "0"), ("--prefill", "1", "--decode", "1", "--kvstore", "0")
 
 
 @contextmanager
-def cluster(model: Path, options: Sequence[str]) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        ready, logs = Path(folder) / "ready.json", Path(folder) / "logs"
-        process = subprocess.Popen(
-            [*BATON, "--model", str(model), "--ready-file", str(ready), "--log-dir", str(logs), *options], stdout=subprocess.DEVNULL
-        )
-        try:
-            while not ready.exists():
-                if process.poll() is not None:
-                    raise SystemExit(f"the cluster did not start: {' '.join(options)}")
-                time.sleep(0.2)
-            yield json.loads(ready.read_text())["http"]
-            for log in logs.glob("prefill-*.log"):
-                print(*(f"<!-- {line[24:]} -->" for line in log.read_text().splitlines() if "push to" in line), sep="\n", flush=True)
-        finally:
-            process.terminate()
-            process.wait(60)
+def running(model: Path, options: Sequence[str]) -> Iterator[str]:
+    """Its URL; in the end, which path the KV took."""
+    with tempfile.TemporaryDirectory() as logs:
+        with cluster(["--etcd", "none", "--model", str(model), "--log-dir", logs, *options]) as url:
+            yield url
+        for log in Path(logs).glob("prefill-*.log"):
+            print(*(f"<!-- {line[24:]} -->" for line in log.read_text().splitlines() if "push to" in line), sep="\n", flush=True)
 
 
 def shape(name: str) -> Path:
@@ -63,7 +51,7 @@ def requests_alone(model: Path, options: Sequence[str], lengths: Sequence[int], 
     """TTFT, first to second token, a step: of one request at a time."""
     found: dict[tuple[str, int], tuple[float, ...]] = {}
     for name, layout in (("unified", UNIFIED), ("1P1D", APART)):
-        with cluster(model, [*layout, *options]) as url:
+        with running(model, [*layout, *options]) as url:
             for length in lengths:
                 times = [one(url, length, time.time_ns(), VOCAB) for _ in range(rounds + 2)][2:]
                 found[name, length] = tuple(statistics.median(column) for column in zip(*times, strict=True))
@@ -87,7 +75,7 @@ def under_load(
     )
     layouts = (("2 unified", UNIFIED, ()), ("1P1D", APART, ()), ("1P1D, prompts at P only", APART, ("--set", "router.local_prefill=false")))
     for name, layout, more in layouts:
-        with cluster(model, [*layout, *options, *more]) as url:
+        with running(model, [*layout, *options, *more]) as url:
             for number, rate in enumerate((rates[0], *rates)):  # the first warms up
                 sent = Load(
                     num_requests=max(int(rate * seconds), 8), concurrency=1, rate=rate, input_len=(load[0], load[0]),
@@ -108,7 +96,7 @@ def under_load(
 def pool_hits(model: Path, options: Sequence[str], lengths: Sequence[int], rounds: int) -> None:
     """The same prompt to one worker, which computes it, then to the other, which finds it in the pool (two workers take turns)."""
     print("\n| prompt | TTFT computed, ms | from the pool, ms | ÷ |\n|---|---|---|---|")
-    with cluster(model, ["--unified", "2", "--kvstore", "1", "--policy", "round_robin", *options]) as url:
+    with running(model, ["--unified", "2", "--kvstore", "1", "--policy", "round_robin", *options]) as url:
         for length in lengths:
             times: dict[str, list[float]] = {"computed": [], "pool": []}
             for number in range(rounds + 1):
