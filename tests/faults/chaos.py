@@ -1,7 +1,7 @@
 """Random requests, cancels, kills and stops for a while: no wrong token, no block that differs from what was computed or stays taken, no
 wait over lease + 2 s.
 
-    python -m tests.faults.chaos --requests 10000 --minutes 30 [--seed 0]
+    python -m tests.faults.chaos --requests 10000 --minutes 30 [--seed 0] [--masters 2]
 
 Greedy tokens are compared with transformers' `generate`. Prompts share prefixes; their salts make some of them new to every cache and leave
 others for the prefix caches and the pool, which are small, so that blocks are evicted all the time. Workers run with push.verify and
@@ -221,11 +221,13 @@ async def _drive(traffic: Traffic, faults: Sequence[Faults], counting: Counting)
             raise result
 
 
-def chaos(model: Path, *, requests: int, seconds: float, seed: int, num_cases: int = 48, logs: Path | None = None) -> Report:
-    """Raises AssertionError where a block stays taken. `logs`: a folder that gets the processes' logs."""
+def chaos(
+    model: Path, *, requests: int, seconds: float, seed: int, num_cases: int = 48, masters: int = 1, logs: Path | None = None
+) -> Report:
+    """Raises AssertionError where a block stays taken. `masters` of the pool; `logs`: a folder that gets the processes' logs."""
     report = Report()
     cases = make_cases(model, num_cases, seed)
-    with running_cluster(model=model, **CLUSTER) as cluster:
+    with running_cluster(model=model, **{**CLUSTER, "options": [*OPTIONS, "--kvstore-masters", str(masters)]}) as cluster:
         cluster.wait_ready()
         began = time.monotonic()
         traffic = Traffic(cluster, cases, report, requests=requests, until=began + seconds, seed=seed)
@@ -259,9 +261,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--masters", type=int, default=1, help="of the KV pool; of two, one leads")
     parser.add_argument("--logs", type=Path, help="a folder that gets the processes' logs")
     given = parser.parse_args()
-    report = chaos(given.model, requests=given.requests, seconds=60 * given.minutes, seed=given.seed, logs=given.logs)
+    report = chaos(
+        given.model, requests=given.requests, seconds=60 * given.minutes, seed=given.seed, masters=given.masters, logs=given.logs
+    )
     raise SystemExit(bool(report.wrong or report.errors or report.slow))
 
 
