@@ -108,11 +108,12 @@ def rope_write(
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 0.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `torch_ops.rope_write`; head_dim is a power of two."""
     kv_heads, block_size, dim = kv.shape[3:]
     rows = qkv.shape[0]
-    out = torch.empty(rows, num_heads, dim, dtype=qkv.dtype, device=qkv.device)
+    out = torch.empty(rows, num_heads, dim, dtype=qkv.dtype, device=qkv.device) if out is None else out
     cache = kv[:, layer]
     if rows:
         tile = 8

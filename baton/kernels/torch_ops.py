@@ -30,9 +30,11 @@ def rope_write(
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 0.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotates q and k of qkv [T, (Hq + 2 Hkv) · D], after their RMSNorm where weights [D] are given; writes k and v to their slots [T]
-    (negative: nowhere) of kv [blocks, layers, 2, Hkv, block_size, D]. cos_sin [P, D]: by position, cos then sin. → q [T, Hq, D]."""
+    (negative: nowhere) of kv [blocks, layers, 2, Hkv, block_size, D]. cos_sin [P, D]: by position, cos then sin. → q [T, Hq, D], `out` if
+    that is given."""
     kv_heads, block_size, dim = kv.shape[3:]
     q, k, v = qkv.view(len(qkv), -1, dim).split((num_heads, kv_heads, kv_heads), dim=1)
     if q_weight is not None and k_weight is not None:
@@ -46,7 +48,7 @@ def rope_write(
     block, offset = slots // block_size, slots % block_size
     cache[block, 0, :, offset] = k
     cache[block, 1, :, offset] = v
-    return q
+    return q if out is None else out.copy_(q)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -32,21 +32,22 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
 
-    def queries(self, x: torch.Tensor, batch: ForwardBatch, cos_sin: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    def queries(
+        self, x: torch.Tensor, batch: ForwardBatch, cos_sin: torch.Tensor, kernels: Kernels, out: torch.Tensor | None
+    ) -> torch.Tensor:
         """x [T, H] → rotated queries [T, Hq, D]; writes its KV."""
         q_weight = None if self.q_norm is None else self.q_norm.weight
         k_weight = None if self.k_norm is None else self.k_norm.weight
         return kernels.rope_write(
-            self.qkv_proj(x), cos_sin, batch.positions, batch.slots, batch.kv, self.layer, self.heads, q_weight, k_weight, self.eps
+            self.qkv_proj(x), cos_sin, batch.positions, batch.slots, batch.kv, self.layer, self.heads, q_weight, k_weight, self.eps, out
         )
 
-    def attend(self, q: torch.Tensor, batch: ForwardBatch, kernels: Kernels, residual: torch.Tensor) -> None:
-        """Of queries [T, Hq, D], into residual [T, H]."""
-        out = kernels.paged_attention(
+    def attend(self, q: torch.Tensor, batch: ForwardBatch, kernels: Kernels, out: torch.Tensor | None) -> torch.Tensor:
+        """Queries [T, Hq, D] → the same."""
+        return kernels.paged_attention(
             q, batch.kv, self.layer, batch.block_tables, batch.query_start, batch.context_lens, batch.max_query_len,
-            batch.max_context_len, self.window, lengths=batch.lengths,
+            batch.max_context_len, self.window, out, lengths=batch.lengths,
         )  # fmt: skip
-        self.o_proj.add_to(residual, out.flatten(1))
 
 
 class MLP(nn.Module):
@@ -99,23 +100,46 @@ class Decoder(nn.Module):
         self._whole = None if kernels.decoder is None else self._in_one_call(kernels.decoder)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits [R, vocab_size] for the rows that the batch asks for; writes the new tokens' KV. Once the last layer's is written, the
-        other rows have done their part."""
+        """Logits [R, vocab_size] for the rows that the batch asks for; writes the new tokens' KV."""
         if self._whole is not None:
             return self._whole(
                 batch.token_ids, batch.positions, batch.slots, self._cos_sin, batch.kv, batch.block_tables, batch.query_start,
                 batch.context_lens, batch.logits_rows,
             )  # fmt: skip
-        kernels, cos_sin = self._kernels, self._cos_sin
-        residual = self.model.embed_tokens(batch.token_ids)
-        for layer in cast(Iterable[Layer], self.model.layers):
-            q = layer.self_attn.queries(self._norm(layer.input_layernorm, residual), batch, cos_sin, kernels)
-            if layer is self.model.layers[-1] and batch.logits_owners is not None:
-                q, residual, batch = q[batch.logits_rows], residual[batch.logits_rows], batch.wanted()
-                if not len(q):
-                    return residual.new_empty(0, self.config.vocab_size)
-            layer.self_attn.attend(q, batch, kernels, residual)
-            layer.mlp(self._norm(layer.post_attention_layernorm, residual), residual)
+        residual = self.embed(batch)
+        for layer in range(self.config.num_layers - 1):
+            q = self.before(layer, residual, batch)
+            self.after(layer, self.attend(layer, q, batch), residual)
+        return self.last(self.before(self.config.num_layers - 1, residual, batch), residual, batch)
+
+    def embed(self, batch: ForwardBatch) -> torch.Tensor:
+        """The residual stream [T, H]."""
+        return self.model.embed_tokens(batch.token_ids)
+
+    def before(self, layer: int, residual: torch.Tensor, batch: ForwardBatch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A layer up to its attention: queries [T, Hq, D], in `out` if that is given; the new tokens' KV is written."""
+        layer_ = cast(Layer, self.model.layers[layer])
+        x = self._norm(layer_.input_layernorm, residual)
+        return layer_.self_attn.queries(x, batch, self._cos_sin, self._kernels, out)
+
+    def attend(self, layer: int, q: torch.Tensor, batch: ForwardBatch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Its attention: queries [T, Hq, D] → the same."""
+        return cast(Layer, self.model.layers[layer]).self_attn.attend(q, batch, self._kernels, out)
+
+    def after(self, layer: int, attended: torch.Tensor, residual: torch.Tensor) -> None:
+        """From its attention [T, Hq, D] on, into residual [T, H]."""
+        layer_ = cast(Layer, self.model.layers[layer])
+        layer_.self_attn.o_proj.add_to(residual, attended.flatten(1))
+        layer_.mlp(self._norm(layer_.post_attention_layernorm, residual), residual)
+
+    def last(self, q: torch.Tensor, residual: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """From the last layer's queries [T, Hq, D] to the logits [R, vocab_size]. All KV is written: only the wanted rows go on."""
+        if batch.logits_owners is not None:
+            q, residual, batch = q[batch.logits_rows], residual[batch.logits_rows], batch.wanted()
+            if not len(q):
+                return residual.new_empty(0, self.config.vocab_size)
+        layer = self.config.num_layers - 1
+        self.after(layer, self.attend(layer, q, batch), residual)
         if batch.logits_rows is not None:
             residual = residual[batch.logits_rows]
         return self.lm_head(self._norm(self.model.norm, residual))

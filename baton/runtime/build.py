@@ -11,7 +11,7 @@ import torch
 
 from baton.config import EngineConfig, WorkerConfig, member_id, pool_master
 from baton.errors import ConfigError
-from baton.kernels.table import choose
+from baton.kernels.table import TORCH, choose
 from baton.kv.connect import connect_push
 from baton.kv.layout import KVLayout, block_key
 from baton.kv.pool import DTYPES, KVPool, num_blocks_for
@@ -152,7 +152,16 @@ def load(model: Path, settings: EngineConfig) -> LoadedModel:
         num_blocks = num_blocks_for(layout, memory)
     max_model_len = min(longest, num_blocks * block_size)
     pool = KVPool(layout, num_blocks, device)
-    runner = ModelRunner(network, pool, kernels, max_num_seqs=seqs, max_model_len=max_model_len, graphs=device.type == "cuda")
+    captured = device.type == "cuda" and kernels is not TORCH  # torch's attention asks the host for lengths
+    runner = ModelRunner(
+        network,
+        pool,
+        kernels,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=max_model_len,
+        graphs=captured,
+    )
     logger.info(
         "%s on %s in %s: %d KV blocks of %d tokens, %d bytes each; at most %d tokens a request; fingerprint %s",
         model.name, device, dtype, num_blocks, block_size, layout.block_bytes, max_model_len, fingerprint,

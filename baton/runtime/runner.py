@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import torch
 
+from baton.forward import ForwardBatch
 from baton.kernels.table import Kernels
 from baton.kv.pool import KVPool
 from baton.models.decoder import Decoder
 from baton.runtime import sampler
 from baton.runtime.graphs import DecodeGraphs, Graphs, NoGraphs
 from baton.runtime.inputs import InputBuilder, wanted_positions
+from baton.runtime.piecewise import PiecewiseGraphs
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.types import TokenLogprobs
 
@@ -22,19 +24,33 @@ Scores = dict[str, Callable[[], list[TokenLogprobs]]]
 
 
 class ModelRunner:
-    def __init__(self, model: Decoder, kv_pool: KVPool, kernels: Kernels, *, max_num_seqs: int, max_model_len: int, graphs: bool) -> None:
-        """`graphs`: capture decode steps as CUDA graphs, now."""
+    def __init__(
+        self,
+        model: Decoder,
+        kv_pool: KVPool,
+        kernels: Kernels,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        graphs: bool,
+    ) -> None:
+        """`graphs`: capture steps as CUDA graphs, now."""
         kv = kv_pool.tensor
-        self._model, self._kernels = model, kernels
+        self._kernels = kernels
         self._inputs = InputBuilder(kv, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._is_cuda = kv.is_cuda
         self._rows: dict[str, int] = {}  # of the last step's draw, by request id
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=kv.device)
+        self._forward: Callable[[ForwardBatch], torch.Tensor] = model
         self._graphs: Graphs = NoGraphs()
         if graphs:
             captured = DecodeGraphs(model, kernels, kv, self._drawn, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
             captured.capture()
             self._graphs = captured
+            pieces = PiecewiseGraphs(model, kv, max_tokens=max_num_batched_tokens)
+            pieces.capture()
+            self._forward = pieces
 
     @property
     def depth(self) -> int:
@@ -53,7 +69,7 @@ class ModelRunner:
             batch = self._inputs.batch(plan, arrays)
             if self._rows:
                 self._kernels.resolve(batch.token_ids, self._drawn)
-            logits = self._model(batch)
+            logits = self._forward(batch)
             if len(items) < len(logits):
                 scores, logits = _score_prompts(plan, logits)
         self._rows = {item.request.request_id: row for row, item in enumerate(items)} if self._is_cuda else {}

@@ -54,6 +54,14 @@ async def test_greedy_tokens_are_those_of_transformers(family: Family, tmp_path:
         assert tokens == whole[0, length:].tolist(), length
 
 
+@pytest.mark.parametrize("budget", [1024, 4096], ids=["captured between attentions", "called"])
+async def test_large_steps_give_the_tokens_of_small_ones(budget: int, tmp_path: Path) -> None:
+    FAMILIES[0].make(tmp_path)
+    requests = [request(length) for length in (*LENGTHS, 900)]
+    small = await generate(tmp_path, requests, max_num_batched_tokens=64)
+    assert await generate(tmp_path, requests, max_num_batched_tokens=budget) == small
+
+
 async def test_sampled_and_penalised_tokens_are_those_of_the_cpu(tmp_path: Path) -> None:
     FAMILIES[0].make(tmp_path)
     kinds = ({"temperature": 0.9, "seed": 7, "top_p": 0.9}, {"repetition_penalty": 1.3, "presence_penalty": 0.5}, {"logprobs": 3}, {})

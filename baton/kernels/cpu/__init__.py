@@ -124,10 +124,13 @@ def rope_write(
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotates q and k of qkv [T, (Hq + 2 Hkv) · D], after their RMSNorm where weights [D] are given; writes k and v to their slots [T]
-    (negative: nowhere) of kv [blocks, layers, 2, Hkv, block_size, D]. cos_sin [P, D] fp32: by position, cos then sin. → q [T, Hq, D]."""
-    return _kernels().rope_write(qkv, cos_sin, positions, slots, kv, layer, num_heads, q_weight, k_weight, eps)
+    (negative: nowhere) of kv [blocks, layers, 2, Hkv, block_size, D]. cos_sin [P, D] fp32: by position, cos then sin. → q [T, Hq, D], `out`
+    if that is given."""
+    q = _kernels().rope_write(qkv, cos_sin, positions, slots, kv, layer, num_heads, q_weight, k_weight, eps)
+    return q if out is None else out.copy_(q)
 
 
 def paged_attention(
