@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 TCP_PIECE = 1 << 20  # a connection carries one write at a time: whole runs of blocks would leave most connections idle
 WINDOW = 256  # writes handed to Mooncake at a time; it queues 1024 per peer
+BATCH = 16  # copies handed to Mooncake together over NVLink: the device copies while the next ones are handed over
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 50e-6, 1e-3
 ANSWER_S = 1.0  # a receiver that does not describe itself within this is away
 IDLE_S = 60.0  # a peer that gets nothing for so long loses its thread
@@ -152,7 +153,8 @@ class MooncakeSender:
             _call(push.settled)
             return
         try:
-            status, reason = self._write(generation.engine, session, push.copies, deadline)
+            write = self._write_in_order if self.protocol == ONE_MACHINE else self._write
+            status, reason = write(generation.engine, session, push.copies, deadline)
         except Exception as error:
             logger.exception("push to %s", session)
             status, reason = PushStatus.UNKNOWN, str(error)  # what was begun goes on
@@ -190,6 +192,32 @@ class MooncakeSender:
                 return PushStatus.UNKNOWN, "the sender was closed" if self._closed else f"not ended after {self._limit_s:g} s"
             if under_way:
                 time.sleep(min(LONGEST_PAUSE_S, max(SHORTEST_PAUSE_S, (now - start) / 16)))
+        return (PushStatus.FAILED, reason) if reason else (PushStatus.GOOD, "")
+
+    def _write_in_order(self, engine: Engine, session: str, copies: Sequence[Copy], deadline: float) -> tuple[PushStatus, str]:
+        """Over NVLink. What a thread hands over goes to one stream of its device, in order: when the last copy, which goes alone, has
+        ended, so have all, and what has become of them is asked once for each batch, not for each copy."""
+        if not copies:
+            return PushStatus.GOOD, ""
+        refused = "Mooncake did not take a write"
+        start, reason = time.monotonic(), ""
+        batches: list[int] = []
+        for at in range(0, len(copies) - 1, BATCH):
+            sources, targets, sizes = zip(*copies[at : min(at + BATCH, len(copies) - 1)], strict=True)
+            number = engine.submit_batch(session, sources, targets, sizes)
+            if not number:
+                reason = refused
+                break
+            batches.append(number)
+        last, code = engine.submit(session, *copies[-1]), 1
+        reason = reason if last else refused
+        while last and not (code := engine.poll(last)):
+            now = time.monotonic()
+            if now >= deadline or self._closed:
+                return PushStatus.UNKNOWN, "the sender was closed" if self._closed else f"not ended after {self._limit_s:g} s"
+            time.sleep(min(LONGEST_PAUSE_S, max(SHORTEST_PAUSE_S, (now - start) / 64)))
+        if not engine.ended_well(batches) or code != 1:
+            reason = "the device refused a copy"
         return (PushStatus.FAILED, reason) if reason else (PushStatus.GOOD, "")
 
     # -- generations
