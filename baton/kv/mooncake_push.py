@@ -5,8 +5,10 @@ one `Engine` each. A receiver that must have its memory back starts a new genera
 lets new pushes use a new generation, and ends the old one when the pushes of other peers that are still under way there have ended too.
 """
 
+import ctypes
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -25,6 +27,8 @@ TCP_PIECE = 1 << 20  # a connection carries one write at a time: whole runs of b
 WINDOW = 256  # writes handed to Mooncake at a time; it queues 1024 per peer
 BATCH = 16  # copies handed to Mooncake together over NVLink: the device copies while the next ones are handed over
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 50e-6, 1e-3
+ON_DEVICE_PAUSE_S = 20e-6  # over NVLink a whole prompt takes 3 ms
+_PR_SET_TIMERSLACK = 29
 ANSWER_S = 1.0  # a receiver that does not describe itself within this is away
 IDLE_S = 60.0  # a peer that gets nothing for so long loses its thread
 
@@ -126,6 +130,8 @@ class MooncakeSender:
 
     def _serve(self, session: str) -> None:
         lane = self._lanes[session]
+        if self.protocol == ONE_MACHINE and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)  # this thread's sleeps are as short as asked, not 50 µs longer
         while True:
             try:
                 push = lane.get(timeout=IDLE_S)
@@ -215,7 +221,7 @@ class MooncakeSender:
             now = time.monotonic()
             if now >= deadline or self._closed:
                 return PushStatus.UNKNOWN, "the sender was closed" if self._closed else f"not ended after {self._limit_s:g} s"
-            time.sleep(min(LONGEST_PAUSE_S, max(SHORTEST_PAUSE_S, (now - start) / 64)))
+            time.sleep(min(LONGEST_PAUSE_S, max(ON_DEVICE_PAUSE_S, (now - start) / 128)))
         if not engine.ended_well(batches) or code != 1:
             reason = "the device refused a copy"
         return (PushStatus.FAILED, reason) if reason else (PushStatus.GOOD, "")
