@@ -10,11 +10,14 @@ to both, and what a hit in the KV pool is worth.
 import argparse
 import asyncio
 import json
+import math
 import random
+import re
 import shutil
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,32 +29,57 @@ from benchmarks.serving import cluster
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "demo-model"
 VOCAB = 2000  # of the tokenizer above: ids below are sent
+FAILED: list[str] = []
 UNIFIED, APART = ("--unified", "2", "--kvstore", "0"), ("--prefill", "1", "--decode", "1", "--kvstore", "0")
 
 
 @contextmanager
 def running(model: Path, options: Sequence[str]) -> Iterator[str]:
-    """Its URL; in the end, which path the KV took."""
+    """Its URL; in the end, how long it took to start, which path the KV took, and what its processes warned of."""
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as logs:
-        with cluster(["--etcd", "none", "--model", str(model), "--log-dir", logs, *options]) as url:
-            yield url
-        for log in Path(logs).glob("prefill-*.log"):
-            print(*(f"<!-- {line[24:]} -->" for line in log.read_text().splitlines() if "push to" in line), sep="\n", flush=True)
+        try:
+            with cluster(["--etcd", "none", "--model", str(model), "--log-dir", logs, *options]) as url:
+                print(f"<!-- {' '.join(options[:4])}: ready after {time.monotonic() - started:.0f} s -->", flush=True)
+                yield url
+        finally:
+            for log in sorted(Path(logs).glob("*.log")):
+                lines = log.read_text(errors="replace").splitlines()
+                told = [line[24:] for line in lines if "push to" in line]
+                told += [line[24:] for line in lines if re.search(r" (WARNING|ERROR|CRITICAL) |Error: ", line)][-8:]
+                print(*(f"<!-- {log.stem}: {line[:300]} -->" for line in told), sep="\n", end="\n" * bool(told), flush=True)
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """One that fails leaves the others their turn."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        print(f"<!-- {name}: failed -->", flush=True)
+        FAILED.append(name)
 
 
 def shape(name: str) -> Path:
+    """A folder with the model's config.json, and a tokenizer that has a word for each of its ids: a chunk without text is not sent."""
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
     (folder / "config.json").write_text(json.dumps(MODELS[name]))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / file, folder)
+    shutil.copy(TOKENIZER / "tokenizer_config.json", folder)
+    tokenizer = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words |= {f"w{number}": number for number in range(len(words), MODELS[name]["vocab_size"])}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 
-def requests_alone(model: Path, options: Sequence[str], lengths: Sequence[int], rounds: int) -> None:
+def requests_alone(model: Path, options: Sequence[str], lengths: Sequence[int], rounds: int, layouts: Sequence[str]) -> None:
     """TTFT, first to second token, a step: of one request at a time."""
     found: dict[tuple[str, int], tuple[float, ...]] = {}
     for name, layout in (("unified", UNIFIED), ("1P1D", APART)):
-        with running(model, [*layout, *options]) as url:
+        if name not in layouts:
+            continue
+        with part(f"{name}, alone"), running(model, [*layout, *options]) as url:
             for length in lengths:
                 times = [one(url, length, time.time_ns(), VOCAB) for _ in range(rounds + 2)][2:]
                 found[name, length] = tuple(statistics.median(column) for column in zip(*times, strict=True))
@@ -60,12 +88,18 @@ def requests_alone(model: Path, options: Sequence[str], lengths: Sequence[int], 
         "|---|---|---|---|---|---|---|"
     )
     for (name, length), (ttft, gap, step) in found.items():
-        ratio = ttft / found["unified", length][0]
+        ratio = ttft / found.get(("unified", length), (math.nan,))[0]
         print(f"| {length:,} | {name} | {ttft:.1f} | {gap:.2f} | {step:.2f} | {ratio:.3f} | {gap / step:.2f} |", flush=True)
 
 
 def under_load(
-    model: Path, options: Sequence[str], load: Sequence[int], rates: Sequence[float], seconds: float, slo: Sequence[float]
+    model: Path,
+    options: Sequence[str],
+    load: Sequence[int],
+    rates: Sequence[float],
+    seconds: float,
+    slo: Sequence[float],
+    layouts: Sequence[str],
 ) -> None:
     """Poisson arrivals; refusals and failures count as misses."""
     print(
@@ -73,9 +107,11 @@ def under_load(
         "| requests/s | | TTFT p50 / p99, ms | ITL p50 / p99, ms | goodput, requests/s | met | output tok/s |\n"
         "|---|---|---|---|---|---|---|"
     )
-    layouts = (("2 unified", UNIFIED, ()), ("1P1D", APART, ()), ("1P1D, prompts at P only", APART, ("--set", "router.local_prefill=false")))
-    for name, layout, more in layouts:
-        with running(model, [*layout, *options, *more]) as url:
+    strict = ("--set", "router.local_prefill=false")
+    for name, layout, more in (("2 unified", UNIFIED, ()), ("1P1D", APART, ()), ("1P1D, prompts at P only", APART, strict)):
+        if not any(wanted in name for wanted in layouts):
+            continue
+        with part(f"{name}, load"), running(model, [*layout, *options, *more]) as url:
             for number, rate in enumerate((rates[0], *rates)):  # the first warms up
                 sent = Load(
                     num_requests=max(int(rate * seconds), 8), concurrency=1, rate=rate, input_len=(load[0], load[0]),
@@ -96,7 +132,7 @@ def under_load(
 def pool_hits(model: Path, options: Sequence[str], lengths: Sequence[int], rounds: int) -> None:
     """The same prompt to one worker, which computes it, then to the other, which finds it in the pool (two workers take turns)."""
     print("\n| prompt | TTFT computed, ms | from the pool, ms | ÷ |\n|---|---|---|---|")
-    with running(model, ["--unified", "2", "--kvstore", "1", "--policy", "round_robin", *options]) as url:
+    with part("pool"), running(model, ["--unified", "2", "--kvstore", "1", "--policy", "round_robin", *options]) as url:
         for length in lengths:
             times: dict[str, list[float]] = {"computed": [], "pool": []}
             for number in range(rounds + 1):
@@ -122,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals at each rate")
     parser.add_argument("--slo", type=float, nargs=2, default=[1000.0, 25.0], metavar=("TTFT_MS", "ITL_MS"))
     parser.add_argument("--only", nargs="*", default=["alone", "load", "pool"], choices=["alone", "load", "pool"])
+    parser.add_argument("--layouts", nargs="+", default=["unified", "1P1D"], choices=["unified", "1P1D"])
     parser.add_argument("--set", action="append", default=[], help="as baton up takes it")
     arguments = parser.parse_args()
     options = [part for setting in arguments.set for part in ("--set", setting)]
@@ -130,11 +167,13 @@ def main() -> None:
         model = shape(arguments.shape)
         options += ["--set", "prefill.engine.load_format=dummy", "--set", "decode.engine.load_format=dummy"]
     if "alone" in arguments.only:
-        requests_alone(model, options, arguments.lengths, arguments.rounds)
+        requests_alone(model, options, arguments.lengths, arguments.rounds, arguments.layouts)
     if "load" in arguments.only and arguments.rates:
-        under_load(model, options, arguments.load, arguments.rates, arguments.seconds, arguments.slo)
+        under_load(model, options, arguments.load, arguments.rates, arguments.seconds, arguments.slo, arguments.layouts)
     if "pool" in arguments.only:
         pool_hits(model, options, arguments.lengths, arguments.rounds)
+    if FAILED:
+        raise SystemExit(f"failed: {'; '.join(FAILED)}")
 
 
 if __name__ == "__main__":

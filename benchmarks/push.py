@@ -1,6 +1,7 @@
 """Direct push over loopback TCP beside a plain socket copy of the same bytes between the same two processes, and Mooncake's waiting call.
 
     python benchmarks/push.py [--seconds 3]
+    python -m benchmarks.push --device cuda          two GPUs, NVLink, beside a plain peer copy: benchmarks/push_peer.py
 
 The ways take turns of half a GiB. A round is timed from the call until the sender knows that all has arrived, and a turn counts by its
 median round. Bandwidth is the median turn's; "of plain" the median of each turn's ratio to the plain one just before it, for a shared
@@ -95,7 +96,15 @@ def measure(ways: dict[str, Way], nbytes: int, seconds: float, processes: list[p
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=3.0, help="for each way of a case")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    arguments, rest = parser.parse_known_args()
+    if arguments.device == "cuda":
+        from benchmarks import push_peer
+
+        return push_peer.main(rest)
+    if rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    seconds = arguments.seconds
     peer = subprocess.Popen([sys.executable, sys.argv[0], "receive"], stdout=subprocess.PIPE, text=True)
     assert peer.stdout is not None
     session, base, port = json.loads(peer.stdout.readline())

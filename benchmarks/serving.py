@@ -36,19 +36,34 @@ BATON = [sys.executable, "-c", "from baton.cli import main; main()", "up", "--ht
 
 
 @contextmanager
-def cluster(options: Sequence[str]) -> Iterator[str]:
+def cluster(options: Sequence[str], *, patience_s: float = 240.0) -> Iterator[str]:
+    """Its URL. A cluster that is not ready in time, or ends, says the last lines of each of its logs."""
     with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder) / "ready.json"
-        process = subprocess.Popen([*BATON, "--ready-file", str(ready), *options], stdout=subprocess.DEVNULL)
+        ready, logs = Path(folder) / "ready.json", Path(folder) / "logs"
+        mine = [] if "--log-dir" in options else ["--log-dir", str(logs)]
+        if not mine:
+            logs = Path(options[list(options).index("--log-dir") + 1])
+        process = subprocess.Popen([*BATON, "--ready-file", str(ready), *mine, *options], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + patience_s
         try:
             while not ready.exists():
-                if process.poll() is not None:
-                    raise SystemExit("the cluster did not start")
+                if process.poll() is not None or time.monotonic() > deadline:
+                    show_logs(logs)
+                    raise RuntimeError(f"the cluster did not start (exit code {process.poll()}): {' '.join(options)}")
                 time.sleep(0.1)
             yield json.loads(ready.read_text())["http"]
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def show_logs(folder: Path, lines: int = 30) -> None:
+    for log in sorted(folder.glob("*.log")):
+        tail = log.read_text(errors="replace").splitlines()[-lines:]
+        print(f"--- {log.name}, its last {len(tail)} lines", *tail, sep="\n", file=sys.stderr, flush=True)
 
 
 def load(seed: int, **changes: Any) -> Load:

@@ -2,7 +2,8 @@
 (computed again). One engine in this process for each; the pool is a kvstore master and a node, in processes of their own.
 
     baton model new /tmp/m --hidden-size 512 --num-layers 8 --num-heads 8 --num-kv-heads 4 --max-len 8448 --dtype bfloat16
-    python benchmarks/tiers.py /tmp/m [--length 8192] [--rounds 5] [--folder /tmp/kv]
+    python -m benchmarks.tiers /tmp/m [--length 8192] [--rounds 5] [--folder /tmp/kv]
+    python -m benchmarks.tiers --shape llama-3.1-8b --ways device host pool       # a GPU; random weights
 """
 
 import argparse
@@ -15,17 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import torch
 
 from baton.config import EngineConfig, FilesConfig, HostConfig, PoolConfig
 from baton.kv.tiers import connect_tiers
 from baton.runtime.build import LoadedModel, build_engine, load
 from baton.runtime.engine import Engine
 from baton.types import GenerateRequest, SamplingParams
+from benchmarks.engine import MODELS, write_config
 
 BUDGET = 2**30
+WAYS = ["device", "host", "files", "pool"]
 
 
 async def first_token(engine: Engine, prompt: tuple[int, ...], name: str) -> tuple[float, int]:
@@ -68,10 +74,14 @@ async def measure(
     engine.start()
     try:
         other = tuple(reversed(prompt))
-        computed = [(await first_token(engine, each, f"computed {i}"))[0] for i, each in enumerate((prompt, other))]
-        async with asyncio.timeout(60):
-            while any(tier.stats.blocks_saved < 2 * (len(prompt) // engine.scheduler.cache.block_size) for tier in tiers):
-                await asyncio.sleep(0.05)
+        computed = list[float]()
+        await first_token(engine, tuple(token + 1 for token in prompt[:100]), "warms up")
+        size = engine.scheduler.cache.block_size
+        for i, each in enumerate((prompt, other)):
+            computed.append((await first_token(engine, each, f"computed {i}"))[0])
+            async with asyncio.timeout(60):
+                while any(tier.stats.blocks_saved < 100 // size + (i + 1) * (len(prompt) // size) for tier in tiers):
+                    await asyncio.sleep(0.05)
         times, cached = list[float](), 0
         for i in range(rounds + 1):  # the first warms up
             if tiers:
@@ -96,11 +106,11 @@ def drop_pages(folder: Path) -> None:
 
 
 @contextmanager
-def kvstore() -> Iterator[PoolConfig]:
+def kvstore(budget: int) -> Iterator[PoolConfig]:
     ports = [_free_port() for _ in range(2)]
     pool = PoolConfig(master=f"127.0.0.1:{ports[0]}")
     common = [f"pool.master={pool.master}", f"master_port={ports[0]}", f"master_metrics_port={ports[1]}"]
-    modes = (["mode=master"], ["mode=node", f"memory={BUDGET}"])
+    modes = (["mode=master"], ["mode=node", f"memory={budget}"])
     processes = [subprocess.Popen([sys.executable, "-m", "services.kvstore", *common, *mode], stderr=subprocess.DEVNULL) for mode in modes]
     try:
         time.sleep(8)  # until the node has joined
@@ -119,34 +129,57 @@ def _free_port() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--shape", choices=MODELS, help="random weights instead of a model")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where the file tier's directory is made")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--num-blocks", type=int, help="on the device; else enough for four prompts")
     arguments = parser.parse_args()
+    if (arguments.model is None) == (arguments.shape is None):
+        parser.error("give a model's folder, or --shape")
     rng = random.Random(0)
     prompt = tuple(rng.randrange(4, 250) for _ in range(arguments.length))
-    loaded = load(arguments.model, EngineConfig(num_blocks=2 * arguments.length // 16 + 64))
+    block_size = 64 if torch.cuda.is_available() else 16
+    settings = EngineConfig(
+        num_blocks=arguments.num_blocks or 4 * arguments.length // block_size + 64,
+        load_format="dummy" if arguments.shape else "safetensors",
+    )
+    started = time.perf_counter()
+    loaded = load(arguments.model or write_config(arguments.shape), settings)
+    prompt_bytes = arguments.length // loaded.pool.layout.block_size * loaded.pool.layout.block_bytes
+    budget = max(BUDGET, 4 * prompt_bytes)
+    print(f"<!-- loaded after {time.perf_counter() - started:.0f} s -->", flush=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder, prefix="baton-kv-")))
         files, warm, cold = FilesConfig(), folder / "warm", folder / "cold"
-        none, pool = PoolConfig(), stack.enter_context(kvstore())
-        ways: dict[str, tuple[HostConfig, PoolConfig, FilesConfig, Callable[[], None]]] = {
+        none = PoolConfig()
+        pool = stack.enter_context(kvstore(budget)) if "pool" in arguments.ways else none
+        every: dict[str, tuple[HostConfig, PoolConfig, FilesConfig, Callable[[], None]]] = {
             "device": (HostConfig(), none, files, lambda: None),
-            "host": (HostConfig(bytes=BUDGET), none, files, lambda: None),
-            "files, in the page cache": (HostConfig(), none, FilesConfig(path=str(warm), bytes=BUDGET), lambda: None),
-            "files, read from the disk": (HostConfig(), none, FilesConfig(path=str(cold), bytes=BUDGET), lambda: drop_pages(cold)),
+            "host": (HostConfig(bytes=budget), none, files, lambda: None),
+            "files, in the page cache": (HostConfig(), none, FilesConfig(path=str(warm), bytes=budget), lambda: None),
+            "files, read from the disk": (HostConfig(), none, FilesConfig(path=str(cold), bytes=budget), lambda: drop_pages(cold)),
             "pool": (HostConfig(), pool, files, lambda: None),
         }
-        found = {way: asyncio.run(measure(loaded, prompt, arguments.rounds, *each)) for way, each in ways.items()}
+        found: dict[str, tuple[list[float], int, list[float], float]] = {}
+        for way, parts in every.items():
+            if way.partition(",")[0] not in arguments.ways:
+                continue
+            try:
+                found[way] = asyncio.run(measure(loaded, prompt, arguments.rounds, *parts))
+            except Exception:  # the other ways are still worth knowing
+                traceback.print_exc()
+                print(f"<!-- {way}: failed -->", flush=True)
     computed = statistics.median(seconds for _, _, again, _ in found.values() for seconds in again)
-    print(f"{arguments.length} tokens, {arguments.length // 16 * loaded.pool.layout.block_bytes / 1e6:.0f} MB of KV\n")
+    print(f"\n{arguments.length} tokens, {prompt_bytes / 1e6:.0f} MB of KV\n")
     print("| the prompt's KV is | tokens not computed | TTFT, ms: median (worst) | ÷ computing | MB/s loaded |\n|---|---|---|---|---|")
     for way, (times, cached, _, speed) in found.items():
         median = statistics.median(times)
         speed_text = f"{speed:,.0f}" if speed else ""
         print(f"| {way} | {cached:,} | {median * 1e3:.0f} ({max(times) * 1e3:.0f}) | {median / computed:.3f} | {speed_text} |")
-    print(f"| nowhere | 0 | {computed * 1e3:.0f} | 1 | |")
+    print(f"| nowhere | 0 | {computed * 1e3:.0f} | 1 | |", flush=True)
 
 
 if __name__ == "__main__":
