@@ -140,6 +140,7 @@ class Member:
     pid: int = 0
     instance: str = ""  # of this process alone: a successor has the same id, and maybe address and pid
     machine: str = ""  # see cluster.machine
+    device: str = ""  # of the machine, that other workers may compute on too: the cores; empty: nobody else does
     model: str = ""  # served name
     fingerprint: str = ""  # of the KV layout: weights, block size, dtype, hash scheme
     block_size: int = 0  # tokens
@@ -151,14 +152,15 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """What work takes on one worker, as it has learned by itself; seconds. Zero: not met yet."""
+    """What work takes on one worker, as it has learned by itself; seconds of its device, as if nobody else used that. Zero: not met yet."""
 
     base_s: float = 0.0  # of any step
     token_s: float = 0.0  # of a prompt's token in it
     pair_s: float = 0.0  # of two tokens of a prompt, one attending to the other
     row_s: float = 0.0  # of a request that gets a token
     context_s: float = 0.0  # of a token that such a request reads
-    push_token_s: float = 0.0  # of a token's KV on its way to a decode worker
+    push_token_s: float = 0.0  # of a token's KV on its way to a decode worker, by the clock
+    crowded: float = 0.0  # seconds that its steps wait for others who use the device, for each second of their own
 
     def prompt_s(self, tokens: float, start: float = 0.0) -> float:
         """What `tokens` of a prompt, from position `start` on, add to the steps that compute them."""
@@ -167,6 +169,18 @@ class Pace:
     def decode_s(self, rows: float, context: float) -> float:
         """What `rows` requests that read `context` tokens together add to a step."""
         return self.row_s * rows + self.context_s * context
+
+    def by_the_clock(self) -> "Pace":
+        """With others on the device as they lately were."""
+        slower = 1 + self.crowded
+        return Pace(
+            base_s=self.base_s * slower,
+            token_s=self.token_s * slower,
+            pair_s=self.pair_s * slower,
+            row_s=self.row_s * slower,
+            context_s=self.context_s * slower,
+            push_token_s=self.push_token_s,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

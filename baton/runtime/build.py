@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from baton.cluster.machine import these_cores
 from baton.config import EngineConfig, WorkerConfig, member_id, pool_master
 from baton.errors import ConfigError
 from baton.kernels.table import TORCH, choose
@@ -56,6 +57,7 @@ class LoadedModel:
     max_model_len: int
     max_num_batched_tokens: int
     max_num_seqs: int
+    cores: int  # that steps are computed on; 0: a GPU computes them
 
 
 def build_worker(config: WorkerConfig) -> BuiltWorker:
@@ -98,6 +100,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         num_blocks=loaded.pool.num_blocks,
         max_model_len=loaded.max_model_len,
         max_num_batched_tokens=loaded.max_num_batched_tokens,
+        device=these_cores(loaded.cores) if loaded.cores else "",
         instance=secrets.token_hex(8),
     )
     pool_stats = next((tier.stats for tier in tiers if tier.name == "pool"), TransferStats())
@@ -124,7 +127,8 @@ def load(model: Path, settings: EngineConfig) -> LoadedModel:
     block_size, budget, seqs = (given or default for given, default in zip(wanted, _DEFAULTS[device.type], strict=True))
     if device.type == "cuda" and (block_size < 16 or block_size & (block_size - 1)):
         raise ConfigError(f"engine.block_size={block_size}: on CUDA it must be a power of two, 16 at least")
-    torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
+    threads = settings.num_threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
     config = read_config(model)
     dtype = config.dtype if settings.dtype == "auto" else settings.dtype
     layout = KVLayout(
@@ -166,7 +170,8 @@ def load(model: Path, settings: EngineConfig) -> LoadedModel:
         "%s on %s in %s: %d KV blocks of %d tokens, %d bytes each; at most %d tokens a request; fingerprint %s",
         model.name, device, dtype, num_blocks, block_size, layout.block_bytes, max_model_len, fingerprint,
     )  # fmt: skip
-    return LoadedModel(config, runner, pool, fingerprint, max_model_len, budget, seqs)
+    cores = 0 if device.type == "cuda" else min(threads, len(os.sched_getaffinity(0)))
+    return LoadedModel(config, runner, pool, fingerprint, max_model_len, budget, seqs, cores)
 
 
 def build_engine(
@@ -191,6 +196,7 @@ def build_engine(
         limits=Limits(vocab_size=loaded.config.vocab_size, max_model_len=loaded.max_model_len),
         eos_token_ids=loaded.config.eos_token_ids,
         budget_s=budget_s,
+        cores=loaded.cores,
         sender=sender,
         receiver=receiver,
         verify_pushes=verify_pushes,

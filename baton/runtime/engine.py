@@ -28,7 +28,7 @@ from baton.runtime.feed import Feed
 from baton.runtime.flights import Flights, Runner
 from baton.runtime.leases import EngineLeases, asked
 from baton.runtime.loading import Loader, Tier
-from baton.runtime.pace import PaceLearner
+from baton.runtime.pace import PaceLearner, Stopwatch
 from baton.runtime.pushing import Pusher, Receiver, Reservations, Sender
 from baton.runtime.sequence import Delivery, EngineSequence
 from baton.runtime.state import StatePublisher
@@ -65,16 +65,17 @@ class Engine:
         limits: Limits,
         eos_token_ids: frozenset[int],
         budget_s: float,
+        cores: int = 0,
         sender: Sender | None = None,
         receiver: Receiver | None = None,
         verify_pushes: bool = False,
     ) -> None:
         """`tiers` hold KV behind the device, fastest first; `key` names a block hash there, `buffer` gives a block's memory, `budget_s`
-        bounds each call. `sender` and `receiver` move blocks between workers past the tiers."""
+        bounds each call. `cores`: see `pace.Stopwatch`. `sender` and `receiver` move blocks between workers past the tiers."""
         self.on_crash: Callable[[], None] = lambda: None
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
-        self._flights, self._pace = Flights(), PaceLearner()
+        self._flights, self._pace, self._watch = Flights(), PaceLearner(), Stopwatch(cores)
         cache = scheduler.cache
         self.loader = Loader(
             cache,
@@ -82,7 +83,7 @@ class Engine:
             key=key,
             buffer=buffer,
             budget_s=budget_s,
-            pace=lambda: self._pace.pace,
+            pace=lambda: self._pace.pace.by_the_clock(),
             step_tokens=scheduler.max_num_batched_tokens,
             backlog=lambda: (*scheduler.running, *scheduler.waiting),
             post=self._post,
@@ -108,7 +109,6 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._stalled = True
-        self._collected_at = 0.0
 
     # -- the event loop's side
 
@@ -291,7 +291,7 @@ class Engine:
         for item in plan.scheduled:
             self._admitted(item)
         if not self._flights:
-            self._collected_at = time.monotonic()
+            self._watch.start()
         try:
             result = self.runner.submit(plan)
         except Exception as error:
@@ -314,10 +314,9 @@ class Engine:
             self.scheduler.update(plan, result)
             for item in live:
                 self._computed(item, result, save=item.request in kept)
-            now = time.monotonic()
-            self._pace.observe(plan, now - self._collected_at)
-            self.on_step(plan, now - self._collected_at)
-            self._collected_at = now
+            elapsed_s, own_s = self._watch.lap()
+            self._pace.observe(plan, own_s, elapsed_s)
+            self.on_step(plan, elapsed_s)
         self._flights.ended(flight)
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:

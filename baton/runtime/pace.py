@@ -4,6 +4,10 @@ A step's seconds are taken as linear in its prompts' tokens, in the pairs of the
 and in the context that they read (`types.Pace`). Least squares of the relative error, no coefficient negative; older steps fade. Steps with
 and without prompts fade apart, so that an hour of decoding does not wash out what a prompt takes. Of a step that took many times what was
 expected (a stopped process, a collection) the excess does not count.
+
+Where a step is computed on cores that other processes use as well, the clock tells more of them than of it: a worker beside a busy one
+takes twice as long. So its seconds are those for which its threads had the cores (`Stopwatch`), and what it waited beside them is learned
+apart, as one factor.
 """
 
 import contextlib
@@ -25,6 +29,24 @@ _SCALE = np.array([1.0, 1e-2, 1e-5, 1e-1, 1e-4])  # brings typical features near
 Array = NDArray[np.float64]
 
 
+class Stopwatch:
+    """Times steps that follow each other, by the clock and in seconds of their device."""
+
+    def __init__(self, cores: int) -> None:
+        """`cores`: those that this process's threads compute a step on; 0: a device of its own does."""
+        self._cores, self._since, self._used_s = cores, 0.0, 0.0
+
+    def start(self) -> None:
+        self._since, self._used_s = time.monotonic(), time.process_time()
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last `start` or `lap`: by the clock, and of the device."""
+        since, used_s = self._since, self._used_s
+        self.start()
+        elapsed = self._since - since
+        return elapsed, min(elapsed, (self._used_s - used_s) / self._cores) if self._cores else elapsed
+
+
 class _Memory:
     """Faded sums of the normal equations."""
 
@@ -43,6 +65,7 @@ class PaceLearner:
         self._interval_s, self._solved_at = interval_s, 0.0
         self._values = np.zeros(len(_SCALE))  # of the features
         self._pace = Pace()
+        self._own_s = self._elapsed_s = 0.0  # faded sums
         self._stale = False
         self._seen = False
 
@@ -53,11 +76,13 @@ class PaceLearner:
             with contextlib.suppress(np.linalg.LinAlgError):  # steps that say nothing new leave what is known
                 self._values = _solve(self._prefills.matrix + self._decodes.matrix, self._prefills.target + self._decodes.target)
             base, token, pair, row, context = (self._values * _SCALE).tolist()
-            self._pace = Pace(base_s=base, token_s=token, pair_s=pair, row_s=row, context_s=context)
+            crowded = max(self._elapsed_s / self._own_s - 1, 0.0)
+            self._pace = Pace(base_s=base, token_s=token, pair_s=pair, row_s=row, context_s=context, crowded=crowded)
         return self._pace
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
-        """A step of `plan` took so long. The first one is passed over: it holds what happens once."""
+    def observe(self, plan: StepPlan, seconds: float, elapsed_s: float | None = None) -> None:
+        """A step of `plan` took so many seconds of the device, and so many by the clock, if that is not the same. The first one is passed
+        over: it holds what happens once."""
         if not self._seen or seconds <= 0:
             self._seen = True
             return
@@ -74,6 +99,9 @@ class PaceLearner:
         expected = float(features @ self._values)  # by what was published last
         counted = min(seconds, _OUTLIER * expected) if expected and (self._pace.token_s or not tokens) else seconds
         (self._prefills if tokens else self._decodes).add(features, counted, 1 / seconds**2)
+        at_most = _OUTLIER * counted * (1 + self._pace.crowded)
+        self._own_s = KEPT * self._own_s + counted
+        self._elapsed_s = KEPT * self._elapsed_s + min(seconds if elapsed_s is None else elapsed_s, at_most)
         self._stale = True
 
 

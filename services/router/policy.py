@@ -27,6 +27,7 @@ class WorkerView:
     num_held: int = 0  # of num_waiting: another worker computes their prompts
     context_tokens: int = 0  # computed tokens of its running requests
     batched_tokens: int = 0  # of a step at most; 0: not announced
+    device: str = ""  # the same for workers that compute on the same cores; empty: nobody else does
     pace: Pace = field(default_factory=Pace)
 
 

@@ -90,6 +90,7 @@ class Workers:
                 num_held=w.load.num_held,
                 context_tokens=w.load.num_context_tokens,
                 batched_tokens=w.member.max_num_batched_tokens,
+                device=w.member.device and f"{w.member.machine}/{w.member.device}",
                 pace=w.load.pace,
             )
             for w in usable

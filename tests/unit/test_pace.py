@@ -1,10 +1,15 @@
 """What a worker learns of its own steps."""
 
+import os
 import random
+import subprocess
+import sys
+import time
 
 import pytest
 
-from baton.runtime.pace import PaceLearner
+from baton.cluster.machine import these_cores
+from baton.runtime.pace import PaceLearner, Stopwatch
 from baton.scheduling.plan import ScheduledRequest, StepPlan
 from baton.types import Pace
 
@@ -106,3 +111,51 @@ def test_one_stray_step_does_not_outweigh_the_others() -> None:
         learner.observe(short, 0.004)
         learner.pace  # noqa: B018
     assert seconds(learner.pace, short) > 0.5 * 0.004
+
+
+def test_what_others_take_of_the_cores_is_learned_apart() -> None:
+    """Beside a busy process steps take twice as long by the clock, and as long as ever of the cores."""
+    rng, learner = random.Random(5), PaceLearner(interval_s=0.0)
+    teach(learner, TRUE, rng, 200, share=0.5)
+    assert learner.pace.crowded == 0
+    for _ in range(300):
+        plan = random_step(rng, prompts=rng.random() < 0.5)
+        learner.observe(plan, seconds(TRUE, plan), 2 * seconds(TRUE, plan))
+        learner.pace  # noqa: B018
+    assert learner.pace.crowded == pytest.approx(1.0, rel=0.05)
+    assert worst_error(learner, TRUE, rng) < 0.15
+    plan = step([(0, 512)], [100])
+    assert seconds(learner.pace.by_the_clock(), plan) == pytest.approx(2 * seconds(learner.pace, plan), rel=0.05)
+
+
+def test_a_process_that_was_stopped_was_not_crowded_for_so_long() -> None:
+    learner, plan = PaceLearner(interval_s=0.0), step([(0, 512)], [])
+    for _ in range(50):
+        learner.observe(plan, 0.3)
+        learner.pace  # noqa: B018
+    learner.observe(plan, 0.3, 60.0)
+    assert learner.pace.crowded < 0.1
+
+
+def test_a_stopwatch_leaves_out_what_the_cores_did_for_others() -> None:
+    watch = Stopwatch(cores=1)
+    watch.start()
+    time.sleep(0.05)
+    elapsed_s, own_s = watch.lap()
+    assert 0 <= own_s < elapsed_s >= 0.05
+    began = time.process_time()
+    while time.process_time() < began + 0.02:
+        pass
+    assert watch.lap()[1] >= 0.02
+    alone = Stopwatch(cores=0)  # the device does not belong to this process
+    alone.start()
+    elapsed_s, own_s = alone.lap()
+    assert elapsed_s == own_s
+
+
+def test_workers_share_cores_where_they_may_use_the_same_ones_and_use_all_of_them() -> None:
+    code = "import os; from baton.cluster.machine import these_cores as t; os.sched_setaffinity(0, {0}); print([t(1), t(2)])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "['0', '0']"
+    cores = len(os.sched_getaffinity(0))
+    assert these_cores(cores).count(",") == cores - 1
+    assert these_cores(cores - 1) == ""

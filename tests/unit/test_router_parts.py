@@ -154,6 +154,51 @@ def test_a_decode_worker_computes_prompts_where_that_costs_everybody_less() -> N
     assert placed([p0, replace(d0, num_waiting=19, num_held=19, context_tokens=1000)]) == ("d0", ())  # who wait for others are not held up
 
 
+def on_one_device(views: list[WorkerView]) -> list[WorkerView]:
+    return [replace(view, device="m/0,1") for view in views]
+
+
+def test_on_cores_that_both_use_a_prompt_is_computed_where_it_is_done_first() -> None:
+    """A prefill worker that takes the decode worker's cores holds up its requests as much as the decode worker itself would."""
+    for queued, running in [(3, 20), (1, 20), (0, 20), (0, 1)]:
+        apart = one_and_one(queued, running)
+        assert placed(apart) == placed([replace(view, device=f"m{view.id}/0,1") for view in apart]) == ("d0", ("p0",))
+        assert placed(on_one_device(apart)) == ("d0", ())
+        assert placed(on_one_device(apart), local=False) == ("d0", ("p0",))
+    p0, d0 = on_one_device(one_and_one(0, 0))
+    assert placed([p0, d0]) == ("d0", ("p0",))  # nobody is held up
+    full = replace(d0, num_requests=4, num_waiting=4, pending_tokens=4000, batched_tokens=512)
+    assert placed([p0, full]) == ("d0", ("p0",))  # it has others to compute
+
+
+def test_who_shares_cores_with_a_busy_worker_has_half_of_them() -> None:
+    def ttft(views: list[WorkerView], local: bool) -> float:
+        placement = predicted(Facts(num_prompt_tokens=1000, turn=0, local_prefill=local), views)
+        assert placement.prefills == (() if local else ("p0",))
+        assert placement.ttft_s is not None
+        return placement.ttft_s
+
+    work = 1000 * PACE.token_s + PACE.base_s
+    assert ttft(on_one_device(one_and_one(0, 0)), local=False) == pytest.approx(work)
+    step = PACE.base_s + PACE.decode_s(4, 4000)  # that a hand-over waits for
+    assert ttft(on_one_device(one_and_one(0, 4)), local=False) == pytest.approx(2 * work + step)  # no end is seen to decoding
+    p0, d0 = on_one_device(one_and_one(1, 4))
+    beside = work + PACE.decode_s(4, 4000)
+    assert ttft([p0, d0], local=True) == pytest.approx(beside + 1.0)  # until the prefill worker has done its own
+    assert ttft([replace(p0, pending_tokens=5000), d0], local=True) == pytest.approx(2 * beside)
+
+
+def test_a_worker_that_waits_for_its_cores_is_slower_by_the_clock() -> None:
+    slow = replace(PACE, crowded=1.0)
+    alone = predicted(Facts(num_prompt_tokens=1000, turn=0), [worker("u0", Role.UNIFIED, pace=slow)])
+    assert alone.ttft_s == pytest.approx(2 * (1000 * PACE.token_s + PACE.base_s))
+    pair = [worker("u0", Role.UNIFIED, pace=slow), worker("u1", Role.UNIFIED, pace=PACE, num_requests=1, num_waiting=1)]
+    assert placed(pair)[0] == "u1"
+    mates = on_one_device([worker("u0", Role.UNIFIED, pace=slow), worker("u1", Role.UNIFIED, pace=slow)])
+    beside = predicted(Facts(num_prompt_tokens=1000, turn=0), mates)
+    assert beside.ttft_s == pytest.approx(alone.ttft_s)  # the other is idle now, but was not lately
+
+
 def test_seconds_not_tokens_decide() -> None:
     slow = replace(PACE, token_s=0.01)
     pair = [worker("p0", Role.PREFILL, pace=slow), worker("p1", Role.PREFILL, pending_tokens=3000, pace=PACE), worker("d0", Role.DECODE)]
@@ -178,6 +223,31 @@ def test_the_time_to_the_first_token_is_predicted() -> None:
     slow_link = [replace(views[0], pace=replace(PACE, push_token_s=0.005)), views[1]]
     placement = predicted(Facts(num_prompt_tokens=1000, turn=0, local_prefill=False), slow_link)
     assert placement.ttft_s == pytest.approx(5.0)
+
+
+def test_a_hand_over_waits_for_the_decode_workers_step() -> None:
+    def ttft(d0: WorkerView) -> float:
+        views = [worker("p0", Role.PREFILL, pace=PACE), replace(d0, batched_tokens=512, pace=PACE)]
+        placement = predicted(Facts(num_prompt_tokens=1000, turn=0, local_prefill=False), views)
+        assert placement.ttft_s is not None
+        return placement.ttft_s - 1000 * PACE.token_s - PACE.base_s
+
+    d0 = worker("d0", Role.DECODE)
+    assert ttft(d0) == pytest.approx(0.0)
+    decoding = replace(d0, num_requests=8)
+    assert ttft(decoding) == pytest.approx(PACE.base_s + 8 * PACE.row_s)
+    assert ttft(replace(decoding, pending_tokens=2048)) == pytest.approx(PACE.base_s + 8 * PACE.row_s + 512 * PACE.token_s)
+
+
+def test_a_prompt_costs_others_its_steps_too_where_nobody_decodes_in_them() -> None:
+    """Prefill workers whose steps are all alike cannot tell a step's base from its tokens: their sum is what counts."""
+    views = {
+        base: worker("p0", Role.PREFILL, num_waiting=4, batched_tokens=1000, pace=Pace(base_s=base, token_s=(1 - base) / 1000))
+        for base in (0, 0.6)
+    }
+    for base, view in views.items():
+        other = worker("p1", Role.PREFILL, num_waiting=4, batched_tokens=1000, pace=Pace(base_s=1e-6, token_s=0.0009))
+        assert placed([view, other, worker("d0", Role.DECODE)], local=False)[1] == ("p1", "p0"), base
 
 
 def test_a_slow_path_from_a_prefill_worker_counts_against_it() -> None:

@@ -43,7 +43,7 @@ TIER_HOST: Tier
 TIER_POOL: Tier
 
 class Member(_message.Message):
-    __slots__ = ("id", "role", "address", "state", "pid", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "metrics_address", "max_num_batched_tokens", "instance", "machine")
+    __slots__ = ("id", "role", "address", "state", "pid", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "metrics_address", "max_num_batched_tokens", "instance", "machine", "device")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class Member(_message.Message):
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: Role
     address: str
@@ -72,23 +73,26 @@ class Member(_message.Message):
     max_num_batched_tokens: int
     instance: str
     machine: str
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., metrics_address: _Optional[str] = ..., max_num_batched_tokens: _Optional[int] = ..., instance: _Optional[str] = ..., machine: _Optional[str] = ...) -> None: ...
+    device: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., metrics_address: _Optional[str] = ..., max_num_batched_tokens: _Optional[int] = ..., instance: _Optional[str] = ..., machine: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class Pace(_message.Message):
-    __slots__ = ("base_s", "token_s", "pair_s", "row_s", "context_s", "push_token_s")
+    __slots__ = ("base_s", "token_s", "pair_s", "row_s", "context_s", "push_token_s", "crowded")
     BASE_S_FIELD_NUMBER: _ClassVar[int]
     TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     PAIR_S_FIELD_NUMBER: _ClassVar[int]
     ROW_S_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
     PUSH_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    CROWDED_FIELD_NUMBER: _ClassVar[int]
     base_s: float
     token_s: float
     pair_s: float
     row_s: float
     context_s: float
     push_token_s: float
-    def __init__(self, base_s: _Optional[float] = ..., token_s: _Optional[float] = ..., pair_s: _Optional[float] = ..., row_s: _Optional[float] = ..., context_s: _Optional[float] = ..., push_token_s: _Optional[float] = ...) -> None: ...
+    crowded: float
+    def __init__(self, base_s: _Optional[float] = ..., token_s: _Optional[float] = ..., pair_s: _Optional[float] = ..., row_s: _Optional[float] = ..., context_s: _Optional[float] = ..., push_token_s: _Optional[float] = ..., crowded: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "blocks_total", "blocks_free", "blocks_cached", "pace", "num_context_tokens", "num_waiting_pairs", "num_held")
