@@ -131,7 +131,9 @@ class MooncakeStore:
                 for region in self._regions:
                     self._register(store, region)
                 if self._segment is not None and (code := store.mount_segment(*self._segment)["ret"]) != 0:
-                    raise StoreError(f"{self._segment[1]} bytes of shared memory cannot be lent (code {code}); pool.near= lends others")
+                    raise StoreError(
+                        f"{self._segment[1]} bytes of shared memory cannot be lent (code {code}); pool.near='' lends Mooncake's own"
+                    )
             except StoreError:
                 store.close()
                 raise
