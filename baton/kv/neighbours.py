@@ -270,15 +270,12 @@ def _receive(peer: socket.socket, memory: Memory) -> _Window:
 def _map(file: int, nbytes: int, memory: Memory) -> Buffer:
     """Read-only; or, where the device's driver can't register such memory, writable, though nothing writes there."""
     for protection in (mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE):
-        address = _libc.mmap(None, nbytes, protection, mmap.MAP_SHARED, file, 0)
-        if address in (None, _MAP_FAILED):
-            raise OSError(ctypes.get_errno(), "mmap: " + os.strerror(ctypes.get_errno()))
-        region = Buffer(address, nbytes)
+        region = map_shared(file, nbytes, protection)
         try:
             memory.adopt(region, read_only=protection == mmap.PROT_READ)
             return region
         except RuntimeError:
-            _libc.munmap(address, nbytes)
+            unmap_shared(region)
             if protection & mmap.PROT_WRITE:
                 raise
     raise AssertionError
@@ -288,7 +285,19 @@ def _unmap(region: Buffer, memory: Memory) -> None:
     try:
         memory.disown(region)
     finally:
-        _libc.munmap(region.address, region.nbytes)
+        unmap_shared(region)
+
+
+def map_shared(file: int, nbytes: int, protection: int) -> Buffer:
+    """(Python's own mmap does not tell the address of read-only memory.) Raises OSError."""
+    address = _libc.mmap(None, nbytes, protection, mmap.MAP_SHARED, file, 0)
+    if address in (None, _MAP_FAILED):
+        raise OSError(ctypes.get_errno(), "mmap: " + os.strerror(ctypes.get_errno()))
+    return Buffer(address, nbytes)
+
+
+def unmap_shared(region: Buffer) -> None:
+    _libc.munmap(region.address, region.nbytes)
 
 
 def _user(peer: socket.socket) -> int:
