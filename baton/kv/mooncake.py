@@ -200,7 +200,7 @@ class MooncakeStore:
 
     def _get_near(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> dict[int, bool]:
         """Of the blocks that were copied from a node's memory on this machine: whether it is they. To ask where a key lies leases it, so it
-        is neither evicted nor moved meanwhile; afterwards the pool is asked again, for who is killed or removes by force knows no lease."""
+        is not evicted meanwhile; afterwards the pool is asked again, for a new master and who removes by force know no lease."""
         assert self._near is not None
         self.connect()
         names, asked = [self._object(key) for key in keys], time.monotonic()
