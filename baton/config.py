@@ -74,6 +74,7 @@ class PoolConfig(Strict):
     host: str = "127.0.0.1"  # that other store clients reach this one at
     budget_s: float = Field(default=2.0, gt=0)  # a slower pool call counts as a miss
     local_buffer: Size = 16 * 2**20
+    near: str = "auto"  # directory where nodes hand their memory to workers of this machine; auto: one of this user; empty: never
     verify: bool = False  # blocks carry checksums, for tests: all workers of a pool alike; slow, and not on a GPU
 
 

@@ -46,6 +46,7 @@ _TOTALS = {
     "bytes_saved": ("kv_pool_saved_bytes", "Bytes saved to the KV pool"),
     "seconds_loading": ("kv_pool_load_seconds", "Time spent in loads that went through"),
     "seconds_saving": ("kv_pool_save_seconds", "Time spent in saves that went through"),
+    "blocks_near": ("kv_pool_near_blocks", "Of the blocks loaded: copied from memory that a node on this machine shares"),
     "blocks_verified": ("kv_pool_verified_blocks", "Blocks from the KV pool whose checksum was compared (pool.verify)"),
     "blocks_corrupt": ("kv_pool_corrupt_blocks", "Blocks from the KV pool that differed from what was saved (pool.verify)"),
     "failures": ("kv_pool_failures", "Calls to the KV pool that failed"),

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -25,12 +25,14 @@ import torch
 
 from baton.config import EngineConfig, FilesConfig, HostConfig, PoolConfig
 from baton.kv.tiers import connect_tiers
+from baton.kv.transfer import KVTransfer
 from baton.runtime.build import LoadedModel, build_engine, load
 from baton.runtime.engine import Engine
 from baton.types import GenerateRequest, SamplingParams
 from benchmarks.engine import MODELS, write_config
 
 BUDGET = 2**30
+WARM_UP = 2  # rounds
 WAYS = ["device", "host", "files", "pool"]
 
 
@@ -82,18 +84,29 @@ async def measure(
             async with asyncio.timeout(60):
                 while any(tier.stats.blocks_saved < 100 // size + (i + 1) * (len(prompt) // size) for tier in tiers):
                     await asyncio.sleep(0.05)
-        times, cached = list[float](), 0
-        for i in range(rounds + 1):  # the first warms up
+        times, cached, loaded_before = list[float](), 0, (0, 0.0)
+        for i in range(WARM_UP + rounds):
             if tiers:
                 await forget(engine)
                 before()
+            if i == WARM_UP:
+                loaded_before = loading(tiers)
             seconds, cached = await first_token(engine, prompt if tiers else other, f"again {i}")
-            times += [seconds] if i else []
+            times += [seconds] if i >= WARM_UP else []
+            if pool.master and pool.near and i < WARM_UP:
+                await asyncio.sleep(2)  # the node's memory is being mapped
         assert await engine.check_integrity() == []
-        speed = sum(tier.stats.bytes_loaded for tier in tiers) / max(sum(tier.stats.seconds_loading for tier in tiers), 1e-9) / 1e6
-        return times, cached, computed, speed
+        nbytes, spent = (after - then for after, then in zip(loading(tiers), loaded_before, strict=True))
+        if pool.master:
+            print(f"<!-- pool: {tiers[0].stats.blocks_near} of {tiers[0].stats.blocks_loaded} blocks copied from the node's memory -->")
+        return times, cached, computed, nbytes / max(spent, 1e-9) / 1e6
     finally:
         await engine.stop()
+
+
+def loading(tiers: Sequence[KVTransfer]) -> tuple[int, float]:
+    """Bytes and seconds so far."""
+    return sum(tier.stats.bytes_loaded for tier in tiers), sum(tier.stats.seconds_loading for tier in tiers)
 
 
 def drop_pages(folder: Path) -> None:
@@ -106,10 +119,10 @@ def drop_pages(folder: Path) -> None:
 
 
 @contextmanager
-def kvstore(budget: int) -> Iterator[PoolConfig]:
+def kvstore(budget: int, near: str) -> Iterator[PoolConfig]:
     ports = [_free_port() for _ in range(2)]
-    pool = PoolConfig(master=f"127.0.0.1:{ports[0]}")
-    common = [f"pool.master={pool.master}", f"master_port={ports[0]}", f"master_metrics_port={ports[1]}"]
+    pool = PoolConfig(master=f"127.0.0.1:{ports[0]}", near=near)
+    common = [f"pool.master={pool.master}", f"pool.near='{near}'", f"master_port={ports[0]}", f"master_metrics_port={ports[1]}"]
     modes = (["mode=master"], ["mode=node", f"memory={budget}"])
     processes = [subprocess.Popen([sys.executable, "-m", "services.kvstore", *common, *mode], stderr=subprocess.DEVNULL) for mode in modes]
     try:
@@ -135,6 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where the file tier's directory is made")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--near", default="auto", help="pool.near; empty: the pool is read over TCP")
     parser.add_argument("--num-blocks", type=int, help="on the device; else enough for four prompts")
     arguments = parser.parse_args()
     if (arguments.model is None) == (arguments.shape is None):
@@ -155,7 +169,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder, prefix="baton-kv-")))
         files, warm, cold = FilesConfig(), folder / "warm", folder / "cold"
         none = PoolConfig()
-        pool = stack.enter_context(kvstore(budget)) if "pool" in arguments.ways else none
+        pool = stack.enter_context(kvstore(budget, arguments.near)) if "pool" in arguments.ways else none
         every: dict[str, tuple[HostConfig, PoolConfig, FilesConfig, Callable[[], None]]] = {
             "device": (HostConfig(), none, files, lambda: None),
             "host": (HostConfig(bytes=budget), none, files, lambda: None),

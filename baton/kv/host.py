@@ -14,8 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from baton.errors import ConfigError
-from baton.kv.memory import Memory
-from baton.kv.store import Buffer, Usage
+from baton.kv.store import Buffer, Memory, Usage
 
 PROTECTED_SHARE = 0.8
 HELD_SHARE = 0.5  # of the slots may be held for write-back

@@ -1,28 +1,15 @@
-"""Host memory beside the KV memory of a device, and copies between the two. Copies return when they are done, and let Python's other
-threads run meanwhile."""
+"""Host memory beside the KV memory of a device, and copies between the two (`kv.store.Memory`)."""
 
 import ctypes
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 
-from baton.kv.store import Buffer
+from baton.kv.store import Buffer, Memory
 
-
-class Memory(Protocol):
-    def allocate(self, nbytes: int) -> Buffer:
-        """Host memory that lives as long as this object."""
-        ...
-
-    def copy(self, targets: Sequence[Buffer], sources: Sequence[Buffer]) -> None:
-        """Each source to its target, of equal size; both lie in host memory from here or in the device's KV memory."""
-        ...
-
-    def is_host(self, buffer: Buffer) -> bool:
-        """Whether the CPU can read and write there."""
-        ...
+_REGISTER_PORTABLE, _REGISTER_READ_ONLY = 1, 8  # flags of cudaHostRegister
 
 
 class CpuMemory:
@@ -39,6 +26,12 @@ class CpuMemory:
         for target, source in zip(targets, sources, strict=True):
             ctypes.memmove(target.address, source.address, source.nbytes)
 
+    def adopt(self, region: Buffer, *, read_only: bool) -> None:
+        pass
+
+    def disown(self, region: Buffer) -> None:
+        pass
+
     def is_host(self, buffer: Buffer) -> bool:
         return True
 
@@ -52,13 +45,26 @@ class CudaMemory:
         """`device_memory`: all KV blocks, contiguous."""
         flat = device_memory.view(-1).view(torch.uint8)
         self._device = flat.device
-        self._regions = [(flat.data_ptr(), flat)]
+        self._regions = [(flat.data_ptr(), flat)]  # replaced, never changed: other threads look things up
+        self._lock = threading.Lock()
         self._own = threading.local()
 
     def allocate(self, nbytes: int) -> Buffer:
         pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self._regions.append((pinned.data_ptr(), pinned))
+        self._add(pinned)
         return Buffer(pinned.data_ptr(), nbytes)
+
+    def adopt(self, region: Buffer, *, read_only: bool) -> None:
+        flags = _REGISTER_PORTABLE | (_REGISTER_READ_ONLY if read_only else 0)
+        with torch.cuda.device(self._device):
+            _call("cudaHostRegister", region.address, region.nbytes, flags)
+        self._add(torch.frombuffer((ctypes.c_uint8 * region.nbytes).from_address(region.address), dtype=torch.uint8))
+
+    def disown(self, region: Buffer) -> None:
+        with self._lock:
+            self._regions = [(start, tensor) for start, tensor in self._regions if start != region.address]
+        with torch.cuda.device(self._device):
+            _call("cudaHostUnregister", region.address)
 
     def copy(self, targets: Sequence[Buffer], sources: Sequence[Buffer]) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream()):
@@ -71,6 +77,10 @@ class CudaMemory:
     def is_host(self, buffer: Buffer) -> bool:
         return self._view(buffer).device.type == "cpu"
 
+    def _add(self, tensor: torch.Tensor) -> None:
+        with self._lock:
+            self._regions = [*self._regions, (tensor.data_ptr(), tensor)]
+
     def _stream(self) -> torch.cuda.Stream:
         if not hasattr(self._own, "stream"):
             self._own.stream = torch.cuda.Stream(self._device)
@@ -81,6 +91,13 @@ class CudaMemory:
             if start <= buffer.address < start + tensor.numel():
                 return tensor[buffer.address - start : buffer.address - start + buffer.nbytes]
         raise AssertionError(f"{buffer} lies in no memory that is known here")
+
+
+def _call(name: str, *arguments: int) -> None:
+    """Of the CUDA runtime. Raises RuntimeError."""
+    result: Any = getattr(torch.cuda.cudart(), name)(*arguments)
+    if result.value:
+        raise RuntimeError(f"{name} failed with CUDA error {result.value}")
 
 
 def memory_beside(device_memory: torch.Tensor) -> Memory:

@@ -1,7 +1,8 @@
 """MooncakeStore: the KV pool, run by Mooncake. The only importer of `mooncake`, and where its habits are dealt with (docs/kvstore.md).
 
 Connects at the first call, so a worker starts and serves before the pool exists. Mooncake's client comes back by itself after a restart of
-the master. Every value is written from and read into registered memory, without a copy.
+the master. Every value is written from and read into registered memory, without a copy; or read from the memory of a node on this machine,
+where that is mapped (`kv.neighbours`).
 """
 
 import base64
@@ -20,7 +21,9 @@ from typing import Any
 import httpx
 
 from baton.errors import ConfigError, StoreError
+from baton.kv.neighbours import Neighbours
 from baton.kv.store import Buffer
+from baton.kv.transfer import TransferStats
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,8 @@ TRANSFER_FAILED = -800  # the node that holds the value, or shall, does not answ
 NO_SPACE = -200  # said at once; eviction begins then
 MASTER_AWAY = frozenset({-900, -901})  # the master does not answer, or not in time
 _NOT_TRIED = -1
+LEASE_S = 5  # that a key which was looked up or read is not evicted for: longer than any call takes; the master is told
+_SILENT_S = 1.0  # a call that took longer and says nothing of any key was not answered
 _ROOM_S = 0.05  # that eviction takes
 _ETCD = "etcd://"
 _LEFT: list[Any] = []  # clients whose end would take too long
@@ -75,9 +80,12 @@ class MooncakeStore:
         devices: str = "",
         local_buffer: int = 16 * 2**20,
         segment: int = 0,
+        segment_path: str = "",
+        near: Neighbours | None = None,
     ) -> None:
         """`master` is host:port of mooncake_master, or etcd://host:port;host:port, where the leading one of `cluster` is found; `host` is
-        where other clients reach this process; `segment` bytes are lent to the pool. Raises ConfigError if Mooncake is not installed."""
+        where other clients reach this process; `segment` bytes are lent to the pool, of the file `segment_path`, if given. What
+        lies on this machine is read by way of `near`, if given. Raises ConfigError if Mooncake is not installed."""
         if master.startswith(_ETCD):
             os.environ["MC_STORE_CLUSTER_ID"] = cluster
         self._chatty = "MC_LOG_LEVEL" in os.environ
@@ -96,7 +104,10 @@ class MooncakeStore:
                 "or leave pool.master empty to run without a pool"
             ) from error
         self._make: Any = MooncakeDistributedStore
-        self._setup = (host, "P2PHANDSHAKE", segment, local_buffer, protocol, devices, master)
+        self._setup = (host, "P2PHANDSHAKE", 0 if segment_path else segment, local_buffer, protocol, devices, master)
+        self._segment = (segment_path, segment, 0, protocol) if segment_path else None
+        self._near = near
+        self.stats = TransferStats()
         self._master, self._cluster, self._protocol = master, cluster, protocol
         self._store: Any = None
         self._closed = False
@@ -119,6 +130,10 @@ class MooncakeStore:
                     raise StoreError(f"mooncake_master at {self._master} cannot be joined over {self._protocol} (code {code}){hint}")
                 for region in self._regions:
                     self._register(store, region)
+                if self._segment is not None and (code := store.mount_segment(*self._segment)["ret"]) != 0:
+                    raise StoreError(
+                        f"{self._segment[1]} bytes of shared memory cannot be lent (code {code}); pool.near='' lends Mooncake's own"
+                    )
             except StoreError:
                 store.close()
                 raise
@@ -133,11 +148,19 @@ class MooncakeStore:
                 self._register(self._store, region)
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
-        return [code == 1 for code in self._call("batch_is_exist", list(keys))]
+        return [code == 1 for code in self._call("batch_is_exist", [self._object(key) for key in keys])]
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
-        codes = self._transfer("batch_get_into", keys, buffers)
-        return [code == buffer.nbytes for code, buffer in zip(codes, buffers, strict=True)]
+        found = self._get_near(keys, buffers) if self._near is not None and self._near.any() else {}
+        rest = [i for i in range(len(keys)) if i not in found]
+        try:
+            codes = self._transfer("batch_get_into", [keys[i] for i in rest], [buffers[i] for i in rest])
+        except StoreError:
+            if not any(found.values()):
+                raise
+            codes = [TRANSFER_FAILED] * len(rest)
+        found |= {i: code == buffers[i].nbytes for i, code in zip(rest, codes, strict=True)}
+        return [found[i] for i in range(len(keys))]
 
     def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
         codes = self._transfer("batch_put_from", keys, buffers)
@@ -172,6 +195,42 @@ class MooncakeStore:
             elif self._store is not None:
                 self._store.close()
             self._store = None
+        if self._near is not None:
+            self._near.close()
+
+    def _get_near(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> dict[int, bool]:
+        """Of the blocks that were copied from a node's memory on this machine: whether it is they. To ask where a key lies leases it, so it
+        is not evicted meanwhile; afterwards the pool is asked again, for a new master and who removes by force know no lease."""
+        assert self._near is not None
+        self.connect()
+        names, asked = [self._object(key) for key in keys], time.monotonic()
+        replicas = self._store.batch_get_replica_desc(names)
+        if not replicas and time.monotonic() - asked > _SILENT_S:
+            raise StoreError("mooncake_master does not answer")
+        with self._near.held():
+            near: dict[int, Buffer] = {}
+            for i, (name, buffer) in enumerate(zip(names, buffers, strict=True)):
+                size = buffer.nbytes + self._trailer
+                if (place := self._near.find(_places(replicas.get(name, ()), size), size)) is not None:
+                    near[i] = place
+            self._near.memory.copy([buffers[i] for i in near], [Buffer(place.address, buffers[i].nbytes) for i, place in near.items()])
+            trailers = {i: ctypes.string_at(place.address + buffers[i].nbytes, self._trailer) for i, place in near.items()}
+        still = self._call("batch_is_exist", [names[i] for i in near]) if near else []
+        if time.monotonic() - asked > LEASE_S:
+            return {}
+        kept = [i for i, code in zip(near, still, strict=True) if code == 1]
+        self.stats.blocks_near += len(kept)
+        return {i: self._intact(keys[i], buffers[i], trailers[i]) for i in kept}
+
+    _trailer = 0  # bytes of an object behind the block
+
+    def _object(self, key: str) -> str:
+        """The name of a key's object."""
+        return key
+
+    def _intact(self, key: str, buffer: Buffer, trailer: bytes) -> bool:
+        """Whether a copy from a neighbour's memory is what was saved."""
+        return True
 
     def _transfer(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
         """A batch call's codes. After a wave in which a node did not answer nothing more is tried: it would wait for that node again."""
@@ -216,3 +275,13 @@ class MooncakeStore:
         are reported by who calls this adapter; set MC_LOG_LEVEL to see Mooncake's own lines."""
         with contextlib.suppress(ValueError):  # a build without that symbol stays loud
             ctypes.c_int32.in_dll(ctypes.CDLL(sys.modules[self._make.__module__].__file__), _GLOG_LEVEL).value = _GLOG_FATAL
+
+
+def _places(replicas: Sequence[Any], nbytes: int) -> list[tuple[str, int]]:
+    """Endpoint and address of those replicas, as Mooncake describes them, that are whole, in memory, and of that size."""
+    found: list[tuple[str, int]] = []
+    for replica in replicas:
+        if replica.is_memory_replica() and replica.status.name == "COMPLETE":
+            place = replica.get_memory_descriptor().buffer_descriptor
+            found += [(place.transport_endpoint, place.buffer_address)] if place.size == nbytes else []
+    return found

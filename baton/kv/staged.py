@@ -3,8 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from baton.kv.memory import Memory
-from baton.kv.store import Buffer, KVStore
+from baton.kv.store import Buffer, KVStore, Memory
 
 SLOTS = 16  # blocks that are staged together
 

@@ -58,6 +58,32 @@ class KVStore(Protocol):
     def close(self) -> None: ...
 
 
+class Memory(Protocol):
+    """Memory of the host beside that of a device (`kv.memory`). Copies return when they are done, and let Python's other threads run
+    meanwhile."""
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Host memory that lives as long as this object."""
+        ...
+
+    def adopt(self, region: Buffer, *, read_only: bool) -> None:
+        """Makes host memory that somebody else has mapped a source, and a target unless it is `read_only`, of fast copies. Raises
+        RuntimeError where the device can't."""
+        ...
+
+    def disown(self, region: Buffer) -> None:
+        """Undoes `adopt`, when no copy is under way."""
+        ...
+
+    def copy(self, targets: Sequence[Buffer], sources: Sequence[Buffer]) -> None:
+        """Each source to its target, of equal size; both lie in host memory from here or in the device's KV memory."""
+        ...
+
+    def is_host(self, buffer: Buffer) -> bool:
+        """Whether the CPU can read and write there."""
+        ...
+
+
 class MemoryStore:
     """An LRU of at most `capacity` bytes in this process. Thread-safe."""
 

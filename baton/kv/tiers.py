@@ -11,6 +11,7 @@ from baton.kv.files import FileStore
 from baton.kv.host import HostStore
 from baton.kv.memory import CpuMemory, memory_beside
 from baton.kv.mooncake import MooncakeStore
+from baton.kv.neighbours import Neighbours, meeting_place
 from baton.kv.staged import StagedStore
 from baton.kv.store import Buffer
 from baton.kv.transfer import KVTransfer
@@ -53,6 +54,7 @@ def connect_tiers(
         direct = files.shared or not host.bytes  # who waits for what is shared does not wait for the host first
         tiers.append(KVTransfer(served, "files", shared=files.shared, direct=direct, usage=store.usage))
     if pool.master:
+        near = meeting_place(pool.near)
         make = CheckedStore if pool.verify else MooncakeStore
         mooncake = make(
             pool.master,
@@ -61,9 +63,10 @@ def connect_tiers(
             protocol=pool.protocol,
             devices=pool.devices,
             local_buffer=pool.local_buffer,
+            near=Neighbours(near, beside) if near is not None else None,
         )
         mooncake.register(Buffer(memory.data_ptr(), memory.nbytes))
-        tiers.append(CheckedTransfer(mooncake) if isinstance(mooncake, CheckedStore) else KVTransfer(mooncake))
+        tiers.append(CheckedTransfer(mooncake) if isinstance(mooncake, CheckedStore) else KVTransfer(mooncake, stats=mooncake.stats))
     if host.bytes:
         behind = next((tier for tier in tiers if not tier.direct), None)
         tiers.append(HostTier(HostStore(host.bytes, block_bytes, beside), behind))

@@ -40,6 +40,7 @@ class TransferStats:
     bytes_saved: int = 0
     seconds_loading: float = 0.0
     seconds_saving: float = 0.0
+    blocks_near: int = 0  # of those loaded: copied from memory that a process of this machine shares (kv.neighbours)
     blocks_verified: int = 0  # with kv.verify
     blocks_corrupt: int = 0
     failures: int = 0
@@ -124,13 +125,21 @@ class KVTransfer:
     """`done` of each call is called exactly once: on an I/O thread, or at once, by the caller's, where the call is not made."""
 
     def __init__(
-        self, store: KVStore, name: str = "pool", *, shared: bool = True, direct: bool = True, usage: Callable[[], Usage] | None = None
+        self,
+        store: KVStore,
+        name: str = "pool",
+        *,
+        shared: bool = True,
+        direct: bool = True,
+        usage: Callable[[], Usage] | None = None,
+        stats: TransferStats | None = None,
     ) -> None:
-        """`shared`: other workers can read what is saved here. `direct`: is saved to from the device, rather than from another tier."""
+        """`shared`: other workers can read what is saved here. `direct`: is saved to from the device, rather than from another tier.
+        `stats`: where the store counts, too."""
         self.name, self.shared, self.direct = name, shared, direct
         self._store, self._usage = store, usage
         self._lookup_breaker, self._load_breaker, self._save_breaker = (_Breaker(f"{name}, {kind}") for kind in ("lookup", "load", "save"))
-        self.stats, self._rate = TransferStats(), Rate()
+        self.stats, self._rate = stats or TransferStats(), Rate()
         self._lookups, self._loads, self._saves = (_Lane(f"kv-{name}-{kind}") for kind in ("lookup", "load", "save"))
         self._lock = threading.Lock()
         self._closed = False

@@ -7,12 +7,13 @@ the news of what has arrived.
 
 import ctypes
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from baton.kv.mooncake import WAVE, MooncakeStore
 from baton.kv.store import Buffer, checksum
-from baton.kv.transfer import KVTransfer, TransferStats
+from baton.kv.transfer import KVTransfer
 
 logger = logging.getLogger(__name__)
 _TRAILER = 8  # bytes
@@ -24,7 +25,6 @@ class CheckedStore(MooncakeStore):
 
     def __init__(self, master: str, **settings: Any) -> None:
         super().__init__(master, **settings)
-        self.stats = TransferStats()
         self._sums: dict[int, tuple[str, int]] = {}  # by a block's address: what is to be saved from there
         self._trailers = {method: (ctypes.c_uint64 * WAVE)() for method in ("batch_get_into", "batch_put_from")}
         for trailers in self._trailers.values():
@@ -34,8 +34,13 @@ class CheckedStore(MooncakeStore):
         """Before `put`, when the blocks hold what was computed."""
         self._sums.update((buffer.address, (key, checksum(buffer))) for key, buffer in zip(keys, buffers, strict=True))
 
-    def contains(self, keys: Sequence[str]) -> list[bool]:
-        return super().contains([_named(key) for key in keys])
+    _trailer = _TRAILER
+
+    def _object(self, key: str) -> str:
+        return f"{key}+crc32"
+
+    def _intact(self, key: str, buffer: Buffer, trailer: bytes) -> bool:
+        return self._checked(key, buffer, int.from_bytes(trailer, sys.byteorder)) == buffer.nbytes
 
     def _move(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
         trailers = self._trailers[method]
@@ -46,7 +51,7 @@ class CheckedStore(MooncakeStore):
         start = ctypes.addressof(trailers)
         addresses = [[buffer.address, start + i * _TRAILER] for i, buffer in enumerate(buffers)]
         sizes = [[buffer.nbytes, _TRAILER] for buffer in buffers]
-        codes = self._call(method + "_multi_buffers", [_named(key) for key in keys], addresses, sizes)
+        codes = self._call(method + "_multi_buffers", [self._object(key) for key in keys], addresses, sizes)
         if method == "batch_put_from":
             return codes
         return [
@@ -65,14 +70,9 @@ class CheckedStore(MooncakeStore):
 
 class CheckedTransfer(KVTransfer):
     def __init__(self, store: CheckedStore) -> None:
-        super().__init__(store)
+        super().__init__(store, stats=store.stats)
         self._checked = store
-        store.stats = self.stats
 
     def save(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
         self._checked.take(keys, buffers)
         super().save(keys, buffers, done)
-
-
-def _named(key: str) -> str:
-    return f"{key}+crc32"

@@ -10,6 +10,7 @@ from baton.errors import ConfigError, StoreError
 from baton.hosting.process import run_service
 from baton.hosting.server import Host
 from baton.kv.mooncake import MooncakeStore
+from baton.kv.neighbours import Lender, SharedMemory, meeting_place
 from baton.metrics import KVStoreMetrics
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from baton.types import Member, PoolState, Role
@@ -26,6 +27,8 @@ async def serve(config: KVStoreConfig) -> None:
     is_master = config.mode == "master"
     pool, lent = config.pool, 0 if is_master else config.memory
     address, admins = _addresses(config)
+    place = meeting_place(pool.near) if lent else None
+    shared = SharedMemory(lent) if place is not None else None
     admin = MasterAdmin(*admins)
     store = MooncakeStore(
         address,
@@ -35,8 +38,9 @@ async def serve(config: KVStoreConfig) -> None:
         devices=pool.devices,
         local_buffer=pool.local_buffer,
         segment=lent,
+        segment_path=shared.path if shared is not None else "",
     )
-    memory = LentMemory(store, admin, lent)
+    memory = LentMemory(store, admin, lent, Lender(shared, place) if shared is not None and place is not None else None)
     name = member_id(config.server, Role.KVSTORE)
     metrics = KVStoreMetrics(name)
     host = Host(config.server, config.cluster, Member(id=name, role=Role.KVSTORE, address=""), metrics)
@@ -55,6 +59,7 @@ async def serve(config: KVStoreConfig) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        memory.close()
         if served:  # else it ends with its error, and the master forgets it
             await _leave(store, admin)
         await admin.close()

@@ -22,6 +22,7 @@ class Segment:
     """Memory that a node lends. `address` is where it lies in that node's process."""
 
     name: str
+    endpoint: str  # in the addresses of replicas
     status: str  # OK, DRAINING, DRAINED, …
     address: int
     capacity_bytes: int
@@ -113,6 +114,7 @@ class MasterAdmin:
 def _segment(entry: dict[str, Any]) -> Segment:
     return Segment(
         name=entry["segment_name"],
+        endpoint=entry["te_endpoint"],
         status=entry["status"],
         address=int(entry["base_address"], 16),
         capacity_bytes=int(entry["allocator_capacity_bytes"]),

@@ -12,11 +12,11 @@ from pathlib import Path
 from baton.config import KVStoreConfig, etcd_endpoints
 from baton.errors import ConfigError
 from baton.hosting.process import die_with_parent
+from baton.kv.mooncake import LEASE_S
 
 logger = logging.getLogger(__name__)
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
 _HOT_WINDOW_S = 10
-_KV_LEASE_S = 5  # that a key which was looked up or read is not evicted for: longer than any call takes; 10 by default
 
 
 class MasterSupervisor:
@@ -35,7 +35,7 @@ class MasterSupervisor:
             f"--metrics_port={config.master_metrics_port}",
             f"--client_ttl={config.client_ttl_s}",
             "--enable_http_metadata_server=false",
-            f"--default_kv_lease_ttl={_KV_LEASE_S}s",
+            f"--default_kv_lease_ttl={LEASE_S}s",
             "--logtostderr=true",
             "--minloglevel=1",
         )

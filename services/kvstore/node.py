@@ -1,6 +1,6 @@
 """LentMemory: this process's part of the pool.
 
-    join (again and again until there is a master) ─▶ touch every page ─▶ … ─▶ drain: its blocks move to the other nodes
+    join (again and again until there is a master) ─▶ touch every page ─▶ share with workers here ─▶ … ─▶ drain: its blocks move away
 
 Remounting after a restart of the master is Mooncake's own business. In a process that lends nothing there is nothing to touch or drain.
 """
@@ -12,7 +12,8 @@ import os
 
 from baton.errors import StoreError
 from baton.kv.mooncake import MooncakeStore
-from services.kvstore.admin import MasterAdmin
+from baton.kv.neighbours import Lender
+from services.kvstore.admin import MasterAdmin, Segment
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
@@ -22,8 +23,8 @@ _MADV_POPULATE_WRITE = 23
 
 
 class LentMemory:
-    def __init__(self, store: MooncakeStore, admin: MasterAdmin, nbytes: int) -> None:
-        self._store, self._admin, self._nbytes = store, admin, nbytes
+    def __init__(self, store: MooncakeStore, admin: MasterAdmin, nbytes: int, lender: Lender | None = None) -> None:
+        self._store, self._admin, self._nbytes, self._lender = store, admin, nbytes, lender
         self._joined = False
 
     async def join(self) -> None:
@@ -32,7 +33,10 @@ class LentMemory:
             try:
                 await asyncio.to_thread(self._store.connect)
                 if self._nbytes:
-                    await self._touch()
+                    segments = await self._segments()
+                    for segment in segments:
+                        await asyncio.to_thread(_populate, segment.address, segment.capacity_bytes)
+                    self._share(segments[0].endpoint)
                 self._joined = True
                 logger.info("joined the pool, lending %d bytes", self._nbytes)
             except Exception as error:
@@ -54,18 +58,30 @@ class LentMemory:
             return
         logger.info("blocks of %s %s", name, "moved to the other nodes" if moved else "are lost to the pool")
 
-    async def _touch(self) -> None:
-        """Has the kernel back every page now: the first write to a fresh page is many times slower than the next."""
+    def close(self) -> None:
+        if self._lender is not None:
+            self._lender.close()
+
+    def _share(self, endpoint: str) -> None:
+        if self._lender is None:
+            return
+        try:
+            self._lender.open(endpoint)
+        except OSError as error:
+            logger.warning("workers on this machine read by the network: %s (pool.near)", error)
+
+    async def _segments(self) -> list[Segment]:
+        """What this process lends."""
         name = await asyncio.to_thread(lambda: self._store.segment_name)
         mine = [segment for segment in await self._admin.segments() if segment.name == name]
         if not mine:
             raise StoreError(f"the master does not know {name} yet")
-        for segment in mine:
-            await asyncio.to_thread(_populate, segment.address, segment.capacity_bytes)
+        return mine
 
 
 def _populate(address: int, nbytes: int) -> None:
-    """Contents stay as they are (Linux 5.14; elsewhere nothing happens). Memory that is not mapped is refused by the kernel."""
+    """Has the kernel back every page now: the first write to a fresh page is many times slower than the next. Contents stay as they
+    are (Linux 5.14; elsewhere nothing happens). Memory that is not mapped is refused by the kernel."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for offset in range(0, nbytes, _TOUCH_BYTES):

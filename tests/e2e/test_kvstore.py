@@ -47,13 +47,13 @@ class Pool:
     def __init__(self, folder: Path) -> None:
         self.ports = {name: free_port() for name in ("master", "metrics", "master-grpc", "master-own", "node0-grpc", "node1-grpc")}
         self.master = f"127.0.0.1:{self.ports['master']}"
-        self._folder = folder
+        self._folder, self.near = folder, folder / "near"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, mode: str, memory: str = "32MiB") -> None:
         settings = [f"mode={mode}", f"server.id={name}", f"server.grpc_port={self.ports[name + '-grpc']}", "client_ttl_s=3"]
         settings += [f"master_port={self.ports['master']}", f"master_metrics_port={self.ports['metrics']}"]
-        settings += [f"pool.master={self.master}", f"memory={memory}"]
+        settings += [f"pool.master={self.master}", f"memory={memory}", f"pool.near={self.near}"]
         settings += [f"server.metrics_port={self.ports['master-own']}"] if mode == "master" else []
         with (self._folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen([sys.executable, "-m", "services.kvstore", *settings], stdout=log, stderr=log)

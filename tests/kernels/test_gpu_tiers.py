@@ -1,6 +1,8 @@
 """Tiers of KV that lies on a GPU: copies by way of pinned memory, and an engine that finds its blocks again in host memory and in files."""
 
 import asyncio
+import mmap
+import os
 import threading
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from baton.config import EngineConfig, FilesConfig, HostConfig, PoolConfig
 from baton.kv.files import FileStore
 from baton.kv.host import HostStore
 from baton.kv.memory import CudaMemory
+from baton.kv.neighbours import SharedMemory, map_shared, unmap_shared
 from baton.kv.staged import SLOTS, StagedStore
 from baton.kv.store import Buffer
 from baton.kv.tiers import connect_tiers
@@ -109,3 +112,28 @@ async def test_an_engine_finds_its_blocks_again(tier: str, tmp_path: Path, monke
         assert await engine.check_integrity() == []
     finally:
         await engine.stop()
+
+
+@pytest.mark.parametrize("protection", [mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE])
+def test_memory_of_another_process_is_adopted(protection: int) -> None:
+    """As `kv.neighbours` does. A driver may refuse read-only memory: then with an error, after which the other way works."""
+    device, nbytes = Device(), COUNT * BLOCK
+    shared = SharedMemory(nbytes)
+    wanted = torch.randint(0, 255, (COUNT, BLOCK), dtype=torch.uint8)
+    with mmap.mmap(shared.file, nbytes) as own:
+        own[:] = wanted.numpy().tobytes()
+    region = map_shared(shared.file, nbytes, protection)
+    try:
+        device.memory.adopt(region, read_only=protection == mmap.PROT_READ)
+    except RuntimeError:
+        if protection != mmap.PROT_READ:
+            raise
+        unmap_shared(region)
+        region = map_shared(shared.file, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        device.memory.adopt(region, read_only=False)
+    sources = [Buffer(region.address + i * BLOCK, BLOCK) for i in range(COUNT)]
+    device.memory.copy(device.buffers, sources)
+    assert torch.equal(device.blocks.cpu(), wanted)
+    device.memory.disown(region)
+    unmap_shared(region)
+    os.close(shared.file)
