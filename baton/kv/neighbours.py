@@ -123,6 +123,9 @@ class Lender:
             header = json.dumps({"bytes": self._memory.nbytes, "pieces": self._memory.pieces()}).encode()
             peer.setblocking(False)
             socket.send_fds(peer, [header], [self._memory.file])
+        except BrokenPipeError:  # it only wanted to know whether somebody is here (`_sweep`)
+            peer.close()
+            return
         except OSError as error:
             logger.warning("a worker does not get this node's memory: %s", error)
             peer.close()
