@@ -140,6 +140,8 @@ class MooncakeStore:
             self._store = store
             if not self._chatty:
                 self._silence()
+            if self._near is not None:
+                self._near.meet()  # before the first read, by which the pool's speed is judged
 
     def register(self, region: Buffer) -> None:
         with self._lock:
@@ -148,10 +150,12 @@ class MooncakeStore:
                 self._register(self._store, region)
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
+        if self._near is not None:
+            self._near.meet()
         return [code == 1 for code in self._call("batch_is_exist", [self._object(key) for key in keys])]
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
-        found = self._get_near(keys, buffers) if self._near is not None and self._near.any() else {}
+        found = self._get_near(keys, buffers) if self._near is not None and self._near.meet() else {}
         rest = [i for i in range(len(keys)) if i not in found]
         try:
             codes = self._transfer("batch_get_into", [keys[i] for i in rest], [buffers[i] for i in rest])

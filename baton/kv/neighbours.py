@@ -164,8 +164,8 @@ class _Window:
 
 
 class Neighbours:
-    """The nodes of this machine that have been met. A node is met when `find` is first asked for it, on a thread that stays with it until
-    it ends: until it is mapped, which may take seconds, and where it can't be, its blocks are not found here."""
+    """The nodes of this machine that have been met. Each has a thread that stays with it until it ends: until it is mapped, which may take
+    seconds, and where it can't be, its blocks are not found here."""
 
     def __init__(self, directory: Path, memory: Memory) -> None:
         self.memory = memory
@@ -176,13 +176,18 @@ class Neighbours:
         self._failed: dict[str, float] = {}  # when that was
         self._closed = False
 
-    def any(self) -> bool:
-        """Whether there may be one."""
+    def meet(self) -> bool:
+        """Begins with those that are new. Whether there is any."""
         try:
-            with os.scandir(self._directory) as names:
-                return next(names, None) is not None
+            names = [name for name in os.listdir(self._directory) if not name.startswith(".")]
         except OSError:
             return False
+        if names:
+            with self._lock:
+                for name in names:
+                    if name not in self._windows:
+                        self._meet(name)
+        return bool(names)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -194,9 +199,7 @@ class Neighbours:
         """A block by its replicas, each an endpoint and an address there. Call it while `held`."""
         for endpoint, address in replicas:
             window = self._windows.get(endpoint)
-            if window is None:
-                self._meet(endpoint)
-            elif (found := window.find(address, nbytes)) is not None and window.alive():
+            if window is not None and (found := window.find(address, nbytes)) is not None and window.alive():
                 return found
         return None
 
@@ -212,7 +215,7 @@ class Neighbours:
 
     def _meet(self, endpoint: str) -> None:
         path = self._directory / endpoint
-        if self._closed or endpoint in self._threads or "/" in endpoint or not path.exists():
+        if self._closed or endpoint in self._threads:
             return
         if endpoint not in self._failed or time.monotonic() - self._failed[endpoint] > _AGAIN_S:
             self._threads[endpoint] = threading.Thread(target=self._attend, args=(endpoint, path), name=f"kv-near-{endpoint}", daemon=True)

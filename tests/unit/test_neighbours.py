@@ -29,6 +29,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def find(near: Neighbours, name: str, address: int, nbytes: int = 8) -> Buffer | None:
+    near.meet()
     with near.held():
         return near.find([("elsewhere:1", 0), (name, address)], nbytes)
 
@@ -45,10 +46,10 @@ def test_a_worker_sees_the_memory_until_the_node_ends(tmp_path: Path) -> None:
             assert (length, offset) == (BYTES, 0)
             own[100:108] = b"a block!"
             lender, near = Lender(memory, tmp_path / "a" / "b"), Neighbours(tmp_path / "a" / "b", CpuMemory())
-            assert not near.any()
+            assert not near.meet()
             assert find(near, "here:1", start) is None
             lender.open("here:1")
-            assert near.any()
+            assert near.meet()
             await until(lambda: find(near, "here:1", start + 100) is not None)
             found = find(near, "here:1", start + 100)
             assert found is not None
@@ -60,7 +61,7 @@ def test_a_worker_sees_the_memory_until_the_node_ends(tmp_path: Path) -> None:
             assert find(near, "here:1", start + 100) is None  # at once
             await until(lambda: mapped() == 1)
             await until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("kv-near")])
-            assert not near.any()
+            assert not near.meet()
             lender.open("here:1")
             await until(lambda: find(near, "here:1", start) is not None)
             near.close()
