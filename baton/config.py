@@ -56,14 +56,15 @@ class EngineConfig(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the model's config.json says
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, of which config.json alone is needed
     block_size: int | None = Field(default=None, ge=1)  # tokens per KV block; None: CPU 16, CUDA 64
-    kv_memory: Size | None = None  # bytes of KV cache on this worker; None: 256 MiB on CPU, on CUDA what gpu_memory_utilization leaves
+    kv_memory: Size | None = None  # bytes of KV cache, of all ranks; None: 256 MiB on CPU, on CUDA what gpu_memory_utilization leaves
     num_blocks: int | None = Field(default=None, ge=2)  # instead of kv_memory
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)  # share of the GPU's memory for weights, activations and KV cache
     max_model_len: int | None = Field(default=None, ge=1)  # tokens; None: what the model's config.json says
     max_num_batched_tokens: int | None = Field(default=None, ge=1)  # of a step; longer prompts go in chunks; None: CPU 512, CUDA 8192
     max_num_seqs: int | None = Field(default=None, ge=1)  # None: CPU 64, CUDA 256
     prefix_caching: bool = True
-    num_threads: int | None = Field(default=None, ge=1)  # of torch on CPU
+    num_threads: int | None = Field(default=None, ge=1)  # of torch on CPU, for each rank
+    tensor_parallel_size: int = Field(default=1, ge=1)  # ranks that share the model: a process and, on CUDA, a GPU each
     step_timeout_s: float = Field(default=300.0, ge=5)  # an engine that is silent for longer is stuck: the process ends, its requests move
 
 

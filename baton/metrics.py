@@ -168,7 +168,7 @@ class WorkerMetrics(Metrics):
         worker: str,
         read_load: Callable[[], Load],
         read_transfer: Callable[[], dict[str, float]],
-        pushed: Mapping[str, float] | None = None,
+        pushed: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         """`pushed`: bytes, seconds and failures of direct pushes, which grow."""
         super().__init__(model, worker)
@@ -177,8 +177,8 @@ class WorkerMetrics(Metrics):
         self.gauge("kv_cache_usage_perc", "Share of KV blocks in use (1 is full)", lambda: _usage(read_load()))
         self.gauge("kv_blocks_cached", "KV blocks that the prefix cache can find", lambda: read_load().blocks_cached)
         self.totals(read_transfer)
-        if pushed:
-            self.totals(lambda: pushed)
+        if pushed is not None:
+            self.totals(pushed)
         self.prompt_tokens = self.labelled(self.counter("prompt_tokens", "Prompt tokens taken"))
         self.generation_tokens = self.labelled(self.counter("generation_tokens", "Tokens generated"))
         self.prefix_cache_queries = self.labelled(self.counter("prefix_cache_queries", "Prompt tokens looked up in caches"))

@@ -80,15 +80,26 @@ class GenerateRequest:
     salt: str = ""  # separates prefix caches: tenant, adapter, images
 
 
+@dataclass(frozen=True, slots=True)
+class PushShard:
+    """One rank's share of reserved memory: what it keeps of the i-th block belongs at addresses[i] of its process."""
+
+    machine: str  # that it runs on
+    sessions: tuple[tuple[str, str], ...]  # protocol, and where it receives over that
+    addresses: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushTarget:
-    """Memory that a decode worker has reserved for a prompt's KV: block first_block + i belongs at addresses[i] of its process."""
+    """Memory that a decode worker has reserved for a prompt's KV, from block first_block on."""
 
     lease: str  # names the reservation
-    machine: str  # that the decode worker runs on
-    sessions: tuple[tuple[str, str], ...]  # protocol, and where it receives over that
     first_block: int
-    addresses: tuple[int, ...]
+    shards: tuple[PushShard, ...]  # by rank: each keeps an equal part of the heads, in their order
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.shards[0].addresses) if self.shards else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +158,7 @@ class Member:
     num_blocks: int = 0
     max_model_len: int = 0
     max_num_batched_tokens: int = 0  # of a step
+    tensor_parallel_size: int = 0  # ranks that share the model; 0 where it is not said
     metrics_address: str = ""  # host:port of its Prometheus endpoint
 
 

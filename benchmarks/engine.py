@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from baton.config import EngineConfig
-from baton.runtime.build import build_engine, load
+from baton.runtime.build import build_engine
+from baton.runtime.loaded import load
 from baton.runtime.engine import Engine
 from baton.types import GenerateRequest, SamplingParams
 

@@ -24,7 +24,8 @@ import psutil
 from baton.cli.bench import Load, _drive
 from baton.cli.cluster import Cluster, Plan
 from baton.config import EngineConfig
-from baton.runtime.build import build_engine, load
+from baton.runtime.build import build_engine
+from baton.runtime.loaded import load
 from baton.types import GenerateRequest, SamplingParams
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo-model"

@@ -26,8 +26,9 @@ import torch
 from baton.config import EngineConfig, FilesConfig, HostConfig, PoolConfig
 from baton.kv.tiers import connect_tiers
 from baton.kv.transfer import KVTransfer
-from baton.runtime.build import LoadedModel, build_engine, load
+from baton.runtime.build import build_engine
 from baton.runtime.engine import Engine
+from baton.runtime.loaded import LoadedModel, load
 from baton.types import GenerateRequest, SamplingParams
 from benchmarks.engine import MODELS, write_config
 

@@ -154,7 +154,7 @@ def stop(cluster: RunningCluster) -> None:
         try:
             cluster.process.wait(40)
         finally:
-            _, alive = psutil.wait_procs(everybody, timeout=2)
+            _, alive = psutil.wait_procs(everybody, timeout=5)  # orphans stay zombies until init looks
             for orphan in alive:
                 orphan.kill()
             if cluster.process.poll() is None:

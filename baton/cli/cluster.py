@@ -28,8 +28,9 @@ from typing import Any
 import httpx
 import yaml
 
+from baton.cluster.machine import die_with_parent
 from baton.errors import BatonError, ConfigError
-from baton.hosting.process import EXIT_CONFIG, die_with_parent
+from baton.hosting.process import EXIT_CONFIG
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 180.0

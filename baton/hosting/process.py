@@ -1,20 +1,18 @@
 """What every process of a cluster does around its work: arguments, logging, signals, a parent to die with."""
 
 import argparse
-import ctypes
 import logging
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from baton.cluster.machine import die_with_parent
 from baton.config import Strict, load_config
 from baton.errors import BatonError
 
 C = TypeVar("C", bound=Strict)
 EXIT_CONFIG = 2  # the configuration is wrong: starting again would change nothing
-_PR_SET_PDEATHSIG = 1
 
 
 def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable[None]]) -> None:
@@ -44,11 +42,3 @@ def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable
 
 async def _serve(serve: Callable[[C], Awaitable[None]], config: C) -> None:
     await serve(config)
-
-
-def die_with_parent(parent: int) -> None:
-    """The kernel kills this process when `parent`, which started it, dies; so no orphan stays. Linux; elsewhere nothing happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)

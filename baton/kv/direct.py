@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from baton.cluster.machine import this_machine
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.push import Choice, Copy, Offer, PushResult, PushStatus, choose
-from baton.types import PushTarget
+from baton.types import PushShard
 
 logger = logging.getLogger(__name__)
 LEFT_ALONE_S = 30.0  # a path that has failed, where there is another
@@ -65,12 +65,12 @@ class DirectSender:
         self._lock = threading.Lock()  # of what is above and below: each session has a thread
         self.values = {"push_bytes": 0.0, "push_seconds": 0.0, "push_failures": 0.0, "push_fallbacks": 0.0}
 
-    def path(self, target: PushTarget) -> Choice:
+    def path(self, target: PushShard) -> Choice:
         """The protocol for this target, and why."""
         choice, _ = self._path(target)
         return choice
 
-    def _path(self, target: PushTarget) -> tuple[Choice, bool]:
+    def _path(self, target: PushShard) -> tuple[Choice, bool]:
         """And whether it stands in for one that has failed."""
         peer, now = Offer(target.machine, tuple(protocol for protocol, _ in target.sessions)), time.monotonic()
         with self._lock:
@@ -87,7 +87,7 @@ class DirectSender:
             logger.info("push to %s: %s (%s)", target.machine, choice.protocol or "not possible", choice.reason)
         return choice, choice.protocol != best.protocol
 
-    def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
+    def push(self, target: PushShard, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
         choice, stands_in = self._path(target)
         session = dict(target.sessions).get(choice.protocol, "")
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from baton.types import PushShard
+
 ONE_MACHINE = "nvlink_intra"
 BEST_FIRST = (ONE_MACHINE, "rdma", "tcp")
 
@@ -83,6 +85,19 @@ def merge(copies: Iterable[Copy], most: int | None = None) -> list[Copy]:
     if most is None:
         return runs
     return [Copy(s + at, t + at, min(most, nbytes - at)) for s, t, nbytes in runs for at in range(0, nbytes, most)]
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """How others write into one rank's blocks: block i lies at base + i · block_bytes of its process."""
+
+    machine: str
+    sessions: tuple[tuple[str, str], ...]  # of the present generation: protocol and session
+    base: int
+    block_bytes: int
+
+    def shard(self, block_ids: Sequence[int]) -> PushShard:
+        return PushShard(self.machine, self.sessions, tuple(self.base + block_id * self.block_bytes for block_id in block_ids))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@ q, k, v and gate, up merged so that each is one product.
 
     tokens ─▶ embed ─▶ [ + attention(norm) ─▶ + mlp(norm) ] × num_layers ─▶ norm ─▶ lm_head ─▶ logits
 
-The residual stream is one tensor, into which products are added in place.
+The residual stream is one tensor, into which products are added in place. The ranks of a group have it whole, and share heads, the width
+of the MLP, and the vocabulary.
 
 Knows of no quantization, adapters, sampling or scheduling.
 """
@@ -17,18 +18,20 @@ from torch import nn
 from baton.forward import ForwardBatch
 from baton.kernels.table import Kernels, Operation
 from baton.layers import rotary
-from baton.layers.linear import Embedding, Linear
+from baton.layers.linear import Embedding, Linear, PartialLinear
 from baton.layers.norm import RMSNorm
 from baton.models.config import ModelConfig
+from baton.parallel.group import ALONE, Group
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, group: Group) -> None:
         super().__init__()
         self.layer, self.window = layer, config.sliding_windows[layer]
-        self.heads, self.dim, self.eps = config.num_heads, config.head_dim, config.norm_eps
-        self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * config.num_kv_heads) * self.dim, bias=config.attention_bias)
-        self.o_proj = Linear(self.heads * self.dim, config.hidden_size, bias=config.output_bias)
+        self.heads, self.dim, self.eps = config.num_heads // group.size, config.head_dim, config.norm_eps
+        kv_heads = config.num_kv_heads // group.size
+        self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * kv_heads) * self.dim, bias=config.attention_bias)
+        self.o_proj = PartialLinear(self.heads * self.dim, config.hidden_size, bias=config.output_bias, group=group)
         self.q_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.dim, config.norm_eps) if config.qk_norm else None
 
@@ -51,10 +54,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, group: Group) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, gated=True)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        width = config.intermediate_size // group.size
+        self.gate_up_proj = Linear(config.hidden_size, 2 * width, bias=config.mlp_bias, gated=True)
+        self.down_proj = PartialLinear(width, config.hidden_size, bias=config.mlp_bias, group=group)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> None:
         """Of x [T, H], into residual [T, H]."""
@@ -62,28 +66,29 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, group: Group) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, group)
 
 
 class Stack(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, group: Group) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.embed_tokens = Embedding(vocabulary_share(config, group), config.hidden_size, group)
+        self.layers = nn.ModuleList(Layer(config, i, group) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, group: Group = ALONE) -> None:
+        """`group`: whose ranks share the model; this one builds its part."""
         super().__init__()
-        self.config = config
-        self.model = Stack(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.config, self.group = config, group
+        self.model = Stack(config, group)
+        self.lm_head = Linear(config.hidden_size, vocabulary_share(config, group), bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -137,12 +142,14 @@ class Decoder(nn.Module):
         if batch.logits_owners is not None:
             q, residual, batch = q[batch.logits_rows], residual[batch.logits_rows], batch.wanted()
             if not len(q):
+                self.group.meet()  # rank 0 tells that the KV is written once this has ended
                 return residual.new_empty(0, self.config.vocab_size)
         layer = self.config.num_layers - 1
         self.after(layer, self.attend(layer, q, batch), residual)
         if batch.logits_rows is not None:
             residual = residual[batch.logits_rows]
-        return self.lm_head(self._norm(self.model.norm, residual))
+        logits = self.group.all_gather(self.lm_head(self._norm(self.model.norm, residual)))
+        return logits if logits.shape[1] == self.config.vocab_size else logits[:, : self.config.vocab_size].contiguous()
 
     def _in_one_call(self, make: Operation) -> Operation:
         layers = [
@@ -164,3 +171,8 @@ class Decoder(nn.Module):
 
     def _norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
         return self._kernels.rms_norm(x, norm.weight, norm.eps)
+
+
+def vocabulary_share(config: ModelConfig, group: Group) -> int:
+    """Rows that each rank has of the embedding and of the head; the last ones of the last rank may be nobody's."""
+    return -(-config.vocab_size // group.size)

@@ -25,6 +25,7 @@ from baton.types import (
     MemberState,
     OutputToken,
     Pace,
+    PushShard,
     PushTarget,
     Role,
     SamplingParams,
@@ -156,20 +157,30 @@ def output_from_proto(message: common.SequenceOutput) -> GenerateOutput:
 def target_to_proto(target: PushTarget) -> prefill.PushTarget:
     return prefill.PushTarget(
         lease=target.lease,
-        machine=target.machine,
-        sessions=[prefill.PushSession(protocol=protocol, session=session) for protocol, session in target.sessions],
         first_block=target.first_block,
-        addresses=target.addresses,
+        shards=[
+            prefill.PushShard(
+                machine=shard.machine,
+                sessions=[prefill.PushSession(protocol=protocol, session=session) for protocol, session in shard.sessions],
+                addresses=shard.addresses,
+            )
+            for shard in target.shards
+        ],
     )
 
 
 def target_from_proto(message: prefill.PushTarget) -> PushTarget:
     return PushTarget(
         lease=message.lease,
-        machine=message.machine,
-        sessions=tuple((session.protocol, session.session) for session in message.sessions),
         first_block=message.first_block,
-        addresses=tuple(message.addresses),
+        shards=tuple(
+            PushShard(
+                shard.machine,
+                tuple((session.protocol, session.session) for session in shard.sessions),
+                tuple(shard.addresses),
+            )
+            for shard in message.shards
+        ),
     )
 
 

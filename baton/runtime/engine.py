@@ -29,7 +29,7 @@ from baton.runtime.flights import Flights, Runner
 from baton.runtime.leases import EngineLeases, asked
 from baton.runtime.loading import Loader, Tier
 from baton.runtime.pace import PaceLearner, Stopwatch
-from baton.runtime.pushing import Pusher, Receiver, Reservations, Sender
+from baton.runtime.pushing import Checksums, Pusher, Receiver, Reservations, Sender
 from baton.runtime.sequence import Delivery, EngineSequence
 from baton.runtime.state import StatePublisher
 from baton.runtime.validation import Limits, validate
@@ -68,11 +68,13 @@ class Engine:
         cores: int = 0,
         sender: Sender | None = None,
         receiver: Receiver | None = None,
-        verify_pushes: bool = False,
+        checksums: Checksums | None = None,
     ) -> None:
         """`tiers` hold KV behind the device, fastest first; `key` names a block hash there, `buffer` gives a block's memory, `budget_s`
-        bounds each call. `cores`: see `pace.Stopwatch`. `sender` and `receiver` move blocks between workers past the tiers."""
+        bounds each call. `cores`: see `pace.Stopwatch`. `sender` and `receiver` move blocks between workers past the tiers, with
+        `checksums` if given."""
         self.on_crash: Callable[[], None] = lambda: None
+        self.on_stopped: Callable[[], None] = lambda: None  # when all else has ended
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
         self._flights, self._pace, self._watch = Flights(), PaceLearner(), Stopwatch(cores)
@@ -92,10 +94,8 @@ class Engine:
             on_ready=self._ready,
             on_saved=self._saved,
         )
-        self.pusher = Pusher(cache.pool, sender, block_size=cache.block_size, buffer=buffer, post=self._post, verify=verify_pushes)
-        self.reservations = Reservations(
-            cache, receiver, buffer=buffer, after_steps=self._flights.after, patience_s=budget_s, verify=verify_pushes
-        )
+        self.pusher = Pusher(cache.pool, sender, block_size=cache.block_size, post=self._post, checksums=checksums)
+        self.reservations = Reservations(cache, receiver, after_steps=self._flights.after, patience_s=budget_s, checksums=checksums)
         self.leases = EngineLeases(self.pusher, self.reservations, receiver, post=self._post, stopping=lambda: self._stopping)
         self._sender, self._receiver = sender, receiver
         self._tiers, self._eos_token_ids = tiers, eos_token_ids
@@ -173,6 +173,7 @@ class Engine:
             if part is not None:
                 await asyncio.to_thread(part.close)
         self.pusher.stop()  # the thread has ended: nobody else touches it
+        await asyncio.to_thread(self.on_stopped)
 
     def forget(self, request_id: str) -> None:
         self._live.pop(request_id, None)

@@ -3,11 +3,13 @@
     sizes 1, 2, 4, 8, 16, 24, 32, 64, 128, … max_num_seqs, largest first, all in one memory pool; a step runs in the smallest that holds
     it, padded with rows that write nowhere and see nothing
 
-A graph also takes pending tokens from the draw before it, and draws greedily; who draws otherwise starts from its logits.
+A graph also takes pending tokens from the draw before it, and draws greedily; who draws otherwise starts from its logits. Of several ranks
+each captures its own, with what they compute together.
 """
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +28,7 @@ _WORDS = 7  # int32 words of input for each request: token id, position and slot
 class Graphs(Protocol):
     def fit(self, plan: StepPlan) -> bool: ...
 
-    def run(self, arrays: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def run(self, arrays: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class NoGraphs:
@@ -35,7 +37,7 @@ class NoGraphs:
     def fit(self, plan: StepPlan) -> bool:
         return False
 
-    def run(self, arrays: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, arrays: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("nothing fits")
 
 
@@ -70,7 +72,7 @@ class DecodeGraphs:
     def fit(self, plan: StepPlan) -> bool:
         return plan.num_tokens == len(plan.scheduled) <= self._sizes[-1] and all(item.samples for item in plan.scheduled)
 
-    def run(self, arrays: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, arrays: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [S, vocab_size] and greedy ids [S], both overwritten by the next run."""
         count, device = len(arrays["token_ids"]), self._kv.device
         size = next(size for size in self._sizes if size >= count)
@@ -105,6 +107,7 @@ class DecodeGraphs:
         )
 
     def _compute(self, size: int, batch: ForwardBatch) -> torch.Tensor:
+        self._model.group.broadcast(self._drawn)  # rank 0 may have drawn otherwise
         self._kernels.resolve(batch.token_ids, self._drawn)
         logits = self._model(batch)
         self._drawn[:size].copy_(self._kernels.argmax(logits))

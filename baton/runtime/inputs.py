@@ -1,4 +1,4 @@
-"""StepPlan → ForwardBatch: the tensors of one step."""
+"""StepPlan → arrays → ForwardBatch: the tensors of one step. The arrays are all that a rank needs to compute its part."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -78,22 +78,29 @@ class InputBuilder:
             "block_tables": tables,
         }
 
-    def batch(self, plan: StepPlan, arrays: dict[str, np.ndarray]) -> ForwardBatch:
-        """Rows wanted: each sampling request's last; all of the prompt where prompt logprobs are asked for. In the plan's order."""
-        device = self._kv.device
+    def wanted(self, plan: StepPlan, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`logits_rows` and `logits_owners`, where they are not None. Rows wanted: each sampling request's last; all of the prompt where
+        prompt logprobs are asked for. In the plan's order."""
         rows, owners = list[int](), list[int]()
         for index, (start, item) in enumerate(zip(arrays["query_start"].tolist(), plan.scheduled, strict=False)):
             wanted = wanted_positions(item)
             rows += [start + position - item.start for position in wanted]
             owners += [index] * len(wanted)
         all_wanted, one_each = len(rows) == len(arrays["token_ids"]), len(set(owners)) == len(owners)
+        if all_wanted:
+            return {}
+        found = {"logits_rows": np.array(rows, np.int64)}
+        return {**found, "logits_owners": np.array(owners, np.int64)} if one_each else found
+
+    def batch(self, arrays: Mapping[str, np.ndarray]) -> ForwardBatch:
+        """Of what `arrays` and `wanted` have given."""
+        counts, ends = np.diff(arrays["query_start"]).tolist(), arrays["context_lens"].tolist()
+        tensors = {name: to_device(array, self._kv.device) for name, array in arrays.items()}
         return ForwardBatch(
-            **{name: to_device(array, device) for name, array in arrays.items()},
-            logits_rows=None if all_wanted else to_device(np.array(rows, np.int64), device),
-            logits_owners=to_device(np.array(owners, np.int64), device) if one_each and not all_wanted else None,
-            max_query_len=max(item.num_new_tokens for item in plan.scheduled),
-            max_context_len=int(arrays["context_lens"].max()),
-            lengths=tuple((item.num_new_tokens, item.end) for item in plan.scheduled),
+            **{"logits_rows": None, "logits_owners": None, **tensors},
+            max_query_len=max(counts),
+            max_context_len=max(ends),
+            lengths=tuple(zip(counts, ends, strict=True)),
             kv=self._kv,
         )
 

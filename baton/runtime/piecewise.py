@@ -31,7 +31,7 @@ class PiecewiseGraphs:
         most = self._sizes[-1]
         self._inputs = torch.zeros(3, most, dtype=torch.int64, device=kv.device)  # token ids, positions, slots
         self._inputs[2] = -1
-        self._q = torch.zeros(most, config.num_heads, config.head_dim, dtype=kv.dtype, device=kv.device)
+        self._q = torch.zeros(most, config.num_heads // model.group.size, config.head_dim, dtype=kv.dtype, device=kv.device)
         self._attended = torch.zeros_like(self._q)
         self._kv = kv
         self._graphs: dict[int, tuple[list[torch.cuda.CUDAGraph], torch.Tensor]] = {}  # pieces, and the residual stream that they share

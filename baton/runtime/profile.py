@@ -12,10 +12,10 @@ _RESERVE_BYTES = 1 * 2**30  # graphs, workspaces, fragmentation
 
 
 def measure_kv_memory(model: Decoder, layout: KVLayout, device: torch.device, *, num_tokens: int, share: float) -> int:
-    """Bytes. On CUDA: `share` of the GPU's memory, less what is in use by whomever, less what a step of `num_tokens` tokens needs on top,
-    which is measured by computing one."""
+    """Bytes for this rank. On CUDA: `share` of the GPU's memory, less what is in use by whomever, less what a step of `num_tokens` tokens
+    needs on top, which is measured by computing one."""
     if device.type != "cuda":
-        return _CPU_BYTES
+        return _CPU_BYTES // model.group.size
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     before = torch.cuda.memory_allocated(device)

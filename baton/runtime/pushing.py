@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.kv.push import Copy, PushResult, PushStatus
-from baton.kv.store import Buffer, checksum
+from baton.kv.push import Door, PushResult, PushStatus
 from baton.runtime.feed import Feed
 from baton.scheduling.blocks import BlockPool
 from baton.scheduling.cache import KVCache
@@ -28,19 +27,32 @@ logger = logging.getLogger(__name__)
 MAX_RESERVED_FRACTION = 0.5  # of all blocks, unless it is one request's
 _KEPT = 0.95  # of what a push counts for in `token_s`, after one more
 _REMEMBERED = 4096  # leases that are over
+Checksums = Callable[[Sequence[int]], list[int]]
+"""Of blocks, whatever the number of ranks that share them."""
 
 
 class Sender(Protocol):
-    """`kv.direct`, as far as it is needed here. `done` and `settled` are each called once, on any thread; see `kv.push`."""
+    """All ranks' (`runtime.spread`). `done` and `settled` are each called once, on any thread; see `kv.push`."""
 
-    def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None: ...
+    def push(
+        self,
+        target: PushTarget,
+        first: int,
+        block_ids: Sequence[int],
+        done: Callable[[PushResult], None],
+        settled: Callable[[], None],
+    ) -> None:
+        """The blocks are the target's from its `first` one on."""
+        ...
 
     def close(self) -> None: ...
 
 
 class Receiver(Protocol):
-    machine: str
-    sessions: tuple[tuple[str, str], ...]
+    @property
+    def doors(self) -> tuple[Door, ...]:
+        """Of each rank. Replaced as a whole by a new generation."""
+        ...
 
     @property
     def revocable(self) -> bool: ...
@@ -72,7 +84,7 @@ class Shipment:
 
     @property
     def end(self) -> int:
-        return self.target.first_block + len(self.target.addresses)
+        return self.target.first_block + self.target.num_blocks
 
     @property
     def ended(self) -> bool:
@@ -86,13 +98,12 @@ class Pusher:
         sender: Sender | None,
         *,
         block_size: int,
-        buffer: Callable[[int], Buffer],
         post: Callable[[Callable[[], None]], None],
-        verify: bool = False,
+        checksums: Checksums | None = None,
     ) -> None:
-        """`verify`: what is sent has checksums."""
-        self._verify = verify
-        self._pool, self._sender, self._size, self._buffer, self._post = pool, sender, block_size, buffer, post
+        """`checksums`: what is sent has them."""
+        self._checksums = checksums
+        self._pool, self._sender, self._size, self._post = pool, sender, block_size, post
         self._shipments: dict[str, Shipment] = {}  # by lease
         self._over: OrderedDict[str, bool] = OrderedDict()  # with whether they are dirty
         self._taken: dict[int, list[int]] = {}
@@ -107,7 +118,7 @@ class Pusher:
     def open(self, target: PushTarget, num_tokens: int, on_progress: Callable[[], None]) -> Shipment:
         """`on_progress` is called on the engine's thread when a push has ended, until the shipment is closed."""
         shipment = Shipment(target, on_progress, num_tokens, num_sent=target.first_block, num_arrived=target.first_block)
-        fits = target.addresses and shipment.end <= -(-num_tokens // self._size)
+        fits = target.num_blocks and shipment.end <= -(-num_tokens // self._size)
         if self._sender is None or not fits or target.lease in self._over or target.lease in self._shipments:
             shipment.failed = True
         else:
@@ -128,17 +139,14 @@ class Pusher:
         shipment.num_sent = end
         shipment.num_open += 1
         shipment.num_unsettled += 1
-        copies: list[Copy] = []
-        for index, block_id in enumerate(pinned, first - shipment.target.first_block):
-            source = self._buffer(block_id)
-            copies.append(Copy(source.address, shipment.target.addresses[index], source.nbytes))
-            if self._verify:
-                shipment.sums.append(checksum(source))
+        if self._checksums is not None:
+            shipment.sums += self._checksums(pinned)
 
         def done(result: PushResult) -> None:
             self._post(lambda: self._ended(shipment, range(first, end), result))
 
-        self._sender.push(shipment.target, copies, done, lambda: self._post(lambda: self._settled(shipment, call)))
+        target, settled = shipment.target, lambda: self._post(lambda: self._settled(shipment, call))
+        self._sender.push(target, first - target.first_block, pinned, done, settled)
 
     def close(self, shipment: Shipment) -> None:
         """The request is gone: nothing more is sent."""
@@ -211,7 +219,7 @@ class _Waiting:
 @dataclass(slots=True, eq=False)
 class Reservation:
     feed: Feed
-    sessions: tuple[tuple[str, str], ...]
+    doors: tuple[Door, ...]
     first: int  # block of the prompt
     block_ids: list[int]
     num_arrived: int = 0
@@ -224,16 +232,15 @@ class Reservations:
         cache: KVCache,
         receiver: Receiver | None,
         *,
-        buffer: Callable[[int], Buffer],
         after_steps: Callable[[Callable[[], None]], None],
         patience_s: float,
-        verify: bool = False,
+        checksums: Checksums | None = None,
     ) -> None:
         """`after_steps` runs a function once blocks that are free by now are written by no step any more. Room is waited for as long as
-        `patience_s`. `verify`: checksums that come with a push are compared."""
-        self._verify = verify
+        `patience_s`. `checksums`: those that come with a push are compared with them."""
+        self._checksums = checksums
         self.values = {"push_verified": 0.0, "push_corrupt": 0.0}
-        self._cache, self._receiver, self._buffer, self._after_steps = cache, receiver, buffer, after_steps
+        self._cache, self._receiver, self._after_steps = cache, receiver, after_steps
         self._by_lease: dict[str, Reservation] = {}
         self._patience_s = patience_s
         self._waiting: deque[_Waiting] = deque()
@@ -272,12 +279,10 @@ class Reservations:
 
     def _take(self, feed: Feed, first: int, count: int, answer: Callable[[PushTarget | None], None]) -> None:
         assert self._receiver is not None
-        lease, sessions = secrets.token_hex(8), self._receiver.sessions
-        reservation = Reservation(feed, sessions, first, self._cache.pool.take(count))
+        lease, doors = secrets.token_hex(8), self._receiver.doors
+        reservation = Reservation(feed, doors, first, self._cache.pool.take(count))
         self._by_lease[lease] = reservation
-        addresses = tuple(self._buffer(block_id).address for block_id in reservation.block_ids)
-        machine = self._receiver.machine
-        target = PushTarget(lease=lease, machine=machine, sessions=sessions, first_block=first, addresses=addresses)
+        target = PushTarget(lease=lease, first_block=first, shards=tuple(door.shard(reservation.block_ids) for door in doors))
         self._after_steps(lambda: answer(target))
 
     def arrived(self, lease: str, num_blocks: int, sums: Sequence[int] = ()) -> None:
@@ -287,8 +292,8 @@ class Reservations:
             return
         feed, size, start = reservation.feed, self._cache.block_size, reservation.num_arrived
         reservation.num_arrived = max(start, min(num_blocks - reservation.first, len(reservation.block_ids)))
-        if self._verify:
-            reservation.num_arrived = self._verified(reservation, start, sums)
+        if self._checksums is not None:
+            reservation.num_arrived = self._verified(reservation, start, sums, self._checksums)
         for index in range(start, reservation.num_arrived):
             block_id, number = reservation.block_ids[index], reservation.first + index
             full = (number + 1) * size <= feed.num_tokens
@@ -301,11 +306,12 @@ class Reservations:
             else:
                 self._cache.give_tail(feed.request.request_id, block_id, feed.num_tokens)
 
-    def _verified(self, reservation: Reservation, start: int, sums: Sequence[int]) -> int:
+    def _verified(self, reservation: Reservation, start: int, sums: Sequence[int], checksums: Checksums) -> int:
         """How many have arrived as they were sent."""
-        for index in range(start, min(reservation.num_arrived, len(sums))):
+        end = min(reservation.num_arrived, len(sums))
+        for index, found in enumerate(checksums(reservation.block_ids[start:end]), start):
             self.values["push_verified"] += 1
-            if checksum(self._buffer(reservation.block_ids[index])) != sums[index]:
+            if found != sums[index]:
                 self.values["push_corrupt"] += 1
                 reservation.corrupt = True
                 request = reservation.feed.request.request_id
@@ -327,7 +333,7 @@ class Reservations:
     def settle_old(self) -> None:
         """Sessions before the present one are fenced: nothing of their leases is written any more."""
         for lease, reservation in list(self._by_lease.items()):
-            if self._receiver is None or reservation.sessions != self._receiver.sessions:
+            if self._receiver is None or reservation.doors != self._receiver.doors:
                 self.settle(lease)
 
     def held(self) -> list[list[int]]:

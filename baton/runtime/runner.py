@@ -3,10 +3,13 @@
 What belongs here: a plan's tensors, the forward pass, the draw. What never will: requests' life, block bookkeeping, queues, clocks, KV
 transfer. Of a request it keeps its block table, so as not to write it anew each step, and the row of the last step that draws its next
 token; so any plan can be computed by any runner whose KV blocks hold what it says, if none of its tokens is pending.
+
+Where ranks share the model, rank 0's runner has the plans and draws; `team` tells the others what to `compute`, and theirs do that alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 
 from baton.forward import ForwardBatch
@@ -14,6 +17,7 @@ from baton.kernels.table import Kernels
 from baton.kv.pool import KVPool
 from baton.models.decoder import Decoder
 from baton.runtime import sampler
+from baton.runtime.crew import Team
 from baton.runtime.graphs import DecodeGraphs, Graphs, NoGraphs
 from baton.runtime.inputs import InputBuilder, wanted_positions
 from baton.runtime.piecewise import PiecewiseGraphs
@@ -34,10 +38,11 @@ class ModelRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         graphs: bool,
+        team: Team,
     ) -> None:
         """`graphs`: capture steps as CUDA graphs, now."""
         kv = kv_pool.tensor
-        self._kernels = kernels
+        self._team, self._group, self._kernels = team, model.group, kernels
         self._inputs = InputBuilder(kv, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._is_cuda = kv.is_cuda
         self._rows: dict[str, int] = {}  # of the last step's draw, by request id
@@ -61,17 +66,14 @@ class ModelRunner:
         """Starts a step: its tokens' KV gets written, and tokens are drawn for the requests that sample."""
         arrays = self._inputs.arrays(plan, self._rows)
         items = [item for item in plan.scheduled if item.samples]
+        graphed = self._graphs.fit(plan)
+        if not graphed:
+            arrays |= self._inputs.wanted(plan, arrays)
+        with self._team.step(arrays, graphed):
+            logits, greedy = self.compute(arrays, graphed)
         scores: Scores = {}
-        greedy: torch.Tensor | None = None
-        if self._graphs.fit(plan):
-            logits, greedy = self._graphs.run(arrays)
-        else:
-            batch = self._inputs.batch(plan, arrays)
-            if self._rows:
-                self._kernels.resolve(batch.token_ids, self._drawn)
-            logits = self._forward(batch)
-            if len(items) < len(logits):
-                scores, logits = _score_prompts(plan, logits)
+        if len(items) < len(logits):
+            scores, logits = _score_prompts(plan, logits)
         self._rows = {item.request.request_id: row for row, item in enumerate(items)} if self._is_cuda else {}
         if not items:
             return self._ended(scores)
@@ -84,6 +86,17 @@ class ModelRunner:
             return StepResult(tokens, {name: score() for name, score in scores.items()})
 
         return result
+
+    @torch.inference_mode()
+    def compute(self, arrays: Mapping[str, np.ndarray], graphed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A step's forward pass: the logits wanted [R, vocab_size], and their argmax where it costs nothing more (`graphed`)."""
+        if graphed:
+            return self._graphs.run(arrays)
+        batch = self._inputs.batch(arrays)
+        if self._is_cuda and (arrays["token_ids"] < 0).any():
+            self._group.broadcast(self._drawn)
+            self._kernels.resolve(batch.token_ids, self._drawn)
+        return self._forward(batch), None
 
     def _ended(self, scores: Scores) -> Callable[[], StepResult]:
         """Of a step that draws nothing: its blocks may be read once it has ended all the same."""

@@ -31,6 +31,7 @@ async def serve(config: WorkerConfig) -> None:
             unified=config.role is Role.UNIFIED,
             pool_available=built.pool_available,
             leases=leases if built.receives else None,
+            tensor_parallel_size=built.member.tensor_parallel_size,
         )
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, host.grpc)
         return [decode_pb2.DESCRIPTOR.services_by_name["Decode"].full_name]

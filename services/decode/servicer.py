@@ -98,8 +98,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         unified: bool,
         pool_available: Callable[[], bool],
         leases: Leases | None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         """`leases`: where KV can be pushed into this worker's memory."""
+        self._degree = tensor_parallel_size
         self._intake, self._fingerprint, self._channels, self._metrics = intake, fingerprint, channels, metrics
         self._lease_s, self._max_local, self._unified = lease_s, max_local_prefill_tokens, unified
         self._pool_available, self._leases = pool_available, leases
@@ -199,6 +201,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                         if target is None and not self._pool_available():
                             feeding.decide("", "no room to have it pushed here, and no KV pool, computed here")
                             break
+                        if target is None and candidate.tensor_parallel_size not in (0, self._degree):
+                            continue  # the pool has its blocks in other shares
                         async for output in self._prefill(candidate, request, target):
                             feeding.prefill_cache = output.cache or feeding.prefill_cache
                             num_blocks = max(num_blocks, output.num_pushed_blocks, output.num_saved_blocks)
@@ -247,7 +251,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             raise
         finally:
             if target is not None and leases is not None:
-                well = last >= target.first_block + len(target.addresses)
+                well = last >= target.first_block + target.num_blocks
                 leases.end(target.lease, candidate, well=well, broken=broken)
 
     async def _prefill(

@@ -9,9 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from baton.cluster.machine import die_with_parent
 from baton.config import KVStoreConfig, etcd_endpoints
 from baton.errors import ConfigError
-from baton.hosting.process import die_with_parent
 from baton.kv.mooncake import LEASE_S
 
 logger = logging.getLogger(__name__)

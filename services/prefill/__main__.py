@@ -22,6 +22,7 @@ async def serve(config: WorkerConfig) -> None:
             instance=built.member.instance,
             can_push=built.can_push,
             pool_available=built.pool_available,
+            tensor_parallel_size=built.member.tensor_parallel_size,
         )
         prefill_pb2_grpc.add_PrefillServicer_to_server(servicer, host.grpc)
         return [prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name]

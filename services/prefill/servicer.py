@@ -23,7 +23,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         heartbeat_s: float,
         can_push: Callable[[PushTarget], bool],
         pool_available: Callable[[], bool],
+        tensor_parallel_size: int = 1,
     ) -> None:
+        self._degree = tensor_parallel_size
         self._intake, self._fingerprint, self._metrics, self._heartbeat_s = intake, fingerprint, metrics, heartbeat_s
         self._instance = instance
         self._can_push, self._pool_available = can_push, pool_available
@@ -38,9 +40,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             sequence_request = _for_one_token(convert.request_from_proto(request.sequence))
             target = convert.target_from_proto(request.target) if request.HasField("target") else None
             if target is not None and not self._can_push(target):
-                target = None  # the pool, then
+                if len(target.shards) != self._degree:
+                    raise TransferError(
+                        f"there is no direct path to this decode worker, and in the KV pool it finds blocks of {len(target.shards)} ranks "
+                        f"alone, not of {self._degree}: give both one of push.protocols, or the same engine.tensor_parallel_size"
+                    )
                 if not self._pool_available():
                     raise TransferError("there is no direct path to this decode worker, and no KV pool: give both one of push.protocols")
+                target = None  # the pool, then
             sequence = self._intake.submit(sequence_request, await_saves=target is None, push=target)
             self._metrics.prompt_tokens.inc(len(sequence_request.prompt_token_ids))
             try:

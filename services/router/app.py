@@ -172,6 +172,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
             "blocks_cached": w.load.blocks_cached,
             "model": w.member.model,
             "fingerprint": w.member.fingerprint,
+            "tensor_parallel_size": w.member.tensor_parallel_size,
             "metrics": w.member.metrics_address,
         }
         for w in sorted(gateway.dispatcher.workers.all(), key=lambda w: (w.member.role, w.member.id))

@@ -182,4 +182,10 @@ class Dispatcher:
 
     def _candidate(self, worker_id: str) -> decode_pb2.PrefillCandidate:
         member = self.workers.member(worker_id)
-        return decode_pb2.PrefillCandidate(id=worker_id, address=member.address, instance=member.instance, machine=member.machine)
+        return decode_pb2.PrefillCandidate(
+            id=worker_id,
+            address=member.address,
+            instance=member.instance,
+            machine=member.machine,
+            tensor_parallel_size=member.tensor_parallel_size,
+        )

@@ -24,7 +24,7 @@ from baton.kv.direct import DirectSender
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.transfer_engine import Engine, describe
-from baton.types import PushTarget, Role
+from baton.types import PushShard, Role
 from tests.e2e.push_peer import Memory
 
 MIB = 1 << 20
@@ -392,7 +392,7 @@ def test_where_a_path_fails_the_next_best_is_taken() -> None:
     with socket.socket() as dead:
         dead.bind(("127.0.0.1", 0))  # nobody listens
         sessions = (("rdma", f"127.0.0.1:{dead.getsockname()[1]}"), ("tcp", receiver.session))
-        there = PushTarget(lease="l", machine=this_machine(), sessions=sessions, first_block=0, addresses=(target.region.address,))
+        there = PushShard(this_machine(), sessions, (target.region.address,))
         statuses: list[PushStatus] = []
         for _ in range(3):
             settled = threading.Event()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from baton.errors import Draining, InvalidRequest
+from baton.errors import Draining, InvalidRequest, TransferError
 from baton.rpc import convert
-from baton.rpc.v1 import prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
-from baton.types import FinishReason, GenerateOutput, GenerateRequest, MemberState, OutputToken, Role
+from baton.rpc.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
+from baton.types import FinishReason, GenerateOutput, GenerateRequest, MemberState, OutputToken, PushShard, PushTarget, Role
 from tests.properties.toy import BLOCK_SIZE, reference
 from tests.workers import LEASE_S, Pool, Script, call, drained, failure, generate, prompt, scripted, worker
 
@@ -194,6 +194,24 @@ async def test_another_model_is_refused_by_name() -> None:
         assert isinstance(error, InvalidRequest)
         assert "ours" in error.message
         assert "theirs" in error.message
+
+
+async def test_workers_of_different_degrees_do_not_meet_in_the_pool() -> None:
+    """Without a direct path the decode worker computes, and does not have a prefill worker compute for nothing."""
+    pool: Pool = {}
+    async with worker(Role.PREFILL, pool) as p, worker(Role.DECODE, pool) as d:
+        candidates = [decode_pb2.PrefillCandidate(id="p", address=p.address, tensor_parallel_size=2)]
+        message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(prompt()), prefill_candidates=candidates)
+        answers = await drained(decode_pb2_grpc.DecodeStub(d.channel).Generate(message))
+        assert [token.token_id for answer in answers for token in answer.output.tokens] == reference(prompt())
+        assert p.runner.num_steps == 0
+        target = PushTarget(lease="l", first_block=0, shards=(PushShard("m", (), (0,)),) * 2)
+        asked = prefill_pb2.PrefillRequest(
+            sequence=convert.request_to_proto(prompt()), fingerprint="f", target=convert.target_to_proto(target)
+        )
+        error = await failure(prefill_pb2_grpc.PrefillStub(p.channel).Prefill(asked))
+        assert isinstance(error, TransferError)
+        assert "blocks of 2 ranks alone, not of 1" in error.message
 
 
 # -- clients that go away

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from baton.config import EngineConfig
-from baton.runtime.build import build_engine, load
+from baton.runtime.build import build_engine
+from baton.runtime.loaded import load
 from baton.types import GenerateRequest, SamplingParams
 from tests.parity.models import FAMILIES, Family
 

@@ -18,7 +18,8 @@ from baton.kv.staged import SLOTS, StagedStore
 from baton.kv.store import Buffer
 from baton.kv.tiers import connect_tiers
 from baton.kv.transfer import KVTransfer
-from baton.runtime.build import build_engine, load
+from baton.runtime.build import build_engine
+from baton.runtime.loaded import load
 from baton.types import GenerateRequest, SamplingParams
 from tests.parity.models import FAMILIES
 

@@ -16,8 +16,9 @@ from baton.config import EngineConfig, FilesConfig, HostConfig, PoolConfig
 from baton.kv.store import Buffer, MemoryStore
 from baton.kv.tiers import connect_tiers
 from baton.kv.transfer import KVTransfer
-from baton.runtime.build import build_engine, load
+from baton.runtime.build import build_engine
 from baton.runtime.engine import Engine
+from baton.runtime.loaded import load
 from baton.scheduling import fetching
 from baton.types import FinishReason, GenerateOutput, GenerateRequest, OutputToken, SamplingParams
 from tests.parity.models import FAMILIES, engine_settings

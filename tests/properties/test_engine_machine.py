@@ -18,7 +18,7 @@ from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache
 from baton.scheduling.request import Request
 from baton.scheduling.scheduler import Scheduler
-from baton.types import GenerateOutput, GenerateRequest, OutputToken, PushTarget, SamplingParams
+from baton.types import GenerateOutput, GenerateRequest, OutputToken, PushShard, PushTarget, SamplingParams
 from tests.properties.toy import BLOCK_SIZE, VOCAB, ToyPush, ToyReceiver, ToyRunner, ToySender, ToyTransfer, reference
 
 PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=26)  # few different tokens: prefixes meet
@@ -108,7 +108,7 @@ class EngineMachine(RuleBasedStateMachine):
         known, first = len(inner.token_ids), cut if push else 0
         self.known[request.request_id] = known
         numbers = range(first, -(-known // BLOCK_SIZE))
-        target = PushTarget(lease=request.request_id, machine="", sessions=(), first_block=first, addresses=tuple(numbers))
+        target = PushTarget(lease=request.request_id, first_block=first, shards=(PushShard("", (), tuple(numbers)),))
         self.engine._admit(entry, target if push else None)
 
     @precondition(lambda self: self.sender.pushes)
@@ -126,7 +126,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.run_inbox()
 
     def check_source(self, push: ToyPush) -> None:
-        for source, number, _ in push.copies:
+        for source, number in push.copies:
             entries = self.runner.entries[source][: self.known[push.lease] - number * BLOCK_SIZE]
             token_ids = push.sent.setdefault(number, list(entries))
             assert entries == token_ids, "a block was written while a push could read it"
@@ -156,16 +156,17 @@ class EngineMachine(RuleBasedStateMachine):
         if what == "arrive":
             whole = [*self.sinks[name][1].prompt_token_ids, *self.sinks[name][1].output_token_ids] if name in self.sinks else [0] * known
             for number in range(
-                target.first_block, min(target.first_block + reservation.num_arrived + count, target.first_block + len(target.addresses))
+                target.first_block, min(target.first_block + reservation.num_arrived + count, target.first_block + target.num_blocks)
             ):
                 if number - target.first_block < reservation.num_arrived:
                     continue
                 token_ids = whole[number * BLOCK_SIZE : min((number + 1) * BLOCK_SIZE, known)]
-                self.runner.entries[target.addresses[number - target.first_block]][:] = token_ids + [777] * (BLOCK_SIZE - len(token_ids))
+                block_id = target.shards[0].addresses[number - target.first_block]
+                self.runner.entries[block_id][:] = token_ids + [777] * (BLOCK_SIZE - len(token_ids))
             if name in self.sinks:
                 self.engine.reservations.arrived(lease, target.first_block + reservation.num_arrived + count)
         elif what == "stray":
-            for address in target.addresses[reservation.num_arrived :]:
+            for address in target.shards[0].addresses[reservation.num_arrived :]:
                 self.runner.entries[address][:] = [777] * BLOCK_SIZE
         elif what == "settle":
             del self.leases[lease]

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from baton.kv.push import Copy, PushResult, PushStatus
+from baton.kv.push import Door, PushResult, PushStatus
 from baton.kv.store import Buffer
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import PENDING
@@ -119,7 +119,9 @@ class ToyTransfer:
 class ToyPush:
     """A push that was handed to the sender. Until it settles, it may read its source blocks at any moment."""
 
-    def __init__(self, lease: str, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
+    def __init__(
+        self, lease: str, copies: Sequence[tuple[int, int]], done: Callable[[PushResult], None], settled: Callable[[], None]
+    ) -> None:
         self.lease, self.copies, self.settle, self.has_ended, self._done = lease, copies, settled, False, done
         self.sent: dict[int, list[int | None]] = {}  # by block, as first seen
 
@@ -133,22 +135,25 @@ class ToySender:
     def __init__(self) -> None:
         self.pushes: list[ToyPush] = []
 
-    def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
-        self.pushes.append(ToyPush(target.lease, copies, done, settled))
+    def push(
+        self, target: PushTarget, first: int, block_ids: Sequence[int], done: Callable[[PushResult], None], settled: Callable[[], None]
+    ) -> None:
+        addresses = target.shards[0].addresses[first : first + len(block_ids)]
+        self.pushes.append(ToyPush(target.lease, list(zip(block_ids, addresses, strict=True)), done, settled))
 
     def close(self) -> None:
         pass
 
 
 class ToyReceiver:
-    machine = "here"
+    """Addresses are block ids, unless it is told where they lie."""
 
-    def __init__(self) -> None:
-        self.generation = 0
+    def __init__(self, base: int = 0, block_bytes: int = 1) -> None:
+        self.generation, self._base, self._bytes = 0, base, block_bytes
 
     @property
-    def sessions(self) -> tuple[tuple[str, str], ...]:
-        return (("tcp", f"session {self.generation}"),)
+    def doors(self) -> tuple[Door, ...]:
+        return (Door("here", (("tcp", f"session {self.generation}"),), self._base, self._bytes),)
 
     def advance(self) -> None:
         self.generation += 1

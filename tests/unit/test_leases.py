@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from baton.kv.push import Copy, PushResult, PushStatus
-from baton.kv.store import Buffer
+from baton.kv.push import PushResult, PushStatus
 from baton.rpc.channel import Channels
 from baton.rpc.v1.decode_pb2 import PrefillCandidate
 from baton.runtime.pushing import Pusher
 from baton.scheduling.blocks import BlockPool
-from baton.types import LeaseEnd, PushTarget, Role
+from baton.types import LeaseEnd, PushShard, PushTarget, Role
 from services.decode import leases
 from tests.workers import worker
 
@@ -25,7 +24,9 @@ class Sender:
     def __init__(self) -> None:
         self.pushes: list[tuple[Callable[[PushResult], None], Callable[[], None]]] = []
 
-    def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
+    def push(
+        self, target: PushTarget, first: int, block_ids: Sequence[int], done: Callable[[PushResult], None], settled: Callable[[], None]
+    ) -> None:
         self.pushes.append((done, settled))
 
     def close(self) -> None:
@@ -34,12 +35,13 @@ class Sender:
 
 def pusher() -> tuple[Pusher, Sender, BlockPool]:
     pool, sender = BlockPool(16), Sender()
-    made = Pusher(pool, sender, block_size=SIZE, buffer=lambda block_id: Buffer(block_id, 1), post=lambda action: action())
+    made = Pusher(pool, sender, block_size=SIZE, post=lambda action: action())
     return made, sender, pool
 
 
 def target(lease: str, num_blocks: int, first: int = 0) -> PushTarget:
-    return PushTarget(lease=lease, machine="m", sessions=(("tcp", "s"),), first_block=first, addresses=tuple(range(num_blocks)))
+    shard = PushShard("m", (("tcp", "s"),), tuple(range(num_blocks)))
+    return PushTarget(lease=lease, first_block=first, shards=(shard,))
 
 
 def ended(made: Pusher, lease: str) -> list[LeaseEnd]:

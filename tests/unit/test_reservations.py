@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from baton.kv.store import Buffer
+from baton.kv.push import Door
 from baton.runtime.loading import Feed
 from baton.runtime.pushing import Reservations
 from baton.scheduling.cache import KVCache
@@ -13,7 +13,7 @@ SIZE, BLOCKS = 4, 16
 
 
 class Receiver:
-    machine, sessions, revocable = "m", (("tcp", "s"),), True
+    doors, revocable = (Door("m", (("tcp", "s"),), 0, 1),), True
 
     def advance(self) -> None: ...
 
@@ -31,9 +31,7 @@ def feed(number: int, num_blocks: int) -> Feed:
 
 def reservations(patience_s: float) -> tuple[Reservations, KVCache]:
     cache = KVCache(BLOCKS, SIZE)
-    made = Reservations(
-        cache, Receiver(), buffer=lambda block_id: Buffer(block_id, 1), after_steps=lambda action: action(), patience_s=patience_s
-    )
+    made = Reservations(cache, Receiver(), after_steps=lambda action: action(), patience_s=patience_s)
     return made, cache
 
 

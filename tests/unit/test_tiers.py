@@ -281,10 +281,10 @@ def test_blocks_that_were_pushed_here_go_to_private_tiers(tiers: Tiers) -> None:
     answers: list = []
     machine.engine.reservations.reserve(machine.entries[name].feed, answers.append)
     (target,) = answers
-    for number, address in enumerate(target.addresses):
+    for number, address in enumerate(target.shards[0].addresses):
         token_ids = PROMPT[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE]
         machine.runner.entries[address][:] = token_ids + [777] * (BLOCK_SIZE - len(token_ids))
-    machine.engine.reservations.arrived(target.lease, len(target.addresses))
+    machine.engine.reservations.arrived(target.lease, target.num_blocks)
     machine.engine.push(machine.entries[name], OutputToken(reference(machine.sinks[name][1])[0]))
     machine.engine.reservations.settle(target.lease)
     machine.engine.loader.release(machine.entries[name].feed)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from baton.kv.push import Copy, PushResult, PushStatus
-from baton.kv.store import Buffer
+from baton.kv.push import PushResult, PushStatus
+from baton.kv.store import Buffer, checksum
 from baton.runtime.feed import Feed
 from baton.runtime.pushing import Pusher, Reservations
 from baton.scheduling.cache import KVCache
@@ -27,6 +27,9 @@ class Worker:
     def buffer(self, block_id: int) -> Buffer:
         return Buffer(ctypes.addressof(self.memory) + block_id * BYTES, BYTES)
 
+    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+        return [checksum(self.buffer(block_id)) for block_id in block_ids]
+
     def fill(self, block_id: int, value: int) -> None:
         ctypes.memset(self.buffer(block_id).address, value, BYTES)
 
@@ -36,10 +39,15 @@ class CopyingSender:
 
     before: Callable[[], None] = staticmethod(lambda: None)
 
-    def push(self, target: PushTarget, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def push(
+        self, target: PushTarget, first: int, block_ids: Sequence[int], done: Callable[[PushResult], None], settled: Callable[[], None]
+    ) -> None:
         self.before()
-        for copy in copies:
-            ctypes.memmove(copy.target, copy.source, copy.nbytes)
+        for block_id, address in zip(block_ids, target.shards[0].addresses[first:], strict=True):
+            ctypes.memmove(address, self._worker.buffer(block_id).address, BYTES)
         done(PushResult(PushStatus.GOOD, 0, 0.0))
         settled()
 
@@ -49,7 +57,8 @@ class CopyingSender:
 
 @pytest.mark.parametrize("corrupt", [None, "source", "target"])
 def test_a_corrupted_block_is_caught_and_not_used(corrupt: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    prefill, decode, sender = Worker(), Worker(), CopyingSender()
+    prefill, decode = Worker(), Worker()
+    sender = CopyingSender(prefill)
     prompt = tuple(range(14))  # three full blocks and a tail
     inner = Request.create(
         GenerateRequest(request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=1)),
@@ -57,13 +66,17 @@ def test_a_corrupted_block_is_caught_and_not_used(corrupt: str | None, caplog: p
     )  # fmt: skip
     feed = Feed(inner, hold=True, await_saves=False, num_tokens=14, num_blocks=3, looked_up=True)
     reservations = Reservations(
-        decode.cache, ToyReceiver(), buffer=decode.buffer, after_steps=lambda action: action(), patience_s=1.0, verify=True
+        decode.cache,
+        ToyReceiver(decode.buffer(0).address, BYTES),
+        after_steps=lambda action: action(),
+        patience_s=1.0,
+        checksums=decode.checksums,
     )
     targets: list[PushTarget | None] = []
     reservations.reserve(feed, targets.append)
     (target,) = targets
     assert target is not None
-    pusher = Pusher(prefill.cache.pool, sender, block_size=SIZE, buffer=prefill.buffer, post=lambda action: action(), verify=True)
+    pusher = Pusher(prefill.cache.pool, sender, block_size=SIZE, post=lambda action: action(), checksums=prefill.checksums)
     shipment = pusher.open(target, 14, lambda: None)
     blocks = prefill.cache.pool.take(4)
     for number, block_id in enumerate(blocks):
@@ -72,7 +85,7 @@ def test_a_corrupted_block_is_caught_and_not_used(corrupt: str | None, caplog: p
         sender.before = lambda: prefill.fill(blocks[1], 99)
     pusher.send(shipment, blocks, 14)
     if corrupt == "target":
-        ctypes.memset(target.addresses[1] + 5, 99, 1)
+        ctypes.memset(target.shards[0].addresses[1] + 5, 99, 1)
     reservations.arrived(target.lease, 1, shipment.sums[:1])
     reservations.arrived(target.lease, 4, shipment.sums)
     reservations.arrived(target.lease, 4, shipment.sums)

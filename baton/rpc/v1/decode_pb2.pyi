@@ -8,16 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillCandidate(_message.Message):
-    __slots__ = ("id", "address", "instance", "machine")
+    __slots__ = ("id", "address", "instance", "machine", "tensor_parallel_size")
     ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     id: str
     address: str
     instance: str
     machine: str
-    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., instance: _Optional[str] = ..., machine: _Optional[str] = ...) -> None: ...
+    tensor_parallel_size: int
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., instance: _Optional[str] = ..., machine: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("sequence", "prefill_candidates")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.rpc.v1 import common_pb2 as baton_dot_rpc_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62\x61ton/rpc/v1/prefill.proto\x12\x0c\x62\x61ton.rpc.v1\x1a\x19\x62\x61ton/rpc/v1/common.proto\"0\n\x0bPushSession\x12\x10\n\x08protocol\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\"\x81\x01\n\nPushTarget\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12+\n\x08sessions\x18\x03 \x03(\x0b\x32\x19.baton.rpc.v1.PushSession\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x11\n\taddresses\x18\x05 \x03(\x06\"\x90\x01\n\x0ePrefillRequest\x12/\n\x08sequence\x18\x01 \x01(\x0b\x32\x1d.baton.rpc.v1.SequenceRequest\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12-\n\x06target\x18\x03 \x01(\x0b\x32\x18.baton.rpc.v1.PushTargetH\x00\x88\x01\x01\x42\t\n\x07_target\" \n\x0f\x45ndLeaseRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"B\n\x10\x45ndLeaseResponse\x12\r\n\x05\x63lean\x18\x01 \x01(\x08\x12\r\n\x05known\x18\x02 \x01(\x08\x12\x10\n\x08instance\x18\x03 \x01(\t2\x9d\x01\n\x07Prefill\x12G\n\x07Prefill\x12\x1c.baton.rpc.v1.PrefillRequest\x1a\x1c.baton.rpc.v1.SequenceOutput0\x01\x12I\n\x08\x45ndLease\x12\x1d.baton.rpc.v1.EndLeaseRequest\x1a\x1e.baton.rpc.v1.EndLeaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62\x61ton/rpc/v1/prefill.proto\x12\x0c\x62\x61ton.rpc.v1\x1a\x19\x62\x61ton/rpc/v1/common.proto\"0\n\x0bPushSession\x12\x10\n\x08protocol\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\"\\\n\tPushShard\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12+\n\x08sessions\x18\x02 \x03(\x0b\x32\x19.baton.rpc.v1.PushSession\x12\x11\n\taddresses\x18\x03 \x03(\x06\"k\n\nPushTarget\x12\r\n\x05lease\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\'\n\x06shards\x18\x06 \x03(\x0b\x32\x17.baton.rpc.v1.PushShardJ\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04J\x04\x08\x05\x10\x06\"\x90\x01\n\x0ePrefillRequest\x12/\n\x08sequence\x18\x01 \x01(\x0b\x32\x1d.baton.rpc.v1.SequenceRequest\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12-\n\x06target\x18\x03 \x01(\x0b\x32\x18.baton.rpc.v1.PushTargetH\x00\x88\x01\x01\x42\t\n\x07_target\" \n\x0f\x45ndLeaseRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"B\n\x10\x45ndLeaseResponse\x12\r\n\x05\x63lean\x18\x01 \x01(\x08\x12\r\n\x05known\x18\x02 \x01(\x08\x12\x10\n\x08instance\x18\x03 \x01(\t2\x9d\x01\n\x07Prefill\x12G\n\x07Prefill\x12\x1c.baton.rpc.v1.PrefillRequest\x1a\x1c.baton.rpc.v1.SequenceOutput0\x01\x12I\n\x08\x45ndLease\x12\x1d.baton.rpc.v1.EndLeaseRequest\x1a\x1e.baton.rpc.v1.EndLeaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,14 +34,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PUSHSESSION']._serialized_start=71
   _globals['_PUSHSESSION']._serialized_end=119
-  _globals['_PUSHTARGET']._serialized_start=122
-  _globals['_PUSHTARGET']._serialized_end=251
-  _globals['_PREFILLREQUEST']._serialized_start=254
-  _globals['_PREFILLREQUEST']._serialized_end=398
-  _globals['_ENDLEASEREQUEST']._serialized_start=400
-  _globals['_ENDLEASEREQUEST']._serialized_end=432
-  _globals['_ENDLEASERESPONSE']._serialized_start=434
-  _globals['_ENDLEASERESPONSE']._serialized_end=500
-  _globals['_PREFILL']._serialized_start=503
-  _globals['_PREFILL']._serialized_end=660
+  _globals['_PUSHSHARD']._serialized_start=121
+  _globals['_PUSHSHARD']._serialized_end=213
+  _globals['_PUSHTARGET']._serialized_start=215
+  _globals['_PUSHTARGET']._serialized_end=322
+  _globals['_PREFILLREQUEST']._serialized_start=325
+  _globals['_PREFILLREQUEST']._serialized_end=469
+  _globals['_ENDLEASEREQUEST']._serialized_start=471
+  _globals['_ENDLEASEREQUEST']._serialized_end=503
+  _globals['_ENDLEASERESPONSE']._serialized_start=505
+  _globals['_ENDLEASERESPONSE']._serialized_end=571
+  _globals['_PREFILL']._serialized_start=574
+  _globals['_PREFILL']._serialized_end=731
 # @@protoc_insertion_point(module_scope)

@@ -15,19 +15,25 @@ class PushSession(_message.Message):
     session: str
     def __init__(self, protocol: _Optional[str] = ..., session: _Optional[str] = ...) -> None: ...
 
-class PushTarget(_message.Message):
-    __slots__ = ("lease", "machine", "sessions", "first_block", "addresses")
-    LEASE_FIELD_NUMBER: _ClassVar[int]
+class PushShard(_message.Message):
+    __slots__ = ("machine", "sessions", "addresses")
     MACHINE_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
-    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
-    lease: str
     machine: str
     sessions: _containers.RepeatedCompositeFieldContainer[PushSession]
-    first_block: int
     addresses: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease: _Optional[str] = ..., machine: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[PushSession, _Mapping]]] = ..., first_block: _Optional[int] = ..., addresses: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, machine: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[PushSession, _Mapping]]] = ..., addresses: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PushTarget(_message.Message):
+    __slots__ = ("lease", "first_block", "shards")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    lease: str
+    first_block: int
+    shards: _containers.RepeatedCompositeFieldContainer[PushShard]
+    def __init__(self, lease: _Optional[str] = ..., first_block: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[PushShard, _Mapping]]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "fingerprint", "target")

@@ -43,7 +43,7 @@ TIER_HOST: Tier
 TIER_POOL: Tier
 
 class Member(_message.Message):
-    __slots__ = ("id", "role", "address", "state", "pid", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "metrics_address", "max_num_batched_tokens", "instance", "machine", "device")
+    __slots__ = ("id", "role", "address", "state", "pid", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "metrics_address", "max_num_batched_tokens", "instance", "machine", "device", "tensor_parallel_size")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,7 @@ class Member(_message.Message):
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: Role
     address: str
@@ -74,7 +75,8 @@ class Member(_message.Message):
     instance: str
     machine: str
     device: str
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., metrics_address: _Optional[str] = ..., max_num_batched_tokens: _Optional[int] = ..., instance: _Optional[str] = ..., machine: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    tensor_parallel_size: int
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., metrics_address: _Optional[str] = ..., max_num_batched_tokens: _Optional[int] = ..., instance: _Optional[str] = ..., machine: _Optional[str] = ..., device: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ...) -> None: ...
 
 class Pace(_message.Message):
     __slots__ = ("base_s", "token_s", "pair_s", "row_s", "context_s", "push_token_s", "crowded")

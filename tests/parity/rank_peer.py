@@ -1,0 +1,68 @@
+"""One rank of test_ranks.py: rank, size, address of the group's store (rank 0: file descriptor of its listener), then model folders. Rank 0
+answers with a line of JSON for each: the logits of a prompt, in two chunks."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from baton.config import EngineConfig
+from baton.parallel.group import Group, TorchGroup
+from baton.runtime.crew import Solo
+from baton.runtime.loaded import LoadedModel, load
+
+PROMPT = [(7 * i + 3) % 250 for i in range(50)]
+CUT = 35
+
+
+class Joined(Solo):
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def join(self, device: torch.device) -> Group:
+        return self._group
+
+
+def logits(loaded: LoadedModel) -> list[list[float]]:
+    """Of all of the prompt's positions from CUT on; the first chunk wants none."""
+    return [row for start, end in ((0, CUT), (CUT, len(PROMPT))) for row in chunk(loaded, start, end).tolist()]
+
+
+def chunk(loaded: LoadedModel, start: int, end: int) -> torch.Tensor:
+    positions = np.arange(start, end)
+    arrays: dict[str, Any] = {
+        "token_ids": np.array(PROMPT[start:end]),
+        "positions": positions,
+        "slots": positions + 16,  # from block 1 on
+        "query_start": np.array([0, end - start], np.int32),
+        "context_lens": np.array([end], np.int32),
+        "block_tables": np.arange(1, 2 - (-end // 16), dtype=np.int32)[None],
+    }
+    if start == 0:
+        arrays |= {"logits_rows": np.array([], np.int64), "logits_owners": np.array([], np.int64)}
+    found, _ = loaded.runner.compute(arrays, False)
+    return found
+
+
+def settings(size: int, load_format: str) -> EngineConfig:
+    values = {"device": "cpu", "num_blocks": 16, "num_threads": 1, "tensor_parallel_size": size, "load_format": load_format}
+    return EngineConfig.model_validate(values)
+
+
+def main() -> None:
+    rank, size, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    server = socket.socket(fileno=int(sys.argv[4])) if rank == 0 else None
+    group = Joined(TorchGroup(rank, size, address, torch.device("cpu"), server))
+    for folder in sys.argv[5:]:
+        path, _, load_format = folder.partition(":")
+        found = logits(load(Path(path), settings(size, load_format), group))
+        if rank == 0:
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

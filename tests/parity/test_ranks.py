@@ -1,0 +1,52 @@
+"""Ranks that share a model, in processes of their own, give the logits of one that has it whole."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from baton.models.create import create_model
+from baton.runtime.loaded import load
+from tests.parity import rank_peer
+from tests.parity.models import FAMILIES, Family
+
+# A vocabulary that two ranks share unequally, and biases of sums, which are added once.
+ODD = Family("odd", "Llama", {"num_key_value_heads": 4, "vocab_size": 319, "attention_bias": True, "mlp_bias": True})
+
+
+def run(size: int, folders: list[str]) -> list[torch.Tensor]:
+    """For each folder, rank 0's logits."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        command = [sys.executable, "-m", "tests.parity.rank_peer"]
+        ranks = [
+            subprocess.Popen([*command, str(rank), str(size), address, str(server.fileno()), *folders], stdout=subprocess.PIPE,
+                             pass_fds=[server.fileno()] if rank == 0 else [])
+            for rank in range(size)
+        ]  # fmt: skip
+    try:
+        answers = [rank.communicate(timeout=60)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * size
+    return [torch.tensor(json.loads(line)) for line in answers[0].splitlines()]
+
+
+def test_logits_are_those_of_one_rank(tmp_path: Path) -> None:
+    folders: list[str] = []
+    for family in [*FAMILIES, ODD]:
+        family.make(tmp_path / family.name, shard="40KB")
+        folders.append(f"{tmp_path / family.name}:safetensors")
+    create_model(tmp_path / "dummy", "qwen2", num_kv_heads=4)
+    folders.append(f"{tmp_path / 'dummy'}:dummy")
+    found = run(2, folders)
+    assert len(found) == len(folders)
+    for folder, logits in zip(folders, found, strict=True):
+        path, _, load_format = folder.partition(":")
+        whole = torch.tensor(rank_peer.logits(load(Path(path), rank_peer.settings(1, load_format))))
+        assert logits.shape == whole.shape
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4, msg=lambda text, folder=folder: f"{folder}: {text}")
