@@ -50,6 +50,7 @@ class Plan:
     unified: int = 0
     kvstore: int = 1
     kvstore_masters: int = 1
+    tensor_parallel_size: int = 1  # of each worker, unless its settings say otherwise
     policy: str = "predicted"
     http_port: int = 8000
     grpc_port: int = 9000
@@ -148,7 +149,9 @@ class Cluster:
         masters, pool, node = self._plan_pool(cluster)
         if masters:
             groups.append(masters)
-        cores, busy = os.cpu_count() or 1, len(names) if plan.unified else -(-len(names) // 2)  # prefill and decode take turns
+        degrees = {name: _degree(plan, role, name) for role, name in names}
+        ranks = sum(degrees.values())
+        cores, busy = os.cpu_count() or 1, ranks if plan.unified else -(-ranks // 2)  # prefill and decode take turns
         threads = max(1, cores // max(busy, 1))
         workers = [
             self._service(
@@ -161,15 +164,15 @@ class Cluster:
                     "server": {"grpc_port": ports[name]},
                     "cluster": cluster,
                     "pool": pool,
-                    "engine": {"num_threads": threads},
+                    "engine": {"num_threads": threads, "tensor_parallel_size": degrees[name]},
                 },
             )
             for role, name in names
         ]
-        gpus = _gpus()
-        for number, worker in enumerate(workers if len(gpus) > 1 else []):
-            own = number % len(gpus)  # it sees the others too: NVLink maps their memory
+        gpus, own = _gpus(), 0
+        for worker in workers if len(gpus) > 1 else []:  # each sees the others' too: NVLink maps their memory
             worker.gpus = ",".join(gpus[own:] + gpus[:own])
+            own = (own + degrees[worker.name]) % len(gpus)
         workers += [self._service("kvstore", "kvstore", f"kvstore-{i}", node) for i in range(plan.kvstore)]
         groups.append(workers)
         router = {
@@ -332,6 +335,17 @@ def _check(plan: Plan) -> None:
             raise ConfigError(
                 f"--set {setting!r}: there is no role {target!r}; there are all, {', '.join(_TARGETS)}, or one process, decode-0"
             )
+
+
+def _degree(plan: Plan, role: str, name: str) -> int:
+    """Ranks of a worker: so many GPUs are its own. What is no number its service refuses."""
+    degree, service = plan.tensor_parallel_size, "prefill" if role == "prefill" else "decode"
+    for setting in plan.settings:
+        key, _, value = setting.partition("=")
+        target, _, rest = key.partition(".")
+        if rest == "engine.tensor_parallel_size" and value.isdecimal() and target in (role, service, name, "all"):
+            degree = max(int(value), 1)
+    return degree
 
 
 def _free_port() -> int:

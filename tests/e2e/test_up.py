@@ -1,5 +1,6 @@
 """`baton up` and the command line: starting, watching, stopping, and saying what is wrong."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,7 +15,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import yaml
 
+from baton.cli.cluster import Cluster, Plan
 from tests.cluster import RunningCluster, running_cluster, stop
 from tests.e2e.test_kvstore import free_port
 from tests.e2e.test_membership import Etcd
@@ -101,6 +104,19 @@ def test_workers_are_spread_over_the_gpus(tiny_model: Path, monkeypatch: pytest.
         seen = {name: child.environ().get("CUDA_VISIBLE_DEVICES") for name, child in cluster.children().items()}
     assert [seen[name] for name in ("prefill-0", "prefill-1", "decode-0", "decode-1")] == ["4,6,7", "6,7,4", "7,4,6", "4,6,7"]
     assert seen["router"] == "4,6,7"  # as it was
+
+
+def test_a_worker_has_as_many_gpus_of_its_own_as_ranks(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    settings = ("decode.engine.tensor_parallel_size=1", "decode-1.engine.tensor_parallel_size=3")
+    plan = Plan(model=tiny_model, prefill=1, decode=2, kvstore=0, http_port=0, grpc_port=0, tensor_parallel_size=2, settings=settings)
+    cluster = Cluster(plan)
+    children = {child.name: child for group in cluster._plan_groups() for child in group}
+    assert [children[name].gpus for name in ("prefill-0", "decode-0", "decode-1")] == ["0,1,2,3,4", "2,3,4,0,1", "3,4,0,1,2"]
+    files = [Path(children[name].command[4]) for name in ("prefill-0", "decode-0", "decode-1")]
+    assert [yaml.safe_load(file.read_text())["engine"]["tensor_parallel_size"] for file in files] == [2, 1, 3]
+    asyncio.run(cluster.stop())
+    assert not files[0].exists()
 
 
 def test_no_orphan_survives_a_killed_supervisor(tiny_model: Path) -> None:
