@@ -14,9 +14,9 @@ from baton.kv.shards import Share
 from baton.kv.transfer import TransferStats
 from baton.metrics import WorkerMetrics
 from baton.models.registry import read_config
-from baton.parallel.launch import LocalLauncher
 from baton.runtime.crew import Crew, Solo
 from baton.runtime.engine import Engine
+from baton.runtime.launch import LocalLauncher
 from baton.runtime.loaded import LoadedModel, check_degree, device_kind, load
 from baton.runtime.loading import Tier
 from baton.runtime.pushing import Checksums, Receiver, Sender

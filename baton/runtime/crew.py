@@ -25,8 +25,8 @@ import torch
 from baton.config import WorkerConfig
 from baton.errors import BatonError, ConfigError, InternalError, ModelError, error_classes
 from baton.parallel.group import ALONE, Group, TorchGroup
-from baton.parallel.launch import Launcher
 from baton.parallel.link import Channel, Link, Listener, pack_step
+from baton.runtime.launch import Launcher
 
 logger = logging.getLogger(__name__)
 ASK_S = 30.0  # that a rank has to answer

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-from baton.cluster.machine import die_with_parent
 from baton.config import WorkerConfig
 from baton.errors import BatonError
 from baton.kv.shards import Share
 from baton.parallel.group import Group, TorchGroup
-from baton.parallel.launch import PARENT, TOKEN
 from baton.parallel.link import Link, connect, unpack_step
 from baton.runtime.crew import Solo
+from baton.runtime.launch import TOKEN
 from baton.runtime.loaded import load
 from baton.runtime.rank_kv import connect_kv
 from baton.runtime.spread import Handlers
@@ -110,8 +109,6 @@ def main() -> None:
     parser.add_argument("address")
     parser.add_argument("rank", type=int)
     arguments = parser.parse_args()
-    if PARENT in os.environ:
-        die_with_parent(int(os.environ[PARENT]))
     form = f"%(asctime)s %(levelname)s rank {arguments.rank}[{os.getpid()}] %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
     try:

@@ -2,6 +2,7 @@
 of it; a rank that dies ends its worker, and a worker that dies its ranks."""
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from baton.runtime.loaded import load
 from baton.types import GenerateRequest, SamplingParams
 from tests.cluster import RunningCluster, running_cluster
 from tests.e2e.test_direct_push import complete, make_prompt
+from tests.e2e.test_tiers import until
 from tests.parity.models import engine_settings
 
 pytestmark = pytest.mark.timeout(180)
@@ -81,12 +83,6 @@ def ranks_of(cluster: RunningCluster, worker: str) -> list[psutil.Process]:
     return [child for child in cluster.children()[worker].children() if "baton.runtime.rank" in child.cmdline()]
 
 
-def wait_busy(cluster: RunningCluster, worker: str) -> None:
-    deadline = time.monotonic() + 30
-    while not any(each["running"] + each["waiting"] for each in cluster.workers() if each["id"] == worker):
-        assert time.monotonic() < deadline, f"nothing came to {worker}"
-
-
 @pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_kv_goes_between_workers_of_any_degrees(tiny_model: Path, prefill: int, decode: int) -> None:
     prompts = [prompt(length, length) for length in (65, 80, 300, 700)]
@@ -113,23 +109,37 @@ def test_kv_goes_between_workers_of_any_degrees(tiny_model: Path, prefill: int, 
 
 
 def a_rank_that_dies_ends_its_worker(cluster: RunningCluster, model: Path) -> None:
-    """In the middle of a prompt, which is answered all the same; the worker comes back, and is asked again."""
+    """Under traffic: what was under way is answered all the same, what comes while no prefill worker is there fails cleanly; the worker
+    comes back, and is asked again."""
     before, log = cluster.children()["prefill-0"], cluster.logs / "prefill-0.log"
-    prompts = [prompt(1000 + i, 900) for i in range(3)]
     answers: dict[int, list[int]] = {}
-    threads = [
-        threading.Thread(target=lambda i=i, each=each: answers.update({i: complete(cluster, each)[0]})) for i, each in enumerate(prompts)
-    ]
-    for thread in threads:
-        thread.start()
-    wait_busy(cluster, "prefill-0")
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def send(first: int) -> None:
+        for number in itertools.count(first, 3):
+            if stop.is_set():
+                return
+            try:
+                answers[number] = complete(cluster, prompt(1000 + number, 600))[0]
+            except httpx.HTTPStatusError as error:
+                statuses.append(error.response.status_code)
+                time.sleep(0.1)
+
+    lanes = [threading.Thread(target=send, args=(first,)) for first in range(3)]
+    for lane in lanes:
+        lane.start()
+    until(lambda: len(answers) >= 3)
     ranks_of(cluster, "prefill-0")[0].kill()
-    for thread in threads:
-        thread.join(60)
-    assert [answers[i] for i in range(3)] == expected(model, prompts)
     psutil.wait_procs([before], timeout=10)
+    stop.set()
+    for lane in lanes:
+        lane.join(60)
     assert not before.is_running()
     assert "rank 1 has died; this worker ends" in log.read_text()
+    assert set(statuses) <= {503}
+    numbers = sorted(answers)
+    assert [answers[number] for number in numbers] == expected(model, [prompt(1000 + number, 600) for number in numbers])
     cluster.wait_ready()
     cluster.assert_clean(10)
     routes = (complete(cluster, prompt(2000 + i, 300), 1)[1] for i in range(100) if not time.sleep(0.1))
@@ -150,7 +160,7 @@ def a_worker_that_dies_ends_its_ranks(cluster: RunningCluster, model: Path) -> N
 
     waiting = threading.Thread(target=fail)
     waiting.start()  # a step that the stopped rank never joins
-    wait_busy(cluster, "decode-0")
+    until(lambda: any(each["running"] + each["waiting"] for each in cluster.workers() if each["id"] == "decode-0"))
     cluster.signal("decode-0", signal.SIGKILL)
     _, alive = psutil.wait_procs([rank], timeout=5)
     assert not alive

@@ -15,8 +15,8 @@ from baton.kv.shards import Joint, Share, share_checksum, share_copies
 from baton.kv.store import Buffer
 from baton.models.config import ModelConfig
 from baton.models.registry import read_config
-from baton.parallel.launch import _devices
 from baton.parallel.link import Link, Listener, connect, pack_step, unpack_step
+from baton.runtime.launch import _devices
 from baton.runtime.loaded import check_degree
 
 HEADS = 12

@@ -5,6 +5,7 @@ So a launcher for several machines (Ray's: an actor for each rank, which calls `
 else changes.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from typing import Protocol
 
 import torch
 
-TOKEN, PARENT = "BATON_RANK_TOKEN", "BATON_DIE_WITH_PARENT"
+from baton.cluster.machine import die_with_parent
+
+TOKEN = "BATON_RANK_TOKEN"
 _END_S = 5.0
 
 
@@ -61,8 +64,9 @@ class LocalLauncher:
 
     def start(self, rank: int, address: str, token: str) -> LocalRank:
         command = [sys.executable, "-m", "baton.runtime.rank", address, str(rank)]
-        environment = {**os.environ, TOKEN: token, PARENT: str(os.getpid()), **_devices(rank)}
-        return LocalRank(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True))
+        environment = {**os.environ, TOKEN: token, **_devices(rank)}
+        die = functools.partial(die_with_parent, os.getpid())
+        return LocalRank(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True, preexec_fn=die))
 
 
 def _devices(rank: int) -> Mapping[str, str]:
