@@ -262,14 +262,15 @@ def error_status(error: BatonError) -> tuple[grpc.StatusCode, str, tuple[tuple[s
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, who: str) -> BatonError:
-    """What a failed call to `who` means. A status without our code comes from gRPC itself: then the peer is lost."""
+    """What a failed call to `who` means. A status without our code comes from gRPC itself: then the peer is lost. (It says
+    INTERNAL, "Internal error from Core", of one that was killed while something was on its way there.)"""
     pairs = cast("list[tuple[str, str | bytes]]", error.trailing_metadata() or [])
     metadata = {key: str(value) for key, value in pairs}
     message = error.details() or error.code().name
     cls = error_classes().get(metadata.get(_CODE_KEY, ""))
     if cls is not None:
         return cls(message, param=metadata.get(_PARAM_KEY))
-    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL):
         return WorkerLost(f"{who} is gone: {message}")
     if error.code() is grpc.StatusCode.CANCELLED:
         return RequestCancelled(f"the call to {who} was cancelled")

@@ -56,7 +56,8 @@ def test_errors_survive_the_wire() -> None:
 
 
 def test_a_status_that_is_not_ours_means_a_lost_worker() -> None:
-    assert isinstance(convert.error_from_rpc(_FailedCall(None), "decode-0"), WorkerLost)
+    for code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL):
+        assert isinstance(convert.error_from_rpc(_FailedCall(None, code), "decode-0"), WorkerLost)
 
 
 # -- configuration
