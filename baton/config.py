@@ -134,7 +134,8 @@ class TenantConfig(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
     key_file: str = ""  # its API keys, one a line; empty: all who are nobody else (one tenant at most)
     weight: float = Field(default=1.0, gt=0)  # of its share, where others of its priority wait too
-    priority: int = 0  # of its requests, and the most urgent that they may ask for; lower is served earlier
+    priority: int = 0  # of its requests that ask for none; lower is served earlier
+    most_urgent: int | None = None  # that they may ask for; None: `priority`
     requests_per_s: float | None = Field(default=None, gt=0)
     tokens_per_min: float | None = Field(default=None, gt=0)  # prompt and output
 

@@ -41,7 +41,7 @@ class Route:
     predicted_s: float | None = None  # until the first token
     queued_s: float = 0.0  # before it was placed
     moves: list[str] = dataclasses.field(default_factory=list[str])  # why it left each earlier worker
-    decisions: list[Decision] = dataclasses.field(default_factory=list[Decision])  # of each placement
+    decisions: list[Decision] = dataclasses.field(default_factory=list[Decision], repr=False)  # of each placement
 
     def __str__(self) -> str:
         parts = [

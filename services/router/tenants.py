@@ -42,7 +42,8 @@ class Bucket:
 class Tenant:
     name: str = ""  # empty: nobody is told from anybody
     weight: float = 1.0
-    priority: int | None = None  # of its requests, and the most urgent they may ask for; None: they may ask for any, and have 0
+    priority: int = 0  # of its requests that ask for none
+    most_urgent: float = -math.inf  # that they may ask for
     requests: Bucket | None = None
     tokens: Bucket | None = None
 
@@ -64,9 +65,8 @@ class Tenant:
 
     def allowed(self, priority: int | None) -> int:
         """The priority that a request gets which asks for this one."""
-        if self.priority is None:
-            return priority or 0
-        return self.priority if priority is None else max(priority, self.priority)
+        asked = self.priority if priority is None else priority
+        return asked if asked >= self.most_urgent else int(self.most_urgent)
 
 
 EVERYBODY = Tenant()
@@ -120,6 +120,7 @@ def _tenant(config: TenantConfig) -> Tenant:
         name=config.name,
         weight=config.weight,
         priority=config.priority,
+        most_urgent=config.priority if config.most_urgent is None else config.most_urgent,
         requests=None if config.requests_per_s is None else Bucket(config.requests_per_s, config.requests_per_s),
         tokens=None if per_s is None or config.tokens_per_min is None else Bucket(per_s, config.tokens_per_min),
     )
