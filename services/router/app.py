@@ -121,7 +121,8 @@ def make_app(gateway: Gateway) -> FastAPI:
         )
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
+        _tenant(request, gateway)
         card = {"id": gateway.model, "object": "model", "created": 0, "owned_by": "baton", "max_model_len": gateway.max_model_len}
         return {"object": "list", "data": [card]}
 

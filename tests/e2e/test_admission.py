@@ -105,7 +105,8 @@ def test_only_who_has_a_key_may_ask(cluster: RunningCluster) -> None:
         answer = httpx.post(f"{cluster.url}{path}", json={"prompt": "x"})
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert "Authorization: Bearer KEY" in answer.json()["error"]["message"]
-    assert metric(cluster, "requests_refused_total", reason="key") == refused + 6
+    assert httpx.get(f"{cluster.url}/v1/models").status_code == 401
+    assert metric(cluster, "requests_refused_total", reason="key") == refused + 7
     assert httpx.get(f"{cluster.url}/health").status_code == 200
     with client(cluster, "sk-two") as made:
         assert made.completions.create(model="demo-model", prompt="x", max_tokens=2).choices[0].text
