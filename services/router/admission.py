@@ -116,7 +116,7 @@ class Admission:
             deadline=arrived + min(self._ttft_slo_s(claim) or math.inf, self._config.max_wait_s),
             work=work,
         )
-        self._check_rates(tenant)
+        self.check_rates(tenant)
         free = not self._queue and self._room(work)
         self._check_slo(claim, work, 0.0, 0.0 if free else self._takes_s(self._queue.ahead(queued) + queued.cost))
         tenant.take(requests=1, tokens=work.num_prompt_tokens)
@@ -138,6 +138,14 @@ class Admission:
                 self._running -= work.num_sequences
                 self._queue.correct(queued, work.num_prompt_tokens + ticket.num_tokens if served else 0.0)
                 self._pump()
+
+    def check_rates(self, tenant: Tenant) -> None:
+        """Raises RateLimited; also worth asking before a request is even read."""
+        try:
+            tenant.check_rates()
+        except BatonError:
+            self._metrics.refused("rate", tenant.name)
+            raise
 
     async def _wait(self, queued: _Queued, limit_s: float) -> None:
         """For its turn."""
@@ -217,13 +225,6 @@ class Admission:
 
     def _ttft_slo_s(self, claim: Claim) -> float | None:
         return self._config.ttft_slo_s if claim.ttft_slo_s is None else claim.ttft_slo_s
-
-    def _check_rates(self, tenant: Tenant) -> None:
-        try:
-            tenant.check_rates()
-        except BatonError:
-            self._metrics.refused("rate", tenant.name)
-            raise
 
     def _check_slo(self, claim: Claim, work: Work, waited_s: float, queue_s: float) -> None:
         """Raises Overloaded where the request is not expected to be served as it asks."""

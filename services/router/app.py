@@ -97,6 +97,7 @@ def make_app(gateway: Gateway) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         tenant = _tenant(request, gateway)
+        gateway.generator.admission.check_rates(tenant)
         body = parse(ChatBody, await read_json(request, gateway.max_body))
         gateway.check_model(body.model)
         prompt = body.prompt(gateway.tokenizer)
@@ -108,6 +109,7 @@ def make_app(gateway: Gateway) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         tenant = _tenant(request, gateway)
+        gateway.generator.admission.check_rates(tenant)
         body = parse(CompletionBody, await read_json(request, gateway.max_body))
         gateway.check_model(body.model)
         prompts = body.prompts(gateway.tokenizer)

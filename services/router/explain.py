@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from baton.errors import NoWorkers
+from baton.types import Role
 from services.router.dispatch import Route
 from services.router.placer import Decision
 from services.router.policy import Facts, Placement, Policy, WorkerView
@@ -85,23 +86,28 @@ def _option(placement: Placement, view: Sequence[WorkerView]) -> Json:
 
 
 def ranking(policy: Policy, facts: Facts, view: Sequence[WorkerView]) -> list[Placement]:
-    """What the policy chooses; then what it would have chosen with the same entrance, each time without the prefill worker that was better,
-    at last with busy ones alone; then each time without the entrance that was better."""
+    """What the policy chooses; what it would have chosen with the same entrance, each time without the prefill worker that was better, and
+    with none that has time; then each time without the entrance that was better."""
     first = policy(facts, view)
     found = [first]
     entrance = [worker for worker in view if worker.id == first.decode]
-    for out in range(1, min(len(first.prefills), _MOST_OPTIONS)):
-        found += _try(policy, facts, [*entrance, *(worker for worker in view if worker.id in first.prefills[out:])])
-    busy = [dataclasses.replace(worker, pending_tokens=10**12) for worker in view if worker.id in first.prefills[:1]]
-    found += [option for option in _try(policy, facts, [*entrance, *busy]) if busy and not option.prefills]
+    prefills = [worker for worker in view if worker.role is Role.PREFILL]
+    elsewhere = dataclasses.replace(facts, local_prefill=False)
+    for _ in range(min(len(prefills), _MOST_OPTIONS)):
+        option = _try(policy, elsewhere, [*entrance, *prefills])
+        best = option[0].prefills[:1] if option else ()
+        found += option if best else []
+        prefills = [worker for worker in prefills if worker.id not in best]
+    busy = [dataclasses.replace(worker, pending_tokens=10**12) for worker in view if worker.role is Role.PREFILL]
+    found += [option for option in _try(policy, facts, [*entrance, *busy]) if not option.prefills]
     gone = {first.decode}
-    while len(gone) < _MOST_OPTIONS:
-        option = _try(policy, facts, [worker for worker in view if worker.id not in gone])
-        if not option:
-            break
+    while len(gone) < _MOST_OPTIONS and (option := _try(policy, facts, [worker for worker in view if worker.id not in gone])):
         found += option
         gone.add(option[0].decode)
-    return found
+    distinct: dict[tuple[str, tuple[str, ...]], Placement] = {}
+    for each in found:
+        distinct.setdefault((each.decode, each.prefills[:1]), each)
+    return list(distinct.values())
 
 
 def _try(policy: Policy, facts: Facts, view: Sequence[WorkerView]) -> list[Placement]:

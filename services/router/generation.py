@@ -72,7 +72,7 @@ class Generator:
         explained: int = 0,
     ) -> None:
         """`explained`: how many requests `explain` remembers."""
-        self._tokenizer, self._dispatcher, self._admission, self._metrics, self._eos = tokenizer, dispatcher, admission, metrics, eos
+        self._tokenizer, self._dispatcher, self.admission, self._metrics, self._eos = tokenizer, dispatcher, admission, metrics, eos
         self.records = Records(explained)
 
     def check(self, token_ids: Sequence[int], max_model_len: int | None) -> None:
@@ -93,7 +93,7 @@ class Generator:
     async def run(self, request_id: str, asks: Sequence[Ask], claim: Claim) -> AsyncGenerator[tuple[Choice, Piece]]:
         """Pieces of all sequences as they come, once the request is let in; sequence i of prompt p has index p * n + i. Leaving early
         cancels them all. `request_id`: what the client knows it by."""
-        async with self._admission.enter(claim, self._work(asks)) as ticket:
+        async with self.admission.enter(claim, self._work(asks)) as ticket:
             run = _Run(ticket, self.records.start(request_id, claim.tenant.name))
             if len(asks) == 1 and asks[0].n == 1:  # nearly always: without a task and a queue, which cost a step of 32 half a millisecond
                 async with aclosing(self._sequence(asks[0], 0, _drawn(asks[0].seed), run)) as items:

@@ -25,6 +25,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
         async with guarded(context):
             gateway = self._gateway
             tenant = gateway.tenant(_metadata(context, "authorization"))
+            gateway.generator.admission.check_rates(tenant)
             gateway.check_model(request.model or None)
             prompt = self._prompt(request)
             gateway.generator.check(prompt, gateway.max_model_len)
