@@ -128,6 +128,42 @@ class WorkerConfig(Strict):
     drain_grace_s: float = Field(default=30.0, ge=0)
 
 
+class TenantConfig(Strict):
+    """Who may ask, and for how much."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    key_file: str = ""  # its API keys, one a line; empty: all who are nobody else (one tenant at most)
+    weight: float = Field(default=1.0, gt=0)  # of its share, where others of its priority wait too
+    priority: int = 0  # of its requests that ask for none; lower is served earlier
+    most_urgent: int | None = None  # that they may ask for; None: `priority`
+    requests_per_s: float | None = Field(default=None, gt=0)
+    tokens_per_min: float | None = Field(default=None, gt=0)  # prompt and output
+
+
+class AdmissionConfig(Strict):
+    """When the router keeps requests waiting, and when it refuses them. Nothing set: it does neither."""
+
+    max_running: int | None = Field(default=None, ge=1)  # sequences that this router has at the workers
+    backlog_s: float | None = Field(default=None, gt=0)  # requests wait here while they would wait for longer than this at the workers
+    max_waiting: int = Field(default=1024, ge=0)  # requests; 0: what cannot go at once is refused
+    max_wait_s: float = Field(default=30.0, gt=0)
+    ttft_slo_s: float | None = Field(default=None, gt=0)  # of requests that bring none of their own
+    itl_slo_s: float | None = Field(default=None, gt=0)
+
+
+class TLSConfig(Strict):
+    """Of the router's HTTP."""
+
+    cert: str = ""  # PEM file, chain included; empty: plain HTTP
+    key: str = ""  # PEM file
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TLSConfig":
+        if bool(self.cert) != bool(self.key):
+            raise ValueError("tls needs both files: give tls.cert and tls.key")
+        return self
+
+
 class RouterConfig(Strict):
     model: str = ""  # Hugging Face folder: tokenizer, chat template, generation defaults
     served_model_name: str = ""
@@ -139,6 +175,17 @@ class RouterConfig(Strict):
     max_body: Size = 16 * 2**20
     max_migrations: int = Field(default=3, ge=0)  # per sequence
     drain_grace_s: float = Field(default=30.0, ge=0)
+    tenants: tuple[TenantConfig, ...] = ()  # none: everybody may ask for everything
+    admission: AdmissionConfig = AdmissionConfig()
+    tls: TLSConfig = TLSConfig()
+    explained: int = Field(default=256, ge=0)  # requests, the latest, that /debug/routes can tell about
+
+    @model_validator(mode="after")
+    def _told_times(self) -> "RouterConfig":
+        promised = [name for name in ("backlog_s", "ttft_slo_s", "itl_slo_s") if getattr(self.admission, name) is not None]
+        if promised and self.policy != "predicted":
+            raise ValueError(f"admission.{promised[0]} needs predicted times, which policy={self.policy} does not give: take predicted")
+        return self
 
 
 class KVStoreConfig(Strict):
@@ -234,6 +281,8 @@ def _explain(cls: type[Strict], location: tuple[str, ...], message: str, kind: s
 
 def _section(cls: type[Strict], path: Sequence[str]) -> type[Strict]:
     for key in path:
+        if key.isdigit():  # a place in a list, whose section was found by the key before
+            continue
         annotation = cls.model_fields[key].annotation
         candidates = (annotation, *get_args(annotation))
         cls = next(c for c in candidates if isinstance(c, type) and issubclass(c, Strict))

@@ -3,13 +3,16 @@
     BatonError
     ├── InvalidRequest            the caller sent something wrong, and can mend it
     │   ├── PromptTooLong
-    │   └── ModelNotFound
+    │   ├── ModelNotFound
+    │   ├── TooLarge              the body has too many bytes
+    │   └── Unauthorized          no API key, or one that nobody has
     ├── RequestCancelled          the caller went away
     ├── Unavailable               right request, wrong moment: try again, or elsewhere
     │   ├── NoWorkers             no worker (pair) can take the request
     │   ├── WorkerLost            a worker died with the request in its hands
     │   ├── Draining              this worker takes no new work
-    │   └── Overloaded            no room: queue or memory is full
+    │   └── Overloaded            no room: queue or memory is full, or it could not be done in the time asked for
+    │       └── RateLimited       the tenant has had what it may have
     ├── ConfigError               the process can't start with this configuration
     ├── ModelError                the model folder can't be served
     │   ├── UnsupportedModel
@@ -50,12 +53,25 @@ class ModelNotFound(InvalidRequest):
     code, http_status, grpc_status = "model_not_found", 404, "NOT_FOUND"
 
 
+class TooLarge(InvalidRequest):
+    code, http_status = "request_too_large", 413
+
+
+class Unauthorized(InvalidRequest):
+    code, http_status, grpc_status = "invalid_api_key", 401, "UNAUTHENTICATED"
+
+
 class RequestCancelled(BatonError):
     code, http_status, grpc_status = "request_cancelled", 499, "CANCELLED"
 
 
 class Unavailable(BatonError):
     code, http_status, grpc_status = "unavailable", 503, "UNAVAILABLE"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+        """When it is worth another try, where that is known."""
 
 
 class NoWorkers(Unavailable):
@@ -72,6 +88,10 @@ class Draining(Unavailable):
 
 class Overloaded(Unavailable):
     code, http_status, grpc_status = "overloaded", 429, "RESOURCE_EXHAUSTED"
+
+
+class RateLimited(Overloaded):
+    code = "rate_limit_exceeded"
 
 
 class ConfigError(BatonError):

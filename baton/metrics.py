@@ -208,12 +208,18 @@ class RouterMetrics(Metrics):
         self._prediction = self.histogram("ttft_prediction_error", "|predicted - actual| / actual time to first token", _ERROR)
         self._success = self.counter("request_success", "Finished requests", "finished_reason")
         self._failures = self.counter("request_failures", "Failed requests", "code")
+        self.queue_seconds = self.histogram("request_queue_seconds", "Time that requests had to wait in the router's queue, if any")
+        self._refused = self.counter("requests_refused", "Requests that were not let in, by reason and tenant", "reason", "tenant")
 
     def predicted(self, predicted_s: float, actual_s: float) -> None:
         self._prediction.observe(abs(predicted_s - actual_s) / actual_s if actual_s > 0 else 0.0)
 
     def success(self, reason: str) -> None:
         self.labelled(self._success, finished_reason=reason).inc()
+
+    def refused(self, reason: str, tenant: str) -> None:
+        """`reason`: key, rate, ttft, itl, full, wait or workers."""
+        self.labelled(self._refused, reason=reason, tenant=tenant).inc()
 
     def failure(self, code: str) -> None:
         self.labelled(self._failures, code=code).inc()

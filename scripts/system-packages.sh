@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What pip can't install: etcd, the libraries that Mooncake links to, and a compiler for the CPU kernels. Debian's packages, where they are missing and can be had.
+# What pip can't install: etcd, the libraries that Mooncake links to, a compiler for the CPU kernels, openssl for the tests' certificates. Debian's packages, where they are missing and can be had.
 set -euo pipefail
 missing=()
 command -v etcd >/dev/null || missing+=(etcd-server)
 command -v g++ >/dev/null || missing+=(g++)
+command -v openssl >/dev/null || missing+=(openssl)
 for pair in libibverbs.so.1:libibverbs1 libnuma.so.1:libnuma1 libcurl.so.4:libcurl4; do
     ldconfig -p 2>/dev/null | grep -q "${pair%%:*}" || /sbin/ldconfig -p 2>/dev/null | grep -q "${pair%%:*}" || missing+=("${pair##*:}")
 done

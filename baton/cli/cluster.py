@@ -86,7 +86,8 @@ class Cluster:
         self._groups: list[list[Child]] = []  # in starting order
         self._stopping = self._was_ready = False
         self._failed: asyncio.Future[str] | None = None
-        self.http = f"http://127.0.0.1:{plan.http_port or _free_port()}"
+        scheme = "https" if any(setting.startswith("router.tls.cert=") for setting in plan.settings) else "http"
+        self.http = f"{scheme}://127.0.0.1:{plan.http_port or _free_port()}"
         self.grpc = f"127.0.0.1:{plan.grpc_port or _free_port()}"
         self.etcd = ""
 
@@ -302,7 +303,7 @@ class Cluster:
 
     async def _ready(self) -> None:
         expected = self._plan.prefill + self._plan.decode + self._plan.unified
-        async with httpx.AsyncClient(base_url=self.http, timeout=2.0) as client:
+        async with httpx.AsyncClient(base_url=self.http, timeout=2.0, verify=False) as client:  # our own child, on this machine
             while True:
                 with contextlib.suppress(httpx.HTTPError, json.JSONDecodeError):
                     seen = (await client.get("/cluster")).json()

@@ -36,11 +36,14 @@ logger = logging.getLogger(__name__)
 class Host:
     """`member` is who this process is; its address, metrics address and pid are filled in when the servers listen."""
 
-    def __init__(self, server: ServerConfig, cluster: ClusterConfig, member: Member, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, server: ServerConfig, cluster: ClusterConfig, member: Member, metrics: Metrics | None = None, *, max_receive: int = -1
+    ) -> None:
+        """`max_receive`: bytes of a gRPC message; -1: any number."""
         self._config, self._metrics = server, metrics
         self.member = dataclasses.replace(member, pid=os.getpid(), instance=member.instance or secrets.token_hex(8), machine=this_machine())
         self.membership: Membership = make_membership(cluster)
-        self.grpc: Any = cast(Any, grpc.aio).server(options=server_options(cluster.lease_s))
+        self.grpc: Any = cast(Any, grpc.aio).server(options=server_options(cluster.lease_s, max_receive))
         self._health: Any = cast(Any, health).aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         self._stop = asyncio.Event()

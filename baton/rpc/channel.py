@@ -1,5 +1,5 @@
 """gRPC channels and servers whose calls end soon after the other side is gone: keepalive pings find a dead, paused or cut-off peer within
-one lease. Message sizes are not limited here: the router limits bodies, the engine prompts."""
+one lease. Message sizes are limited where strangers send them, at the router; the engine limits prompts."""
 
 from collections.abc import Sequence
 
@@ -34,10 +34,12 @@ def client_options(lease_s: float) -> Options:
     )
 
 
-def server_options(lease_s: float) -> Options:
-    """A server notices a client that is gone as well: its calls are cancelled, and what they held is free."""
+def server_options(lease_s: float, max_receive: int = -1) -> Options:
+    """A server notices a client that is gone as well: its calls are cancelled, and what they held is free. `max_receive`: bytes of a
+    message; -1: any number."""
     return (
-        *_UNLIMITED,
+        ("grpc.max_receive_message_length", max_receive),
+        ("grpc.max_send_message_length", -1),
         *_keepalive(lease_s),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 50),

@@ -6,7 +6,7 @@ from typing import Any, cast
 import grpc
 import grpc.aio
 
-from baton.errors import BatonError, InternalError, Overloaded, RequestCancelled, WorkerLost, error_classes
+from baton.errors import BatonError, InternalError, Overloaded, RequestCancelled, Unavailable, WorkerLost, error_classes
 from baton.hashing import HASH_BYTES
 from baton.rpc.v1 import common_pb2 as common
 from baton.rpc.v1 import decode_pb2 as decode
@@ -35,6 +35,7 @@ from baton.types import (
 )
 
 _CODE_KEY, _PARAM_KEY = "baton-error-code", "baton-error-param"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRPC's own: clients with a retry policy wait so long
 _FINISH = {
     FinishReason.STOP: common.FINISH_REASON_STOP,
     FinishReason.LENGTH: common.FINISH_REASON_LENGTH,
@@ -258,6 +259,8 @@ def error_status(error: BatonError) -> tuple[grpc.StatusCode, str, tuple[tuple[s
     metadata = [(_CODE_KEY, error.code)]
     if error.param:
         metadata.append((_PARAM_KEY, error.param))
+    if isinstance(error, Unavailable) and error.retry_after_s is not None:
+        metadata.append((_PUSHBACK_KEY, str(max(int(error.retry_after_s * 1000), 1))))
     return getattr(grpc.StatusCode, error.grpc_status), error.message, tuple(metadata)
 
 

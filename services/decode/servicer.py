@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import grpc.aio
 
-from baton.errors import BatonError, WorkerLost
+from baton.errors import BatonError, Draining, Overloaded, WorkerLost
 from baton.hosting.engine import Sequence
 from baton.hosting.heartbeat import with_heartbeat
 from baton.hosting.worker import Context, Intake, as_ours, guarded
@@ -31,6 +31,7 @@ class Feeding:
         self.reason = ""
         self.matched: tuple[int, int] = (0, 0)  # tokens: own prefix cache, pool
         self.prefill_cache: CacheReport | None = None
+        self.failed: list[str] = []  # prefill workers
         self._num_prompt_tokens = num_prompt_tokens
         self._told = self._reported = False
 
@@ -43,7 +44,7 @@ class Feeding:
         if self._told or not self.reason:
             return None
         self._told = True
-        return decode_pb2.PrefillDecision(prefill_id=self.prefill_id, reason=self.reason)
+        return decode_pb2.PrefillDecision(prefill_id=self.prefill_id, reason=self.reason, failed=self.failed)
 
     def report(self, output: GenerateOutput) -> CacheReport | None:
         """With the first token and the end: where the prompt's KV came from, with what the prefill worker found in its own cache counted
@@ -215,6 +216,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                     return
                 except BatonError as error:
                     logger.warning("prefill of %s by %s failed: %s", request.request_id, candidate.id, error.message)
+                    if not isinstance(error, Draining | Overloaded):
+                        feeding.failed.append(candidate.id)
                     feeding.decide(candidate.id, f"{candidate.id} failed: {error.message}")
                     if pushed:
                         break

@@ -4,12 +4,13 @@ import asyncio
 import collections.abc
 import contextlib
 import socket
+import ssl
 from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
 
-from baton.config import RouterConfig, member_id
+from baton.config import RouterConfig, TLSConfig, member_id
 from baton.errors import ConfigError
 from baton.hosting.members import make_membership
 from baton.hosting.process import run_service
@@ -19,11 +20,13 @@ from baton.rpc.channel import Channels
 from baton.rpc.v1 import router_pb2, router_pb2_grpc
 from baton.tokenizer import Tokenizer, read_settings
 from baton.types import Member, Role
+from services.router.admission import Admission
 from services.router.app import Gateway, make_app
 from services.router.dispatch import Dispatcher
 from services.router.generation import Generator
 from services.router.policies import POLICIES
 from services.router.servicer import RouterServicer
+from services.router.tenants import Tenants
 from services.router.workers import Workers
 
 
@@ -56,13 +59,18 @@ def build(config: RouterConfig, workers: Workers, channels: Channels) -> Gateway
         on_migration=metrics.migrations.inc,
         on_first_token=metrics.predicted,
     )
+    placer = dispatcher.placer
+    metrics.gauge("degraded", "1 while decode workers compute all prompts: no prefill worker is there", lambda: bool(placer.degraded()))
+    metrics.gauge("breakers_open", "Workers left alone, having failed request after request", lambda: len(placer.breakers.open()))
+    admission = Admission(config.admission, metrics, lease_s=config.cluster.lease_s, problem=placer.problem)
     return Gateway(
         model=name,
         tokenizer=tokenizer,
         defaults=defaults,
         context_len=int(model.get("max_position_embeddings", 2**31)),
         dispatcher=dispatcher,
-        generator=Generator(tokenizer, dispatcher, metrics, eos_ids),
+        generator=Generator(tokenizer, dispatcher, admission, metrics, eos_ids, explained=config.explained),
+        tenants=Tenants.read(config.tenants),
         metrics=metrics,
         max_body=config.max_body,
         lease_s=config.cluster.lease_s,
@@ -74,13 +82,20 @@ async def serve(config: RouterConfig) -> None:
     membership = make_membership(config.cluster)
     workers = Workers(membership, channels, lease_s=config.cluster.lease_s)
     gateway = build(config, workers, channels)
-    host = Host(
-        config.server, config.cluster, Member(id=member_id(config.server, Role.ROUTER), role=Role.ROUTER, address=""), gateway.metrics
-    )
+    member = Member(id=member_id(config.server, Role.ROUTER), role=Role.ROUTER, address="")
+    host = Host(config.server, config.cluster, member, gateway.metrics, max_receive=config.max_body)
     cast(Any, router_pb2_grpc).add_RouterServicer_to_server(RouterServicer(gateway), host.grpc)
+    _check_certificate(config.tls)
     listener = _listen(config.server.host, config.http_port)
     server = _Server(
-        uvicorn.Config(make_app(gateway), log_config=None, access_log=False, timeout_graceful_shutdown=max(int(config.drain_grace_s), 1))
+        uvicorn.Config(
+            make_app(gateway),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=max(int(config.drain_grace_s), 1),
+            ssl_certfile=config.tls.cert or None,
+            ssl_keyfile=config.tls.key or None,
+        )
     )
     workers.start()
     http = asyncio.create_task(server.serve([listener]), name="http")
@@ -112,6 +127,19 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"cannot listen on {host}:{port} (http_port): {error.strerror}") from error
     return listener
+
+
+def _check_certificate(tls: TLSConfig) -> None:
+    """Raises ConfigError, where uvicorn would end the process."""
+    if not tls.cert:
+        return
+    for path, setting in ((tls.cert, "tls.cert"), (tls.key, "tls.key")):
+        if not Path(path).is_file():
+            raise ConfigError(f"{setting}: there is no file {path}")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert, tls.key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tls: {tls.cert} and {tls.key} are not a certificate and its unencrypted key, in PEM: {error}") from error
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -14,22 +15,23 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from baton.errors import BatonError, InvalidRequest, ModelNotFound, NoWorkers, RequestCancelled
+from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCancelled, TooLarge, Unauthorized, Unavailable
 from baton.metrics import RouterMetrics
 from baton.tokenizer import Tokenizer
 from baton.types import MemberState
+from services.router.admission import Claim
 from services.router.answers import Answers, error_body, to_json
 from services.router.dispatch import Dispatcher
+from services.router.explain import explain
 from services.router.generation import Ask, Choice, Generator
 from services.router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
-from services.router.policy import pair_up
+from services.router.tenants import Tenant, Tenants
 from services.router.text import Piece
-from services.router.workers import HashesBySize
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Stream = AsyncGenerator[tuple[Choice, Piece]]
-ROUTE_HEADER = "x-baton-route"
+ROUTE_HEADER, TTFT_HEADER, TPOT_HEADER = "x-baton-route", "x-slo-ttft-ms", "x-slo-tpot-ms"
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class Gateway:
     context_len: int  # the model's own
     dispatcher: Dispatcher
     generator: Generator
+    tenants: Tenants
     metrics: RouterMetrics
     max_body: int
     lease_s: float
@@ -57,12 +60,16 @@ class Gateway:
         """Why no request can be served now."""
         if self.draining:
             return "the router is draining"
-        view = self.dispatcher.workers.view(HashesBySize((), ""))
+        problem = self.dispatcher.placer.problem()
+        return None if problem is None else problem.message
+
+    def tenant(self, authorization: str | None) -> Tenant:
+        """Raises Unauthorized."""
         try:
-            pair_up(view)
-        except NoWorkers as error:
-            return error.message
-        return None
+            return self.tenants.of(authorization)
+        except Unauthorized:
+            self.metrics.refused("key", "")
+            raise
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
@@ -89,16 +96,20 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
+        tenant = _tenant(request, gateway)
+        gateway.generator.admission.check_rates(tenant)
         body = parse(ChatBody, await read_json(request, gateway.max_body))
         gateway.check_model(body.model)
         prompt = body.prompt(gateway.tokenizer)
         gateway.generator.check(prompt, gateway.max_model_len)
         request_id = _request_id(request, "chatcmpl")
         asks = body.asks(request_id, prompt, gateway.defaults, gateway.max_model_len)
-        return await _answer(request, gateway, "chat.completion", request_id, asks, body)
+        return await _answer(request, gateway, "chat.completion", request_id, asks, body, claim_of(request, tenant, body))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
+        tenant = _tenant(request, gateway)
+        gateway.generator.admission.check_rates(tenant)
         body = parse(CompletionBody, await read_json(request, gateway.max_body))
         gateway.check_model(body.model)
         prompts = body.prompts(gateway.tokenizer)
@@ -106,15 +117,20 @@ def make_app(gateway: Gateway) -> FastAPI:
             gateway.generator.check(prompt, gateway.max_model_len)
         request_id = _request_id(request, "cmpl")
         asks = body.asks(request_id, prompts, gateway.defaults, gateway.max_model_len)
-        return await _answer(request, gateway, "text_completion", request_id, asks, body, echo=body.echo, silent=body.max_tokens == 0)
+        claim = claim_of(request, tenant, body)
+        return await _answer(
+            request, gateway, "text_completion", request_id, asks, body, claim, echo=body.echo, silent=body.max_tokens == 0
+        )
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
+        _tenant(request, gateway)
         card = {"id": gateway.model, "object": "model", "created": 0, "owned_by": "baton", "max_model_len": gateway.max_model_len}
         return {"object": "list", "data": [card]}
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
+        _tenant(request, gateway)
         body = parse(TokenizeBody, await read_json(request, gateway.max_body))
         gateway.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
@@ -130,6 +146,7 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> dict[str, Any]:
+        _tenant(request, gateway)
         body = parse(DetokenizeBody, await read_json(request, gateway.max_body))
         gateway.check_model(body.model)
         if body.tokens:
@@ -142,8 +159,10 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/ready")
     async def ready() -> Response:
-        problem = gateway.not_ready()
-        return JSONResponse({"status": "ready" if problem is None else "not ready", "problem": problem}, 200 if problem is None else 503)
+        problem, degraded = gateway.not_ready(), gateway.dispatcher.placer.degraded()
+        status = "not ready" if problem is not None else "degraded" if degraded else "ready"
+        why = f"{degraded}; until then decode workers compute the prompts, beside their tokens" if degraded else None
+        return JSONResponse({"status": status, "problem": problem, "degraded": why}, 200 if problem is None else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -153,11 +172,19 @@ def make_app(gateway: Gateway) -> FastAPI:
     async def cluster() -> dict[str, Any]:
         return describe(gateway)
 
+    @app.get("/debug/routes/{request_id}")
+    async def route(request: Request, request_id: str) -> dict[str, Any]:
+        routes = gateway.generator.records.find(request_id, _tenant(request, gateway).name)
+        if routes is None:
+            raise HTTPException(404, f"nothing is known of a request {request_id!r}: give the x-request-id of one of the latest")
+        return {"request_id": request_id, "sequences": [explain(route, gateway.dispatcher.placer.policy) for route in routes]}
+
     return app
 
 
 def describe(gateway: Gateway) -> dict[str, Any]:
     """The cluster as this router sees it."""
+    broken = set(gateway.dispatcher.placer.breakers.open())
     workers = [
         {
             "id": w.member.id,
@@ -165,6 +192,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
             "pid": w.member.pid,
             "address": w.member.address,
             "state": "lost" if w.state is None else str(MemberState.DRAINING if w.member.state is MemberState.DRAINING else w.state),
+            "breaker": "open" if w.member.id in broken else "closed",
             "running": w.load.num_running,
             "waiting": w.load.num_waiting,
             "blocks_free": w.load.blocks_free,
@@ -187,6 +215,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
         "policy": gateway.dispatcher.policy_name,
         "ready": problem is None,
         "problem": problem,
+        "degraded": gateway.dispatcher.placer.degraded() or None,
         "workers": workers,
         "others": sorted(others, key=lambda m: m["id"]),
         "blocks_indexed": len(gateway.dispatcher.workers.index),
@@ -200,7 +229,7 @@ async def read_json(request: Request, limit: int) -> object:
         async for part in request.stream():
             data += part
             if len(data) > limit:
-                raise HTTPException(413, f"the body is larger than {limit} bytes (max_body)")
+                raise TooLarge(f"the body is larger than {limit} bytes (max_body): send a shorter one")
     except ClientDisconnect as error:
         raise RequestCancelled("the client went away") from error
     try:
@@ -209,8 +238,34 @@ async def read_json(request: Request, limit: int) -> object:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
 
 
+def _tenant(request: Request, gateway: Gateway) -> Tenant:
+    return gateway.tenant(request.headers.get("authorization"))
+
+
+def claim_of(request: Request, tenant: Tenant, body: ChatBody | CompletionBody) -> Claim:
+    """The headers are llm-d's; their times are milliseconds."""
+
+    def seconds(name: str) -> float | None:
+        text = request.headers.get(name)
+        if text is None:
+            return None
+        try:
+            value = float(text) / 1000
+        except ValueError:
+            value = 0.0
+        if not 0 < value < math.inf:
+            raise InvalidRequest(f"{name}: {text!r} is not a number of milliseconds; send one above 0, for example 500", param=name)
+        return value
+
+    return Claim(tenant=tenant, priority=body.urgency, ttft_slo_s=seconds(TTFT_HEADER), itl_slo_s=seconds(TPOT_HEADER))
+
+
 def error_response(error: BatonError) -> JSONResponse:
-    headers = {"retry-after": "1"} if error.http_status in (429, 503) else None
+    headers: dict[str, str] = {}
+    if error.http_status in (429, 503):  # whole seconds
+        headers["retry-after"] = str(max(math.ceil(error.retry_after_s or 0), 1) if isinstance(error, Unavailable) else 1)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(error.message, error.code, error.http_status, error.param), error.http_status, headers)
 
 
@@ -221,12 +276,13 @@ async def _answer(
     request_id: str,
     asks: Sequence[Ask],
     body: ChatBody | CompletionBody,
+    claim: Claim,
     *,
     echo: bool = False,
     silent: bool = False,
 ) -> Response:
     answers = Answers(kind, request_id, gateway.model, gateway.tokenizer, asks, token_ids=body.return_token_ids)
-    stream = gateway.generator.run(asks)
+    stream = gateway.generator.run(request_id, asks, claim)
     if not body.stream:
         choices = await _until_gone(request, lambda: _collect(stream))
         return JSONResponse(answers.whole(choices, echo=echo, silent=silent), headers=_headers(request_id, choices))

@@ -15,17 +15,16 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from baton.errors import NoWorkers, Overloaded, Unavailable, WorkerLost
+from baton.errors import InternalError, NoWorkers, Overloaded, Unavailable, WorkerLost
 from baton.rpc import convert
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import decode_pb2
 from baton.types import GenerateOutput, GenerateRequest
+from services.router.placer import Decision, Placer
 from services.router.policy import Facts, Placement, Policy
 from services.router.sessions import Sessions
 from services.router.workers import HashesBySize, Workers
 
-_FIRST_GUESS = 128.0  # output tokens, before any request has ended
-_LEARNED = 0.02  # how much of the expectation each ended request makes
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +39,9 @@ class Route:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     predicted_s: float | None = None  # until the first token
+    queued_s: float = 0.0  # before it was placed
     moves: list[str] = dataclasses.field(default_factory=list[str])  # why it left each earlier worker
+    decisions: list[Decision] = dataclasses.field(default_factory=list[Decision], repr=False)  # of each placement
 
     def __str__(self) -> str:
         parts = [
@@ -51,6 +52,8 @@ class Route:
         ]
         if self.predicted_s is not None:
             parts.append(f"predicted_ttft={self.predicted_s:.3f}")
+        if self.queued_s:
+            parts.append(f"queued={self.queued_s:.3f}")
         if self.moves:
             parts.append(f"moves={len(self.moves)}")
         text = "; ".join([*parts, f'reason="{self.reason}"'])
@@ -71,12 +74,12 @@ class Dispatcher:
         on_migration: Callable[[], None] = lambda: None,
         on_first_token: Callable[[float, float], None] = lambda predicted_s, actual_s: None,
     ) -> None:
-        self.workers, self.policy_name, self._policy = workers, policy_name, policy
+        self.workers, self.policy_name = workers, policy_name
+        self.placer = Placer(workers, policy, local_prefill=local_prefill)
         self._sessions = Sessions(channels, lease_s=lease_s)
         self._lease_s, self._max_migrations, self._on_migration = lease_s, max_migrations, on_migration
-        self._local_prefill, self._on_first_token = local_prefill, on_first_token
+        self._on_first_token = on_first_token
         self._turns = itertools.count()
-        self._num_output_tokens = _FIRST_GUESS  # of a request, lately
 
     def route(self) -> Route:
         return Route(self.policy_name)
@@ -87,12 +90,16 @@ class Dispatcher:
         Raises NoWorkers, Overloaded, WorkerLost (too often), or what a worker says of a wrong request.
         """
         hashes = HashesBySize(request.prompt_token_ids, request.salt)
-        facts = self._facts(request)
+        left = request.sampling.max_tokens - len(request.output_token_ids)
+        facts = self.placer.facts(len(request.prompt_token_ids) + len(request.output_token_ids), left, next(self._turns))
         route.num_prompt_tokens = facts.num_prompt_tokens
         output = list(request.output_token_ids)
         refused: list[str] = []
         for attempt in itertools.count():
-            placement = await self._place(facts, hashes, refused)
+            decision = await self._place(facts, hashes, refused)
+            placement, instance = decision.placement, self.workers.member(decision.placement.decode).instance
+            route.decisions.append(decision)
+            self.placer.breakers.asked(placement.decode, instance)
             route.decode, route.prefill, route.reason, route.predicted_s = placement.decode, "", placement.reason, placement.ttft_s
             placed = time.monotonic()
             name = request.request_id if attempt == 0 else f"{request.request_id}~{attempt}"
@@ -100,16 +107,23 @@ class Dispatcher:
             try:
                 async with aclosing(self._call(part, placement, route)) as items:
                     async for item in items:
-                        if not output and placement.ttft_s is not None:
-                            self._on_first_token(placement.ttft_s, time.monotonic() - placed)
+                        if decision.ttft_s is None:
+                            decision.ttft_s = time.monotonic() - placed
+                            self.placer.breakers.succeeded(placement.decode, instance)
+                            if not output and placement.ttft_s is not None:
+                                self._on_first_token(placement.ttft_s, decision.ttft_s)
                         output += [token.token_id for token in item.tokens]
                         yield item
                         if item.finish_reason is not None:
-                            self._num_output_tokens += _LEARNED * (len(output) - self._num_output_tokens)
+                            self.placer.learn_output(len(output))
                             return
                 raise WorkerLost(f"{placement.decode} ended the stream too early")
+            except InternalError:
+                self.placer.breakers.failed(placement.decode, instance)
+                raise
             except Unavailable as error:
                 if isinstance(error, WorkerLost):
+                    self.placer.breakers.failed(placement.decode, instance)
                     self.workers.lost(placement.decode)
                 else:
                     refused.append(placement.decode)
@@ -119,33 +133,22 @@ class Dispatcher:
                 route.moves.append(f"{placement.decode}: {error.message}")
                 self._on_migration()
 
-    def _facts(self, request: GenerateRequest) -> Facts:
-        left = request.sampling.max_tokens - len(request.output_token_ids)
-        return Facts(
-            num_prompt_tokens=len(request.prompt_token_ids) + len(request.output_token_ids),
-            turn=next(self._turns),
-            num_output_tokens=min(left, self._num_output_tokens),
-            local_prefill=self._local_prefill,
-        )
-
-    async def _place(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> Placement:
+    async def _place(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> Decision:
         """Waits up to a lease for a worker that can take it."""
         deadline = asyncio.get_running_loop().time() + self._lease_s
         while True:
             try:
-                placement = self._policy(facts, self.workers.view(hashes, exclude=refused))
-                break
+                return self.placer.decide(facts, hashes, refused)
             except NoWorkers:
                 left = deadline - asyncio.get_running_loop().time()
                 if left <= 0:
                     raise
                 refused.clear()
                 await self.workers.wait_change(min(left, 0.5))
-        return placement
 
     def _others(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> bool:
         try:
-            self._policy(facts, self.workers.view(hashes, exclude=refused))
+            self.placer.decide(facts, hashes, refused)
         except NoWorkers:
             return False
         return True
@@ -158,12 +161,18 @@ class Dispatcher:
         self.workers.routed(placement.decode, request.request_id, 0, 0)
         self.workers.routed(computes, request.request_id, missing, (total**2 - (total - missing) ** 2) // 2)
         waited_for: tuple[str, ...] = (computes, placement.decode)
+        breakers, instances, failed = self.placer.breakers, {each.id: each.instance for each in candidates}, set[str]()
+        for first in candidates[:1]:
+            breakers.asked(first.id, first.instance)
         try:
             async with aclosing(
                 self._sessions.generate(placement.decode, self.workers.member(placement.decode).address, message)
             ) as responses:
                 async for response in responses:
                     if response.HasField("prefill"):
+                        for name in set(response.prefill.failed) - failed:
+                            breakers.failed(name, instances.get(name, ""))
+                        failed.update(response.prefill.failed)
                         route.prefill = response.prefill.prefill_id
                         route.reason = f"{placement.reason}; {response.prefill.reason}"
                         if (route.prefill or placement.decode) != computes:
@@ -172,6 +181,8 @@ class Dispatcher:
                     if output.cache is not None:
                         route.num_cached_tokens = output.cache.num_cached_tokens
                     if output.tokens or output.finish_reason is not None:
+                        if waited_for and route.prefill and route.prefill not in failed:
+                            breakers.succeeded(route.prefill, instances.get(route.prefill, ""))
                         for worker_id in waited_for:  # their own loads have it by now, whether we were told or not
                             self.workers.unrouted(worker_id, request.request_id)
                         waited_for = ()

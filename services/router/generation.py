@@ -14,7 +14,9 @@ from baton.errors import BatonError, InternalError, InvalidRequest, PromptTooLon
 from baton.metrics import RouterMetrics
 from baton.tokenizer import Tokenizer
 from baton.types import CacheReport, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
+from services.router.admission import Admission, Claim, Ticket, Work
 from services.router.dispatch import Dispatcher, Route
+from services.router.explain import Records
 from services.router.text import Piece, TextStream
 
 logger = logging.getLogger(__name__)
@@ -50,9 +52,28 @@ class Choice:
     cache: CacheReport | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Run:
+    """What a request's sequences share."""
+
+    ticket: Ticket
+    routes: list[Route]
+
+
 class Generator:
-    def __init__(self, tokenizer: Tokenizer, dispatcher: Dispatcher, metrics: RouterMetrics, eos: frozenset[int]) -> None:
-        self._tokenizer, self._dispatcher, self._metrics, self._eos = tokenizer, dispatcher, metrics, eos
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dispatcher: Dispatcher,
+        admission: Admission,
+        metrics: RouterMetrics,
+        eos: frozenset[int],
+        *,
+        explained: int = 0,
+    ) -> None:
+        """`explained`: how many requests `explain` remembers."""
+        self._tokenizer, self._dispatcher, self.admission, self._metrics, self._eos = tokenizer, dispatcher, admission, metrics, eos
+        self.records = Records(explained)
 
     def check(self, token_ids: Sequence[int], max_model_len: int | None) -> None:
         """Refuses a prompt that no worker could take, before it costs anything."""
@@ -69,18 +90,37 @@ class Generator:
                 param="prompt",
             )
 
-    async def run(self, asks: Sequence[Ask]) -> AsyncGenerator[tuple[Choice, Piece]]:
-        """Pieces of all sequences as they come; sequence i of prompt p has index p * n + i. Leaving early cancels them all.
-
-        The first sequence of a prompt starts at once, its siblings with its first token: they find the prompt cached.
-        """
-        if len(asks) == 1 and asks[0].n == 1:  # nearly always: without a task and a queue, which cost a step of 32 half a millisecond
-            async with aclosing(self._sequence(asks[0], 0, _drawn(asks[0].seed))) as items:
+    async def run(self, request_id: str, asks: Sequence[Ask], claim: Claim) -> AsyncGenerator[tuple[Choice, Piece]]:
+        """Pieces of all sequences as they come, once the request is let in; sequence i of prompt p has index p * n + i. Leaving early
+        cancels them all. `request_id`: what the client knows it by."""
+        async with self.admission.enter(claim, self._work(asks)) as ticket:
+            run = _Run(ticket, self.records.start(request_id, claim.tenant.name))
+            if len(asks) == 1 and asks[0].n == 1:  # nearly always: without a task and a queue, which cost a step of 32 half a millisecond
+                async with aclosing(self._sequence(asks[0], 0, _drawn(asks[0].seed), run)) as items:
+                    async for item in items:
+                        ticket.told(len(item[1].tokens))
+                        yield item
+                return
+            async with aclosing(self._several(asks, run)) as items:
                 async for item in items:
+                    ticket.told(len(item[1].tokens))
                     yield item
-            return
+
+    def _work(self, asks: Sequence[Ask]) -> Work:
+        """What is asked for, in all; forecasts are those of the longest prompt."""
+        longest = max(asks, key=lambda ask: len(ask.prompt_token_ids))
+        placer, max_tokens = self._dispatcher.placer, longest.sampling.max_tokens
+        return Work(
+            num_prompt_tokens=sum(len(ask.prompt_token_ids) for ask in asks),
+            num_output_tokens=sum(ask.n * placer.expected_tokens(ask.sampling.max_tokens) for ask in asks),
+            num_sequences=sum(ask.n for ask in asks),
+            forecast=placer.forecast(longest.prompt_token_ids, longest.salt, max_tokens),
+        )
+
+    async def _several(self, asks: Sequence[Ask], run: "_Run") -> AsyncGenerator[tuple[Choice, Piece]]:
+        """The first sequence of a prompt starts at once, its siblings with its first token: they find the prompt cached."""
         pieces: asyncio.Queue[tuple[Choice, Piece] | BatonError | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._run_ask(ask, place * ask.n, pieces)) for place, ask in enumerate(asks)]
+        tasks = [asyncio.create_task(self._run_ask(ask, place * ask.n, pieces, run)) for place, ask in enumerate(asks)]
         left = len(tasks)
         try:
             while left:
@@ -96,11 +136,13 @@ class Generator:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run_ask(self, ask: Ask, first_index: int, pieces: "asyncio.Queue[tuple[Choice, Piece] | BatonError | None]") -> None:
+    async def _run_ask(
+        self, ask: Ask, first_index: int, pieces: "asyncio.Queue[tuple[Choice, Piece] | BatonError | None]", run: "_Run"
+    ) -> None:
         seed, started = _drawn(ask.seed), asyncio.Event()
 
         async def run_one(i: int) -> None:
-            async with aclosing(self._sequence(ask, first_index + i, _sibling_seed(seed, i))) as items:
+            async with aclosing(self._sequence(ask, first_index + i, _sibling_seed(seed, i), run)) as items:
                 async for item in items:
                     started.set()
                     pieces.put_nowait(item)
@@ -115,10 +157,12 @@ class Generator:
             pieces.put_nowait(cast(BatonError, errors.exceptions[0]))
         pieces.put_nowait(None)
 
-    async def _sequence(self, ask: Ask, index: int, seed: int) -> AsyncGenerator[tuple[Choice, Piece]]:
+    async def _sequence(self, ask: Ask, index: int, seed: int, run: "_Run") -> AsyncGenerator[tuple[Choice, Piece]]:
         """One sequence as it grows. Raises BatonErrors alone."""
         try:
             choice = Choice(index, self._dispatcher.route())
+            choice.route.queued_s = run.ticket.queued_s
+            run.routes.append(choice.route)
             request = GenerateRequest(
                 request_id=f"{ask.request_id}-{index}-{secrets.token_hex(4)}",  # clients may use an id twice; workers must not
                 prompt_token_ids=ask.prompt_token_ids,
@@ -133,7 +177,7 @@ class Generator:
                 min_tokens=ask.sampling.min_tokens,
                 eos=self._eos,
             )
-            begun = last = time.monotonic()
+            begun = last = run.ticket.arrived
             async with aclosing(self._dispatcher.generate(request, choice.route)) as outputs:
                 async for output in outputs:
                     piece = text.push(output)

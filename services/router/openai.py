@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,6 +13,7 @@ from services.router.generation import Ask
 
 MAX_LOGPROBS = 20
 MAX_N = 64
+_TIERS = {"priority": -1, "default": 0, "flex": 1}  # auto and scale: as the tenant has it
 B = TypeVar("B", bound=BaseModel)
 
 
@@ -42,6 +43,8 @@ class _Body(BaseModel):
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
     cache_salt: str = ""
+    priority: int | None = None  # vLLM's: lower is served earlier
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None  # OpenAI's
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """`defaults` are the model's generation_config.json."""
@@ -66,6 +69,12 @@ class _Body(BaseModel):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+
+    @property
+    def urgency(self) -> int | None:
+        """The priority it asks for, if any."""
+        tier = None if self.service_tier is None else _TIERS.get(self.service_tier)
+        return tier if self.priority is None else self.priority
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ class Placement:
     missing_tokens: int  # of the prompt, where it is computed
     reason: str  # for people
     ttft_s: float | None = None  # predicted
+    cost_s: float | None = None  # seconds that it adds to anybody's waiting, where the policy counts in those
 
 
 Cost = Callable[[Facts, WorkerView], float]

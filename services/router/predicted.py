@@ -43,12 +43,13 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
             if place is not entrance:
                 ttft = max(ttft, to_push * paces[place.id].push_token_s) + handing_over
             options.append((ttft + harm + decoding, place is entrance, entrance.id, place.id, ttft))
-    _, here, decode, _, ttft = min(options)
+    cost, here, decode, _, ttft = min(options)
     ranked = [] if here else [name for _, at_decode, entrance, name, _ in sorted(options) if entrance == decode and not at_decode]
     reason = f"{ttft:.3f} s to the first token expected" if known else "nothing learned yet"
     matched = next(worker.matched_tokens for worker in workers if worker.id == (decode if here else ranked[0]))
     missing = facts.num_prompt_tokens - matched
-    return Placement(decode=decode, prefills=tuple(ranked), missing_tokens=missing, reason=reason, ttft_s=ttft if known else None)
+    ttft_s, cost_s = (ttft, cost) if known else (None, None)
+    return Placement(decode=decode, prefills=tuple(ranked), missing_tokens=missing, reason=reason, ttft_s=ttft_s, cost_s=cost_s)
 
 
 def _may_compute(facts: Facts, entrance: WorkerView, fitting: Sequence[WorkerView]) -> bool:

@@ -11,8 +11,10 @@ from baton.rpc import convert
 from baton.rpc.v1 import router_pb2 as pb
 from baton.rpc.v1 import router_pb2_grpc
 from baton.types import SamplingParams
+from services.router.admission import Claim
 from services.router.app import Gateway
 from services.router.generation import Ask
+from services.router.tenants import Tenant
 
 
 class RouterServicer(router_pb2_grpc.RouterServicer):
@@ -22,21 +24,24 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
     async def Generate(self, request: pb.RouterGenerateRequest, context: Context) -> AsyncIterator[pb.RouterGenerateResponse]:
         async with guarded(context):
             gateway = self._gateway
+            tenant = gateway.tenant(_metadata(context, "authorization"))
+            gateway.generator.admission.check_rates(tenant)
             gateway.check_model(request.model or None)
             prompt = self._prompt(request)
             gateway.generator.check(prompt, gateway.max_model_len)
+            request_id = request.request_id or f"grpc-{secrets.token_hex(8)}"
             ask = Ask(
-                request_id=f"{request.request_id or 'grpc'}-{secrets.token_hex(6)}",
+                request_id=request_id,
                 prompt_token_ids=tuple(prompt),
                 sampling=self._sampling(request, len(prompt)),
                 seed=request.seed if request.HasField("seed") else None,
                 stop=tuple(request.stop),
                 salt=request.salt,
             )
-            async with aclosing(gateway.generator.run([ask])) as stream:
+            async with aclosing(gateway.generator.run(request_id, [ask], _claim(request, context, tenant))) as stream:
                 async for choice, piece in stream:
                     answer = pb.RouterGenerateResponse(
-                        request_id=request.request_id,
+                        request_id=request_id,
                         text=piece.text,
                         tokens=[convert.token_to_proto(token) for token in piece.tokens],
                     )
@@ -74,3 +79,21 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
             top_p=sampling.top_p or 1.0,
             repetition_penalty=sampling.repetition_penalty or 1.0,
         )
+
+
+def _claim(request: pb.RouterGenerateRequest, context: Context, tenant: Tenant) -> Claim:
+    """A call that has a deadline wants its first token before."""
+    for name in ("ttft_slo_s", "itl_slo_s"):
+        if request.HasField(name) and not getattr(request, name) > 0:
+            raise InvalidRequest(f"{name} must be a number of seconds above 0", param=name)
+    limits = [request.ttft_slo_s if request.HasField("ttft_slo_s") else None, context.time_remaining()]
+    return Claim(
+        tenant=tenant,
+        priority=request.priority if request.HasField("priority") else None,
+        ttft_slo_s=min((limit for limit in limits if limit is not None), default=None),
+        itl_slo_s=request.itl_slo_s if request.HasField("itl_slo_s") else None,
+    )
+
+
+def _metadata(context: Context, name: str) -> str | None:
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == name), None)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.rpc.v1 import common_pb2 as baton_dot_rpc_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62\x61ton/rpc/v1/decode.proto\x12\x0c\x62\x61ton.rpc.v1\x1a\x19\x62\x61ton/rpc/v1/common.proto\"p\n\x10PrefillCandidate\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0f\n\x07machine\x18\x04 \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\"~\n\x0fGenerateRequest\x12/\n\x08sequence\x18\x01 \x01(\x0b\x32\x1d.baton.rpc.v1.SequenceRequest\x12:\n\x12prefill_candidates\x18\x02 \x03(\x0b\x32\x1e.baton.rpc.v1.PrefillCandidate\"5\n\x0fPrefillDecision\x12\x12\n\nprefill_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x81\x01\n\x10GenerateResponse\x12,\n\x06output\x18\x01 \x01(\x0b\x32\x1c.baton.rpc.v1.SequenceOutput\x12\x33\n\x07prefill\x18\x02 \x01(\x0b\x32\x1d.baton.rpc.v1.PrefillDecisionH\x00\x88\x01\x01\x42\n\n\x08_prefill\"[\n\x0eSessionRequest\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x31\n\x05start\x18\x02 \x01(\x0b\x32\x1d.baton.rpc.v1.GenerateRequestH\x00\x88\x01\x01\x42\x08\n\x06_start\"7\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\"\x82\x01\n\x0cSessionEvent\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x32\n\x08response\x18\x02 \x01(\x0b\x32\x1e.baton.rpc.v1.GenerateResponseH\x00\x12(\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x15.baton.rpc.v1.FailureH\x00\x42\x06\n\x04news\";\n\rSessionEvents\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.baton.rpc.v1.SessionEvent2\x9f\x01\n\x06\x44\x65\x63ode\x12K\n\x08Generate\x12\x1d.baton.rpc.v1.GenerateRequest\x1a\x1e.baton.rpc.v1.GenerateResponse0\x01\x12H\n\x07Session\x12\x1c.baton.rpc.v1.SessionRequest\x1a\x1b.baton.rpc.v1.SessionEvents(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62\x61ton/rpc/v1/decode.proto\x12\x0c\x62\x61ton.rpc.v1\x1a\x19\x62\x61ton/rpc/v1/common.proto\"p\n\x10PrefillCandidate\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0f\n\x07machine\x18\x04 \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\"~\n\x0fGenerateRequest\x12/\n\x08sequence\x18\x01 \x01(\x0b\x32\x1d.baton.rpc.v1.SequenceRequest\x12:\n\x12prefill_candidates\x18\x02 \x03(\x0b\x32\x1e.baton.rpc.v1.PrefillCandidate\"E\n\x0fPrefillDecision\x12\x12\n\nprefill_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61iled\x18\x03 \x03(\t\"\x81\x01\n\x10GenerateResponse\x12,\n\x06output\x18\x01 \x01(\x0b\x32\x1c.baton.rpc.v1.SequenceOutput\x12\x33\n\x07prefill\x18\x02 \x01(\x0b\x32\x1d.baton.rpc.v1.PrefillDecisionH\x00\x88\x01\x01\x42\n\n\x08_prefill\"[\n\x0eSessionRequest\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x31\n\x05start\x18\x02 \x01(\x0b\x32\x1d.baton.rpc.v1.GenerateRequestH\x00\x88\x01\x01\x42\x08\n\x06_start\"7\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05param\x18\x03 \x01(\t\"\x82\x01\n\x0cSessionEvent\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x32\n\x08response\x18\x02 \x01(\x0b\x32\x1e.baton.rpc.v1.GenerateResponseH\x00\x12(\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x15.baton.rpc.v1.FailureH\x00\x42\x06\n\x04news\";\n\rSessionEvents\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.baton.rpc.v1.SessionEvent2\x9f\x01\n\x06\x44\x65\x63ode\x12K\n\x08Generate\x12\x1d.baton.rpc.v1.GenerateRequest\x1a\x1e.baton.rpc.v1.GenerateResponse0\x01\x12H\n\x07Session\x12\x1c.baton.rpc.v1.SessionRequest\x1a\x1b.baton.rpc.v1.SessionEvents(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,17 +37,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=184
   _globals['_GENERATEREQUEST']._serialized_end=310
   _globals['_PREFILLDECISION']._serialized_start=312
-  _globals['_PREFILLDECISION']._serialized_end=365
-  _globals['_GENERATERESPONSE']._serialized_start=368
-  _globals['_GENERATERESPONSE']._serialized_end=497
-  _globals['_SESSIONREQUEST']._serialized_start=499
-  _globals['_SESSIONREQUEST']._serialized_end=590
-  _globals['_FAILURE']._serialized_start=592
-  _globals['_FAILURE']._serialized_end=647
-  _globals['_SESSIONEVENT']._serialized_start=650
-  _globals['_SESSIONEVENT']._serialized_end=780
-  _globals['_SESSIONEVENTS']._serialized_start=782
-  _globals['_SESSIONEVENTS']._serialized_end=841
-  _globals['_DECODE']._serialized_start=844
-  _globals['_DECODE']._serialized_end=1003
+  _globals['_PREFILLDECISION']._serialized_end=381
+  _globals['_GENERATERESPONSE']._serialized_start=384
+  _globals['_GENERATERESPONSE']._serialized_end=513
+  _globals['_SESSIONREQUEST']._serialized_start=515
+  _globals['_SESSIONREQUEST']._serialized_end=606
+  _globals['_FAILURE']._serialized_start=608
+  _globals['_FAILURE']._serialized_end=663
+  _globals['_SESSIONEVENT']._serialized_start=666
+  _globals['_SESSIONEVENT']._serialized_end=796
+  _globals['_SESSIONEVENTS']._serialized_start=798
+  _globals['_SESSIONEVENTS']._serialized_end=857
+  _globals['_DECODE']._serialized_start=860
+  _globals['_DECODE']._serialized_end=1019
 # @@protoc_insertion_point(module_scope)

@@ -30,12 +30,14 @@ class GenerateRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceRequest, _Mapping]] = ..., prefill_candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ...) -> None: ...
 
 class PrefillDecision(_message.Message):
-    __slots__ = ("prefill_id", "reason")
+    __slots__ = ("prefill_id", "reason", "failed")
     PREFILL_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
     prefill_id: str
     reason: str
-    def __init__(self, prefill_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    failed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, prefill_id: _Optional[str] = ..., reason: _Optional[str] = ..., failed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("output", "prefill")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.rpc.v1 import common_pb2 as baton_dot_rpc_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62\x61ton/rpc/v1/router.proto\x12\x0c\x62\x61ton.rpc.v1\x1a\x19\x62\x61ton/rpc/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\";\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.baton.rpc.v1.ChatMessage\"\x94\x02\n\x15RouterGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.baton.rpc.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.baton.rpc.v1.ChatMessagesH\x00\x12\r\n\x05model\x18\x04 \x01(\t\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.baton.rpc.v1.SamplingParams\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x0c\n\x04salt\x18\t \x01(\tB\x07\n\x05inputB\x07\n\x05_seed\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xe0\x01\n\x16RouterGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12)\n\x06tokens\x18\x03 \x03(\x0b\x32\x19.baton.rpc.v1.OutputToken\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.baton.rpc.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x05 \x01(\t\x12\"\n\x05usage\x18\x06 \x01(\x0b\x32\x13.baton.rpc.v1.Usage\x12\r\n\x05route\x18\x07 \x01(\t2a\n\x06Router\x12W\n\x08Generate\x12#.baton.rpc.v1.RouterGenerateRequest\x1a$.baton.rpc.v1.RouterGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62\x61ton/rpc/v1/router.proto\x12\x0c\x62\x61ton.rpc.v1\x1a\x19\x62\x61ton/rpc/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\";\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.baton.rpc.v1.ChatMessage\"\x86\x03\n\x15RouterGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.baton.rpc.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.baton.rpc.v1.ChatMessagesH\x00\x12\r\n\x05model\x18\x04 \x01(\t\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.baton.rpc.v1.SamplingParams\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x0c\n\x04salt\x18\t \x01(\t\x12\x15\n\x08priority\x18\n \x01(\x11H\x02\x88\x01\x01\x12\x17\n\nttft_slo_s\x18\x0b \x01(\x01H\x03\x88\x01\x01\x12\x16\n\titl_slo_s\x18\x0c \x01(\x01H\x04\x88\x01\x01\x42\x07\n\x05inputB\x07\n\x05_seedB\x0b\n\t_priorityB\r\n\x0b_ttft_slo_sB\x0c\n\n_itl_slo_s\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xe0\x01\n\x16RouterGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12)\n\x06tokens\x18\x03 \x03(\x0b\x32\x19.baton.rpc.v1.OutputToken\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.baton.rpc.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x05 \x01(\t\x12\"\n\x05usage\x18\x06 \x01(\x0b\x32\x13.baton.rpc.v1.Usage\x12\r\n\x05route\x18\x07 \x01(\t2a\n\x06Router\x12W\n\x08Generate\x12#.baton.rpc.v1.RouterGenerateRequest\x1a$.baton.rpc.v1.RouterGenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,11 +39,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGES']._serialized_start=141
   _globals['_CHATMESSAGES']._serialized_end=200
   _globals['_ROUTERGENERATEREQUEST']._serialized_start=203
-  _globals['_ROUTERGENERATEREQUEST']._serialized_end=479
-  _globals['_USAGE']._serialized_start=481
-  _globals['_USAGE']._serialized_end=561
-  _globals['_ROUTERGENERATERESPONSE']._serialized_start=564
-  _globals['_ROUTERGENERATERESPONSE']._serialized_end=788
-  _globals['_ROUTER']._serialized_start=790
-  _globals['_ROUTER']._serialized_end=887
+  _globals['_ROUTERGENERATEREQUEST']._serialized_end=593
+  _globals['_USAGE']._serialized_start=595
+  _globals['_USAGE']._serialized_end=675
+  _globals['_ROUTERGENERATERESPONSE']._serialized_start=678
+  _globals['_ROUTERGENERATERESPONSE']._serialized_end=902
+  _globals['_ROUTER']._serialized_start=904
+  _globals['_ROUTER']._serialized_end=1001
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RouterStub:
-    """Missing associated documentation comment in .proto file."""
+    """An API key travels as metadata: authorization: Bearer KEY. What is refused for now says in grpc-retry-pushback-ms when to try again.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -42,7 +43,8 @@ class RouterStub:
 
 
 class RouterServicer:
-    """Missing associated documentation comment in .proto file."""
+    """An API key travels as metadata: authorization: Bearer KEY. What is refused for now says in grpc-retry-pushback-ms when to try again.
+    """
 
     def Generate(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -67,7 +69,8 @@ def add_RouterServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Router:
-    """Missing associated documentation comment in .proto file."""
+    """An API key travels as metadata: authorization: Bearer KEY. What is refused for now says in grpc-retry-pushback-ms when to try again.
+    """
 
     @staticmethod
     def Generate(request,

@@ -1,0 +1,121 @@
+"""Placer: asks the policy about the workers as they are now, for requests that go and for those that only want to know.
+
+Workers with an open breaker are asked only where there is nobody else. Where no prefill worker fits any decode worker, the decode workers
+are taken for unified ones, which compute prompts themselves (*degraded*; not with `local_prefill: false`).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+from baton.errors import NoWorkers
+from baton.types import Role
+from services.router.admission import Forecast
+from services.router.breakers import Breakers
+from services.router.policy import Facts, Placement, Policy, WorkerView
+from services.router.workers import HashesBySize, Workers
+
+_FIRST_GUESS = 128.0  # output tokens, before any request has ended
+_LEARNED = 0.02  # how much of the expectation each ended request makes
+
+
+@dataclasses.dataclass(slots=True)
+class Decision:
+    """A placement, and all that the policy knew."""
+
+    facts: Facts
+    view: Sequence[WorkerView]
+    placement: Placement
+    degraded: str = ""  # why a decode worker has to compute the prompt
+    at: float = dataclasses.field(default_factory=time.time)
+    ttft_s: float | None = None  # what it was in the end
+
+
+class Placer:
+    def __init__(self, workers: Workers, policy: Policy, *, local_prefill: bool = True) -> None:
+        self._workers, self.policy, self._local_prefill = workers, policy, local_prefill
+        self.breakers = Breakers()
+        self._num_output_tokens = _FIRST_GUESS  # of a request, lately
+
+    def facts(self, num_prompt_tokens: int, max_tokens: int, turn: int = 0) -> Facts:
+        return Facts(
+            num_prompt_tokens=num_prompt_tokens,
+            turn=turn,
+            num_output_tokens=self.expected_tokens(max_tokens),
+            local_prefill=self._local_prefill,
+        )
+
+    def expected_tokens(self, max_tokens: int) -> float:
+        """Of an output that may have so many."""
+        return min(max_tokens, self._num_output_tokens)
+
+    def learn_output(self, num_tokens: int) -> None:
+        self._num_output_tokens += _LEARNED * (num_tokens - self._num_output_tokens)
+
+    def decide(self, facts: Facts, hashes: HashesBySize, refused: Sequence[str] = ()) -> Decision:
+        """Raises NoWorkers."""
+        broken = self.breakers.open()
+        try:
+            decision = self._decide(facts, self._workers.view(hashes, exclude=[*refused, *broken]))
+            if decision.degraded and broken:
+                decision.degraded += f" ({', '.join(broken)}: left alone, having failed request after request)"
+            return decision
+        except NoWorkers:
+            if not broken:
+                raise
+            return self._decide(facts, self._workers.view(hashes, exclude=refused))
+
+    def _decide(self, facts: Facts, view: Sequence[WorkerView]) -> Decision:
+        try:
+            return Decision(facts, view, self.policy(facts, view))
+        except NoWorkers as error:
+            alone = [dataclasses.replace(worker, role=Role.UNIFIED) for worker in view if worker.role is Role.DECODE]
+            if not alone or not facts.local_prefill:
+                raise
+            placement = self.policy(facts, alone)
+            return Decision(
+                facts, alone, dataclasses.replace(placement, reason=f"degraded, no prefill worker; {placement.reason}"), error.message
+            )
+
+    def problem(self) -> NoWorkers | None:
+        """Why no request can be placed now."""
+        try:
+            self.decide(self.facts(1, 1), HashesBySize((), ""))
+        except NoWorkers as error:
+            return error
+        return None
+
+    def degraded(self) -> str:
+        """Why decode workers have to compute prompts; empty: they do not have to."""
+        try:
+            return self.decide(self.facts(1, 1), HashesBySize((), "")).degraded
+        except NoWorkers:
+            return ""
+
+    def forecast(self, prompt_token_ids: Sequence[int], salt: str, max_tokens: int) -> Callable[[], Forecast]:
+        """What would become of this prompt, whenever it is asked."""
+        hashes = HashesBySize(prompt_token_ids, salt)
+
+        def now() -> Forecast:
+            try:
+                return _forecast(self.decide(self.facts(len(prompt_token_ids), max_tokens), hashes))
+            except NoWorkers:
+                return Forecast()
+
+        return now
+
+
+def _forecast(decision: Decision) -> Forecast:
+    facts, placement = decision.facts, decision.placement
+    if placement.ttft_s is None:
+        return Forecast()
+    named = {worker.id: worker for worker in decision.view if worker.id == placement.decode or worker.id in placement.prefills[:1]}
+    decode = named[placement.decode]
+    computes = named[placement.prefills[0]] if placement.prefills else decode
+    missing = placement.missing_tokens
+    own_s = computes.pace.prompt_s(missing, facts.num_prompt_tokens - missing) + computes.pace.base_s
+    if computes is not decode:
+        own_s = max(own_s, (facts.num_prompt_tokens - decode.matched_tokens) * computes.pace.push_token_s)
+    rows = decode.num_requests - decode.num_waiting + 1
+    itl_s = decode.pace.base_s + decode.pace.decode_s(rows, decode.context_tokens + facts.num_prompt_tokens) if decode.pace.base_s else None
+    return Forecast(ttft_s=placement.ttft_s, waits_s=max(placement.ttft_s - own_s, 0.0), itl_s=itl_s)

@@ -1,0 +1,103 @@
+"""Workers that are there and fail all the same, over real gRPC: they are left alone for a while, and come back by themselves."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from baton.cluster.membership import InMemoryMembership
+from baton.errors import InternalError
+from baton.rpc.channel import Channels
+from baton.types import Member, Role
+from services.router.dispatch import Dispatcher, Route
+from services.router.policies import POLICIES
+from services.router.workers import Workers
+from tests.properties.toy import reference
+from tests.workers import BLOCK_SIZE, LEASE_S, Worker, prompt, worker
+
+
+@asynccontextmanager
+async def dispatcher(*members: tuple[str, Role, Worker]) -> AsyncIterator[Dispatcher]:
+    hub = {name: Member(id=name, role=role, address=w.address, pid=1, fingerprint="f", block_size=BLOCK_SIZE) for name, role, w in members}
+    channels = Channels(LEASE_S)
+    workers = Workers(InMemoryMembership(hub), channels, lease_s=LEASE_S)
+    workers.start()
+    try:
+        async with asyncio.timeout(3 * LEASE_S):
+            while sum(each.usable for each in workers.all()) < len(hub):
+                await asyncio.sleep(0.01)
+        yield Dispatcher(workers, channels, "least_load", POLICIES["least_load"], lease_s=LEASE_S, max_migrations=3)
+    finally:
+        await workers.close()
+        await channels.close()
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("the device is on fire")
+
+
+async def ask(made: Dispatcher, name: str) -> Route:
+    """Its route; the tokens are those of a healthy cluster."""
+    route, request = made.route(), dataclasses.replace(prompt(60, name=name), salt=name)  # nothing of it is cached
+    tokens = [token.token_id async for output in made.generate(request, route) for token in output.tokens]
+    assert tokens == reference(request)
+    return route
+
+
+async def test_a_worker_that_fails_all_its_requests_is_left_alone_until_one_goes_well() -> None:
+    async with (
+        worker(Role.UNIFIED, {}, name="a") as a,
+        worker(Role.UNIFIED, {}, name="b") as b,
+        dispatcher(("a", Role.UNIFIED, a), ("b", Role.UNIFIED, b)) as made,
+    ):
+        submit, a.intake.submit = a.intake.submit, broken  # type: ignore[method-assign]
+        for i in range(3):
+            with pytest.raises(InternalError, match="on fire"):
+                await ask(made, f"bad-{i}")  # of equals, the first
+        assert made.placer.breakers.open() == ["a"]
+        assert (await ask(made, "elsewhere")).decode == "b"
+        while made.placer.breakers.open():  # one may try, and fails
+            await asyncio.sleep(0.05)
+        with pytest.raises(InternalError):
+            await ask(made, "probe")
+        assert (await ask(made, "elsewhere again")).decode == "b"
+        a.intake.submit = submit  # type: ignore[method-assign]
+        while made.placer.breakers.open():
+            await asyncio.sleep(0.05)
+        assert (await ask(made, "well")).decode == "a"
+        assert made.placer.breakers.open() == []
+
+
+async def test_where_all_are_broken_anybody_is_asked() -> None:
+    async with worker(Role.UNIFIED, {}, name="a") as a, dispatcher(("a", Role.UNIFIED, a)) as made:
+        submit, a.intake.submit = a.intake.submit, broken  # type: ignore[method-assign]
+        for i in range(3):
+            with pytest.raises(InternalError):
+                await ask(made, f"bad-{i}")
+        a.intake.submit = submit  # type: ignore[method-assign]
+        assert made.placer.breakers.open() == ["a"]
+        assert (await ask(made, "well")).decode == "a"
+        assert made.placer.breakers.open() == []
+
+
+async def test_a_prefill_worker_that_fails_is_not_asked_for_each_prompt() -> None:
+    async with (
+        worker(Role.PREFILL, {}, name="p") as p,
+        worker(Role.DECODE, {}, name="d") as d,
+        dispatcher(("p", Role.PREFILL, p), ("d", Role.DECODE, d)) as made,
+    ):
+        submit, p.intake.submit = p.intake.submit, broken  # type: ignore[method-assign]
+        for i in range(3):
+            route = await ask(made, f"bad-{i}")
+            assert "no prefill worker managed it" in route.reason
+        assert made.placer.breakers.open() == ["p"]
+        assert "degraded" in (await ask(made, "here")).reason
+        assert "p: left alone" in made.placer.degraded()
+        p.intake.submit = submit  # type: ignore[method-assign]
+        while made.placer.breakers.open():
+            await asyncio.sleep(0.05)
+        assert (await ask(made, "well")).prefill == "p"
+        assert made.placer.breakers.open() == []

@@ -1,0 +1,122 @@
+"""What is predicted of requests that only want to know, when decode workers stand alone, and what a decision is explained by."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+
+from baton.errors import NoWorkers
+from baton.types import Pace, Role
+from services.router.dispatch import Route
+from services.router.explain import Records, explain, ranking
+from services.router.placer import Placer
+from services.router.policies import POLICIES
+from services.router.policy import WorkerView
+from services.router.workers import HashesBySize
+
+PACE = Pace(base_s=0.01, token_s=0.001, row_s=0.0005, context_s=1e-6)
+NOTHING = HashesBySize((), "")
+
+
+class Seen:
+    """Workers as they are said to be."""
+
+    def __init__(self, *workers: WorkerView) -> None:
+        self.workers = workers
+
+    def view(self, hashes: HashesBySize, exclude: Sequence[str] = ()) -> list[WorkerView]:
+        return [worker for worker in self.workers if worker.id not in exclude]
+
+
+def worker(name: str, role: Role, **changes: Any) -> WorkerView:
+    fields = {"fingerprint": "f", "block_size": 16, "num_requests": 0, "pending_tokens": 0, "matched_tokens": 0, "pace": PACE}
+    return WorkerView(id=name, role=role, **{**fields, **changes})
+
+
+def placer(*workers: WorkerView, policy: str = "predicted", **options: Any) -> Placer:
+    return Placer(cast(Any, Seen(*workers)), POLICIES[policy], **options)
+
+
+def test_a_forecast_tells_the_wait_from_the_prompts_own_time() -> None:
+    prompt = list(range(1000))
+    idle = placer(worker("u", Role.UNIFIED)).forecast(prompt, "", 10)()
+    assert idle.ttft_s == pytest.approx(1.01)
+    assert idle.waits_s == pytest.approx(0)
+    assert idle.itl_s == pytest.approx(0.01 + 0.0005 + 1e-6 * 1000)
+    queued = placer(worker("u", Role.UNIFIED, num_requests=3, num_waiting=2, pending_tokens=4000, context_tokens=500)).forecast(
+        prompt, "", 10
+    )()
+    assert queued.waits_s == pytest.approx(4.0 + 0.0005 + 1e-6 * 500)  # and what decodes beside
+    assert queued.itl_s == pytest.approx(0.01 + 2 * 0.0005 + 1e-6 * 1500)
+    pushes = worker("p", Role.PREFILL, pace=Pace(base_s=0.01, token_s=0.001, push_token_s=0.005))
+    slow_link = placer(pushes, worker("d", Role.DECODE), local_prefill=False).forecast(prompt, "", 10)()
+    assert (slow_link.ttft_s, slow_link.waits_s) == (pytest.approx(5.0), pytest.approx(0))
+
+
+def test_nobody_who_knows_nothing_is_forecast_anything() -> None:
+    for unknown in (placer(worker("u", Role.UNIFIED, pace=Pace())), placer(worker("u", Role.UNIFIED), policy="least_load"), placer()):
+        forecast = unknown.forecast([1, 2, 3], "", 10)()
+        assert (forecast.ttft_s, forecast.waits_s, forecast.itl_s) == (None, 0.0, None)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_decode_workers_alone_compute_prompts_unless_it_is_forbidden(policy: str) -> None:
+    alone = placer(worker("d0", Role.DECODE), worker("d1", Role.DECODE), policy=policy)
+    decision = alone.decide(alone.facts(100, 10), NOTHING)
+    assert decision.placement.prefills == ()
+    assert decision.placement.reason.startswith("degraded")
+    assert "no prefill worker is ready" in alone.degraded()
+    assert alone.problem() is None
+    forbidden = placer(worker("d0", Role.DECODE), policy=policy, local_prefill=False)
+    with pytest.raises(NoWorkers, match="no prefill worker is ready"):
+        forbidden.decide(forbidden.facts(100, 10), NOTHING)
+    whole = placer(worker("d0", Role.DECODE), worker("p0", Role.PREFILL), policy=policy)
+    assert whole.degraded() == ""
+    assert placer(worker("p0", Role.PREFILL), policy=policy).problem() is not None
+
+
+def test_open_breakers_are_gone_round_while_there_is_anybody_else() -> None:
+    two = placer(worker("a", Role.UNIFIED), worker("b", Role.UNIFIED))
+    for name in ("a", "b"):
+        assert two.decide(two.facts(100, 10), NOTHING).placement.decode == name
+        for _ in range(3):
+            two.breakers.failed(name, "1")
+    assert two.breakers.open() == ["a", "b"]
+    assert two.decide(two.facts(100, 10), NOTHING).placement.decode == "a"
+
+
+def test_an_explanation_ranks_the_choice_and_who_would_have_been_next() -> None:
+    busy = {"num_requests": 2, "num_waiting": 2, "pending_tokens": 2000}
+    asked = placer(
+        worker("p0", Role.PREFILL, **busy),
+        worker("p1", Role.PREFILL),
+        worker("d0", Role.DECODE, num_requests=4, context_tokens=4000),
+        worker("d1", Role.DECODE),
+    )
+    decision = asked.decide(asked.facts(1000, 10), NOTHING)
+    options = ranking(asked.policy, decision.facts, decision.view)
+    assert [(o.decode, o.prefills[:1]) for o in options] == [("d1", ("p1",)), ("d1", ("p0",)), ("d1", ()), ("d0", ("p1",))]
+    costs = [option.cost_s or 0.0 for option in options]
+    assert min(costs) == costs[0] == decision.placement.cost_s
+    here = ranking(asked.policy, decision.facts, [worker("p0", Role.PREFILL, **busy), worker("d0", Role.DECODE)])
+    assert [(o.decode, o.prefills[:1]) for o in here] == [("d0", ()), ("d0", ("p0",))]
+    assert (here[0].cost_s or 0) < (here[1].cost_s or 0)
+    decision.ttft_s = 1.5
+    route = Route("predicted", decode="d1", prefill="p1", num_prompt_tokens=1000, decisions=[decision])
+    page = explain(route, asked.policy)["decisions"][0]
+    assert page["ttft_s"] == {"predicted": pytest.approx(1.01), "actual": 1.5}
+    assert set(page["candidates"][0]["workers"]) == {"d1", "p1"}
+
+
+def test_records_are_bounded_and_each_tenants_own() -> None:
+    records = Records(2)
+    kept = [records.start(name, "a") for name in ("1", "2", "2", "3")]
+    assert records.find("1", "a") is None
+    assert records.find("2", "a") is kept[2]
+    assert records.find("2", "b") is None
+    assert Records(0).start("1", "a") == []
+    wide = Records(1000)
+    asked = placer(*(worker(f"u{i}", Role.UNIFIED) for i in range(1000)))
+    for i in range(100):
+        wide.start(str(i), "").append(Route("p", decisions=[asked.decide(asked.facts(10, 1), NOTHING)]))
+    assert sum(wide.find(str(i), "") is not None for i in range(100)) == 65
