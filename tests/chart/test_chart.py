@@ -37,7 +37,7 @@ names = pytest.mark.parametrize("name", [path.name.removesuffix("-values.yaml") 
 
 @pytest.fixture(scope="module", autouse=True)
 def _tools() -> None:
-    assert HELM3.is_file() and PYTHON.is_file(), "the chart's tools are not installed: make test-chart"
+    assert {HELM3.is_file(), PYTHON.is_file()} == {True}, "the chart's tools are not installed: make test-chart"
 
 
 @names
