@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 TOOLS := .tools/.installed
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: setup demo test test-all test-chart test-gpu lint proto bench clean
+.PHONY: images setup demo test test-all test-chart test-gpu lint proto bench clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,13 @@ test-chart: setup $(TOOLS)
 
 $(TOOLS): scripts/chart-tools.sh
 	bash scripts/chart-tools.sh
+
+# Pushed as well, if REGISTRY is given.
+images:
+	for name in router worker-cpu worker-cuda kvstore; do \
+	    docker build --file deploy/images/$$name.Dockerfile --tag $(if $(REGISTRY),$(REGISTRY)/)baton-$$name:$(VERSION) . || exit 1; \
+	    $(if $(REGISTRY),docker push $(REGISTRY)/baton-$$name:$(VERSION) || exit 1;) \
+	done
 
 test-gpu:
 	$(PYTHON) -m pytest tests/kernels

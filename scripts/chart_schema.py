@@ -98,7 +98,7 @@ POD = {
     "volumes": LIST,
     "volumeMounts": LIST,
 }
-RDMA = closed(resource=TEXT, count={"type": "integer", "minimum": 1}, devices=TEXT)
+RDMA = closed(resource=TEXT, count={"type": "integer", "minimum": 1}, devices=TEXT, root=FLAG)
 ROUTER = {
     **POD,
     "settings": settings(RouterConfig, OWNED["router"]),

@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
-# The router, without torch. Build it from the repository's root: docker build -f deploy/images/router.Dockerfile .
+# The router, without torch.
+# From the repository's root: docker build -f deploy/images/router.Dockerfile .
 FROM python:3.11.13-slim-bookworm AS build
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./

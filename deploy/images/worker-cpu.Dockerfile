@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
-# Prefill and decode workers that compute on the CPU. g++ compiles the kernels for the machine it starts on. Build it from the repository's root: docker build -f deploy/images/worker-cpu.Dockerfile .
+# Prefill and decode workers that compute on the CPU. g++ compiles the kernels for the machine that they start on.
+# From the repository's root: docker build -f deploy/images/worker-cpu.Dockerfile .
 FROM python:3.11.13-slim-bookworm AS build
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./

@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
-# Prefill and decode workers on NVIDIA GPUs. CUDA comes with torch; the driver from the machine; gcc is Triton's. Build it from the repository's root: docker build -f deploy/images/worker-cuda.Dockerfile .
+# Prefill and decode workers on NVIDIA GPUs. CUDA comes with torch, the driver from the machine; gcc is Triton's.
+# From the repository's root: docker build -f deploy/images/worker-cuda.Dockerfile .
 FROM python:3.11.13-slim-bookworm AS build
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./

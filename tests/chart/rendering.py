@@ -3,7 +3,7 @@
 import functools
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def render4(values: Path) -> tuple[list[Object], list[str]]:
     return [thing for text in texts for thing in yaml.safe_load_all(text) if thing], complaints
 
 
-def in_tools(script: str, ask: Mapping[str, Any]) -> Any:
+def in_tools(script: str, ask: Any) -> Any:
     done = subprocess.run(
         [PYTHON, Path(__file__).with_name(script)], input=json.dumps(ask), capture_output=True, text=True, timeout=100, check=False
     )

@@ -213,6 +213,14 @@ def test_rdma_is_a_resource_a_capability_and_a_protocol() -> None:
     assert config_of(objects, "rel-qwen3-32b-decode")["push"] == {"protocols": ["rdma", "tcp"], "devices": "mlx5_0,mlx5_1"}
 
 
+def test_rdma_without_root_where_memory_may_be_locked() -> None:
+    objects = render(example("rdma-fleet"), "worker.rdma.root=false")
+    decode = workloads(objects)["rel-qwen3-32b-decode"]
+    assert pod_of(decode)["securityContext"]["runAsNonRoot"] is True
+    assert container_of(decode)["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container_of(decode)["resources"]["limits"]["rdma/hca_shared_devices_a"] == 1
+
+
 def test_a_pool_that_somebody_else_scales_has_no_number_of_its_own() -> None:
     for by, kind in (("hpa", "HorizontalPodAutoscaler"), ("keda", "ScaledObject"), ("external", None)):
         objects = by_key(render(example("cpu-demo"), f"decode.autoscaling.by={by}", "monitoring.podMonitor.enabled=true"))
@@ -239,7 +247,7 @@ def test_https_for_clients() -> None:
 
 
 def test_weights_come_by_a_job_and_workers_wait_for_them() -> None:
-    objects = rendered("one-gpu-node")
+    objects = render(example("one-gpu-node"), "models.qwen3-8b.fetch.tokenSecret.name=hugging-face")
     (job,) = [thing for thing in objects if thing["kind"] == "Job"]
     environment = {entry["name"]: entry for entry in pod_of(job)["containers"][0]["env"]}
     assert environment["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "hugging-face", "key": "token"}}

@@ -1,6 +1,7 @@
 """The chart's wiring, run: each rendered container is started as it stands, as a process in a network namespace of its own, with its
 command, environment, configuration, user, rights and read-only root. It serves, is scaled and upgraded under load, and loses nothing."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from baton.kernels.cpu.build import cache_folder
+from scripts.dashboards import exported
 from tests.chart.connections import connections, forbidden, listeners
 from tests.chart.kubernetes import Kubernetes
 from tests.chart.load import quiet, under_load
@@ -19,6 +21,14 @@ from tests.faults.traffic import Prompt
 
 pytestmark = [pytest.mark.chart, pytest.mark.slow, pytest.mark.timeout(600)]
 DEMO = ROOT / "examples/demo-model"
+# Nothing has failed, and there is no file tier.
+NOT_HERE = {"request_failures", "kv_tier_evictions", "kv_tier_damaged", "kv_tier_used_bytes", "kv_tier_capacity_bytes"}
+    "request_failures",
+    "kv_tier_evictions",
+    "kv_tier_damaged",
+    "kv_tier_used_bytes",
+    "kv_tier_capacity_bytes",
+}  # nothing failed; no files
 SMALL = (
     "kvstore.node.memory=128Mi",
     "worker.settings.engine.kv_memory=32MiB",
@@ -99,6 +109,16 @@ def test_a_request_goes_the_whole_way(cluster: Kubernetes) -> None:
     assert metric(prefill, "baton:kv_pool_saved_blocks_total") > 0, "the pool is not used"
     others = {other["id"] for other in httpx.get(f"{url(cluster)}/cluster").json()["others"]}
     assert {"rel-demo-kvstore-node-0", "rel-demo-kvstore-master-0"} <= others
+
+
+def test_dashboards_go_by_what_is_exported(cluster: Kubernetes) -> None:
+    live = set()
+    for pod in cluster.everybody():
+        lines = httpx.get(f"http://{pod.address}:9101/metrics").text.splitlines()
+        live |= {re.split(r"[{ ]", line)[0] for line in lines if line.startswith("baton:") and "_created{" not in line}
+    assert live <= exported().keys()
+    unseen = {re.sub(r"_(total|bucket|sum|count)$", "", name.removeprefix("baton:")) for name in exported().keys() - live}
+    assert unseen <= NOT_HERE
 
 
 def test_decode_is_scaled_up_and_down_under_load(cluster: Kubernetes, expected: dict[Prompt, list[int]]) -> None:

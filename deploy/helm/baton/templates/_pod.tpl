@@ -4,6 +4,7 @@
 {{- $root := .root }}{{ $w := .workload }}{{ $block := .workload.block }}
 {{- $spec := get $root.Values.models ($w.model | default "") | default dict }}
 {{- $rdma := $block.rdma | default dict }}
+{{- $asRoot := and (not (empty $rdma.resource)) $rdma.root }}
 {{- $files := $block.fileTier | default dict }}
 {{- $limits := $block.resources.limits | default dict | deepCopy }}
 {{- if gt (int ($block.gpus | default 0)) 0 }}{{ $_ := set $limits $block.gpuResource (int $block.gpus) }}{{ end }}
@@ -54,8 +55,8 @@ spec:
     {{- end }}
   {{- end }}
   securityContext:
-    runAsNonRoot: {{ not $rdma.resource }}
-    runAsUser: {{ ternary 0 (int64 $root.Values.security.runAsUser) (not (empty $rdma.resource)) }}
+    runAsNonRoot: {{ not $asRoot }}
+    runAsUser: {{ ternary 0 (int64 $root.Values.security.runAsUser) $asRoot }}
     runAsGroup: {{ int64 $root.Values.security.runAsUser }}
     fsGroup: {{ int64 $root.Values.security.runAsUser }}
     fsGroupChangePolicy: OnRootMismatch
@@ -106,7 +107,7 @@ spec:
       securityContext:
         allowPrivilegeEscalation: false
         readOnlyRootFilesystem: true
-        capabilities: {drop: [ALL]{{ if $rdma.resource }}, add: [IPC_LOCK]{{ end }}}
+        capabilities: {drop: [ALL]{{ if $asRoot }}, add: [IPC_LOCK]{{ end }}}
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
         {{- if $w.config }}
