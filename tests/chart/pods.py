@@ -52,9 +52,11 @@ class Pod:
 
     def environment(self) -> dict[str, str]:
         found = {}
-        facts = {"metadata.name": self.name, "status.podIP": self.address}
+        cores = str(self.container["resources"]["requests"]["cpu"])
+        threads = -(-int(cores.removesuffix("m")) // (1000 if cores.endswith("m") else 1))  # rounded up
+        facts = {"metadata.name": self.name, "status.podIP": self.address, "requests.cpu": str(threads)}
         for entry in self.container.get("env", []):
-            found[entry["name"]] = entry["value"] if "value" in entry else facts[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+            found[entry["name"]] = entry["value"] if "value" in entry else facts[_path(entry["valueFrom"])]
         return found
 
     def command(self) -> list[str]:
@@ -157,6 +159,10 @@ def entrypoint() -> list[str]:
     words = [word.strip(' "') for word in line.strip("[]").split(",")]
     assert words[:2] == ["tini", "--"]
     return words[2:]
+
+
+def _path(source: Object) -> str:
+    return source["fieldRef"]["fieldPath"] if "fieldRef" in source else source["resourceFieldRef"]["resource"]
 
 
 def _bind(outside: Path, inside: str, *, read_only: bool) -> list[str]:

@@ -71,7 +71,7 @@ def test_each_process_takes_its_configuration(name: str, tmp_path: Path) -> None
             continue
         path = tmp_path / f"{key}.yaml"
         path.write_text(yaml.safe_dump(config_of(rendered(name), key)))
-        environment = {entry["name"]: "10.1.2.3" for entry in container["env"]}
+        environment = {entry["name"]: "3" if "NUM_THREADS" in entry["name"] else "10.1.2.3" for entry in container["env"]}
         assert container["args"][1:] == ["--config", "/etc/baton/config.yaml"]
         config = load_config(CONFIGS[container["args"][0]], path, environ=environment)
         assert config.server.host == config.server.id == "10.1.2.3"  # type: ignore[attr-defined]
@@ -193,6 +193,16 @@ def test_mooncakes_ports_are_for_its_peers_alone() -> None:
         assert "namespaceSelector" not in peer
         for rule in rules:
             assert rule.get("from"), "who may read metrics is said in this example"
+
+
+def test_a_worker_on_the_cpu_has_as_many_threads_as_it_asks_for_cores() -> None:
+    def threads(objects: Sequence[Object], name: str) -> list[Object]:
+        environment = container_of(workloads(objects)[name])["env"]
+        return [entry["valueFrom"] for entry in environment if entry["name"] == "BATON_ENGINE__NUM_THREADS"]
+
+    assert threads(rendered("cpu-demo"), "rel-demo-decode") == [{"resourceFieldRef": {"resource": "requests.cpu", "divisor": "1"}}]
+    assert not threads(render(example("cpu-demo"), "worker.settings.engine.num_threads=3"), "rel-demo-decode")
+    assert not threads(rendered("rdma-fleet"), "rel-qwen3-32b-decode")
 
 
 def test_several_masters_are_found_by_etcd_and_one_by_its_service() -> None:

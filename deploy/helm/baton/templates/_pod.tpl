@@ -87,6 +87,9 @@ spec:
         {{- range $w.addressKeys | default (list "BATON_SERVER__HOST") }}
         - {name: {{ . }}, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
         {{- end }}
+        {{- if $w.threadsByRequest }}
+        - {name: BATON_ENGINE__NUM_THREADS, valueFrom: {resourceFieldRef: {resource: requests.cpu, divisor: "1"}}}
+        {{- end }}
         - {name: HOME, value: /cache}
         - {name: XDG_CACHE_HOME, value: /cache}
         - {name: TRITON_CACHE_DIR, value: /cache/triton}

@@ -127,6 +127,8 @@ liveness: {grpc: {port: 9100}}
 {{- if .block.fileTier.bytes }}
 {{- $_ := set $own "files" (dict "path" "/kv" "bytes" .block.fileTier.bytes "shared" .block.fileTier.shared) }}
 {{- end }}
+{{- $engine := .block.settings.engine | default dict }}
+{{- $requests := .block.resources.requests | default dict }}
 {{- $config := include "baton.merge" (list (dict "pool" $pool "push" $push) .block.settings $own) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" .version.name "component" .role) }}
   component: {{ .role }}
@@ -140,6 +142,7 @@ liveness: {grpc: {port: 9100}}
   probes:
     {{- include "baton.probes.grpc" . | nindent 4 }}
   addressKeys: [BATON_SERVER__HOST, BATON_POOL__HOST]
+  threadsByRequest: {{ and (eq (int .block.gpus) 0) (not $engine.num_threads) (hasKey $requests "cpu") }}
   weights: {{ toJson .version }}
   config: {{ $config }}
   block: {{ toJson .block }}
