@@ -28,9 +28,12 @@ def connections(cluster: Kubernetes) -> set[tuple[str, str, int]]:
     return found
 
 
-def forbidden(cluster: Kubernetes) -> set[tuple[str, str, int]]:
+def forbidden(cluster: Kubernetes, *, without_mooncake: bool = False) -> set[tuple[str, str, int]]:
+    """Connections that the policies do not let through; or would not, if they closed Mooncake's ports to its peers too."""
     pods = {pod.name: pod for pod in cluster.everybody()}
     policies = [thing["spec"] for thing in cluster.objects if thing["kind"] == "NetworkPolicy"]
+    if without_mooncake:
+        policies = [{**policy, "ingress": [rule for rule in policy["ingress"] if "ports" in rule]} for policy in policies]
     return {
         (client, server, port) for client, server, port in connections(cluster) if not _allowed(pods[client], pods[server], port, policies)
     }
@@ -54,10 +57,14 @@ def _selects(selector: Object, pod: Pod) -> bool:
 
 
 def _table(pod: Pod) -> list[tuple[tuple[str, int], tuple[str, int], str]]:
-    lines = Path(f"/proc/{pod.process.pid}/net/tcp").read_text().splitlines()[1:]
-    return [(_address(fields[1]), _address(fields[2]), fields[3]) for fields in map(str.split, lines)]
+    """Local and remote end, and state, of each socket in the pod's namespace."""
+    texts = [Path(f"/proc/{pod.process.pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [line.split() for text in texts for line in text.splitlines()[1:]]
+    return [(_address(row[1]), _address(row[2]), row[3]) for row in rows]
 
 
 def _address(text: str) -> tuple[str, int]:
-    address, port = text.split(":")
-    return socket.inet_ntoa(struct.pack("<I", int(address, 16))), int(port, 16)
+    """An IPv4 address in the form of IPv6 is told as what it is; so is "every interface"."""
+    address, _, port = text.partition(":")
+    words = struct.pack(f"<{len(address) // 8}I", *(int(address[i : i + 8], 16) for i in range(0, len(address), 8)))
+    return socket.inet_ntoa(words[-4:]), int(port, 16)

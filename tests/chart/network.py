@@ -4,6 +4,7 @@ answers as Kubernetes' does. Needs root; says so where it is not allowed."""
 import itertools
 import os
 import random
+import secrets
 import socket
 import struct
 import subprocess
@@ -29,7 +30,7 @@ class Network:
     def __init__(self) -> None:
         if os.geteuid() != 0:
             raise NotAllowed("network namespaces need root: run this test as root")
-        self._tag = f"b{os.getpid() % 100000}"
+        self._tag = f"b{secrets.token_hex(3)}"
         self._subnet = f"10.{random.randrange(64, 128)}.{random.randrange(256)}"
         self._addresses = (f"{self._subnet}.{i}" for i in itertools.count(10))
         self._numbers = itertools.count()
