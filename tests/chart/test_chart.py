@@ -1,5 +1,6 @@
 """The chart: what Helm 3 and 4 make of every example, and whether that is what it should be."""
 
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,28 @@ def test_a_layer_can_take_a_key_away(tmp_path: Path) -> None:
     assert ("PodDisruptionBudget", "rel-a-router") not in objects
     assert "topologySpreadConstraints" not in pod_of(objects["Deployment", "rel-a-router"])
     assert ("PodDisruptionBudget", "rel-a-decode") in objects
+
+
+def test_the_job_gives_the_weights_their_name_when_they_are_whole(tmp_path: Path) -> None:
+    (job,) = [thing for thing in rendered("one-gpu-node") if thing["kind"] == "Job"]
+    (container,) = pod_of(job)["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert (environment["REPOSITORY"], environment["FOLDER"]) == ("Qwen/Qwen3-8B", "/models/qwen3-8b")
+    folder, stub = tmp_path / "weights", tmp_path / "hf"
+    stub.write_text('#!/bin/sh\necho "$@" >> "$CALLS"\necho {} > "$6/config.json"\n[ ! -e "$BROKEN" ]\n')
+    stub.chmod(0o755)
+    broken = tmp_path / "broken"
+    broken.touch()
+    environment |= {"FOLDER": str(folder), "PATH": f"{tmp_path}:/usr/bin:/bin", "CALLS": str(tmp_path / "calls"), "BROKEN": str(broken)}
+
+    def run() -> int:
+        return subprocess.run(container["command"], env=environment, check=False, timeout=20).returncode
+
+    assert run() != 0
+    assert not folder.exists(), "half of it is not taken for the whole"
+    broken.unlink()
+    assert run() == 0
+    assert (folder / "config.json").is_file()
+    assert run() == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == [f"download Qwen/Qwen3-8B --revision main --local-dir {folder}.partial"] * 2, "what is there is not fetched again"
