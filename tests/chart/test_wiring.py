@@ -3,7 +3,8 @@ command, environment, configuration, user, rights and read-only root. It serves,
 
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -82,18 +83,26 @@ def metric(pod: Pod, name: str) -> float:
     return float(value)
 
 
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 # The first, since it has a cluster of its own: the others' begins with their first one.
 def test_three_members_of_etcd_and_two_masters_of_the_pool(tmp_path: Path) -> None:
     fleet = ("etcd.replicas=3", "kvstore.master.replicas=2", "kvstore.node.replicas=2")
     cache = tmp_path / "cache"
     with Kubernetes(tmp_path, {"/opt/baton/demo-model": DEMO}, {"cache": make_cache(cache)}) as running:
         running.apply(wanted(*fleet))
-        quiet(url(running), count=4)
-        assert len(running.pods["rel-etcd"]) == 3
-        assert sum(metric(pod, "baton:kvstore_leader") for pod in running.pods["rel-demo-kvstore-master"]) == 1
+        masters, nodes = running.pods["rel-demo-kvstore-master"], running.pods["rel-demo-kvstore-node"]
         (prefill,) = running.pods["rel-demo-prefill"]
-        assert metric(prefill, "baton:kv_pool_saved_blocks_total") > 0
-        assert {metric(pod, "baton:kvstore_nodes") for pod in running.pods["rel-demo-kvstore-node"]} == {2}
+        assert len(running.pods["rel-etcd"]) == 3
+        until(lambda: {metric(node, "baton:kvstore_nodes") for node in nodes} == {2})
+        until(lambda: sum(metric(master, "baton:kvstore_leader") for master in masters) == 1)
+        quiet(url(running), count=4)
+        until(lambda: metric(prefill, "baton:kv_pool_saved_blocks_total") > 0)
         assert not forbidden(running)
     assert not running.failures
 
@@ -107,6 +116,8 @@ def test_a_request_goes_the_whole_way(cluster: Kubernetes) -> None:
     body = {"messages": [{"role": "user", "content": "What is 3 + 4?"}], "max_tokens": 16, "model": "demo-model"}
     answer = httpx.post(f"{url(cluster)}/v1/chat/completions", json=body, timeout=60).raise_for_status()
     assert answer.json()["choices"][0]["message"]["content"]
+    (node,) = cluster.pods["rel-demo-kvstore-node"]
+    until(lambda: metric(node, "baton:kvstore_nodes") == 1)
     prompt = {"prompt": list(range(5, 305)), "max_tokens": 4, "ignore_eos": True}
     route = httpx.post(f"{url(cluster)}/v1/completions", json=prompt, timeout=60).raise_for_status().headers["x-baton-route"]
     assert "decode=rel-demo-decode-" in route
@@ -115,7 +126,7 @@ def test_a_request_goes_the_whole_way(cluster: Kubernetes) -> None:
     metrics = httpx.get(f"http://{decode.address}:9101/metrics").text
     assert f'worker="{decode.name}"' in metrics, "what KEDA's query picks pods by"
     (prefill,) = cluster.pods["rel-demo-prefill"]
-    assert metric(prefill, "baton:kv_pool_saved_blocks_total") > 0, "the pool is not used"
+    until(lambda: metric(prefill, "baton:kv_pool_saved_blocks_total") > 0)
     others = {other["id"] for other in httpx.get(f"{url(cluster)}/cluster").json()["others"]}
     assert {"rel-demo-kvstore-node-0", "rel-demo-kvstore-master-0"} <= others
 
