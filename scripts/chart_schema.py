@@ -28,10 +28,10 @@ OWNED = {  # by the chart
     "router": {"model", "served_model_name", "server", "cluster", "http_port", "drain_grace_s"},
     "worker": {"role", "model", "served_model_name", "server", "cluster", "files", "drain_grace_s"},
     "master": {"mode", "server", "cluster", "pool", "memory", "ha", "masters", "master_port", "master_metrics_port", "drain_grace_s"},
-    "node": {"mode", "server", "cluster", "pool", "memory", "ha", "oplog", "masters", "master_port", "master_metrics_port", "hot_reads"}
+    "node": {"mode", "server", "cluster", "memory", "ha", "oplog", "masters", "master_port", "master_metrics_port", "hot_reads"}
     | {"client_ttl_s", "drain_grace_s"},
 }
-OWNED_INSIDE = {"PoolConfig": {"master", "host"}, "PushConfig": {"host"}}
+OWNED_INSIDE = {"PoolConfig": {"master", "host", "protocol", "devices"}, "PushConfig": {"host"}}
 
 
 def closed(**properties: Schema) -> Schema:
