@@ -206,6 +206,13 @@ def test_a_worker_on_the_cpu_has_as_many_threads_as_it_asks_for_cores() -> None:
     assert not threads(rendered("rdma-fleet"), "rel-qwen3-32b-decode")
 
 
+def test_a_worker_of_several_gpus_has_a_rank_on_each() -> None:
+    objects = render(example("rdma-fleet"), "decode.gpus=4")
+    assert container_of(workloads(objects)["rel-qwen3-32b-decode"])["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert config_of(objects, "rel-qwen3-32b-decode")["engine"] == {"tensor_parallel_size": 4}
+    assert "engine" not in config_of(objects, "rel-qwen3-32b-prefill")
+
+
 def test_several_masters_are_found_by_etcd_and_one_by_its_service() -> None:
     one, several = rendered("cpu-demo"), rendered("rdma-fleet")
     assert config_of(one, "rel-demo-decode")["pool"]["master"] == "rel-demo-kvstore:50051"

@@ -129,7 +129,9 @@ liveness: {grpc: {port: 9100}}
 {{- end }}
 {{- $engine := .block.settings.engine | default dict }}
 {{- $requests := .block.resources.requests | default dict }}
-{{- $config := include "baton.merge" (list (dict "pool" $pool "push" $push) .block.settings $own) -}}
+{{- $derived := dict "pool" $pool "push" $push }}
+{{- if gt (int .block.gpus) 1 }}{{ $_ := set $derived "engine" (dict "tensor_parallel_size" (int .block.gpus)) }}{{ end }}
+{{- $config := include "baton.merge" (list $derived .block.settings $own) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" .version.name "component" .role) }}
   component: {{ .role }}
   model: {{ .model | quote }}
@@ -142,7 +144,7 @@ liveness: {grpc: {port: 9100}}
   probes:
     {{- include "baton.probes.grpc" . | nindent 4 }}
   addressKeys: [BATON_SERVER__HOST, BATON_POOL__HOST]
-  threadsByRequest: {{ and (eq (int .block.gpus) 0) (not $engine.num_threads) (hasKey $requests "cpu") }}
+  threadsByRequest: {{ and (eq (int .block.gpus) 0) (not $engine.num_threads) (not $engine.tensor_parallel_size) (hasKey $requests "cpu") }}
   weights: {{ toJson .version }}
   config: {{ $config }}
   block: {{ toJson .block }}
