@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: setup demo test test-all test-gpu lint proto bench clean
+TOOLS := .tools/.installed
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+.PHONY: images setup demo test test-all test-chart test-gpu lint proto bench clean
 
 setup: $(STAMP)
 
@@ -21,10 +24,24 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup lint
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not chart'
 
-test-all: setup lint
+test-all: setup lint $(TOOLS)
 	$(BIN)/python -m pytest -m 'not gpu'
+
+test-chart: setup $(TOOLS)
+	$(BIN)/python -m pytest tests/chart -m 'not slow'
+	.tools/venv/bin/hadolint deploy/images/*.Dockerfile
+
+$(TOOLS): scripts/chart-tools.sh
+	bash scripts/chart-tools.sh
+
+# Pushed as well, if REGISTRY is given.
+images:
+	for name in router worker-cpu worker-cuda kvstore; do \
+	    docker build --file deploy/images/$$name.Dockerfile --tag $(if $(REGISTRY),$(REGISTRY)/)baton-$$name:$(VERSION) . || exit 1; \
+	    $(if $(REGISTRY),docker push $(REGISTRY)/baton-$$name:$(VERSION) || exit 1;) \
+	done
 
 test-gpu:
 	$(PYTHON) -m pytest tests/kernels
@@ -35,6 +52,8 @@ lint: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	bash scripts/protos.sh --check
+	$(BIN)/python scripts/chart_schema.py --check
+	$(BIN)/python scripts/dashboards.py --check
 
 proto: setup
 	bash scripts/protos.sh
@@ -43,4 +62,4 @@ bench: setup
 	$(BIN)/python benchmarks/serving.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .tools .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from baton.errors import ConfigError
 from baton.types import Role
@@ -28,7 +28,8 @@ def _parse_size(value: object) -> object:
     return value
 
 
-Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
+_SIZE_SCHEMA: dict[str, Any] = {"type": ["integer", "string"], "minimum": 0, "pattern": r"^\s*[\d.]+\s*([kKmMgGtT][iI]?)?[bB]?\s*$"}
+Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=0), WithJsonSchema(_SIZE_SCHEMA)]
 """Bytes: an integer, or text such as 512MiB."""
 
 

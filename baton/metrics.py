@@ -120,6 +120,9 @@ class Metrics:
     def labelled(self, family: Counter, **labels: str) -> Counter:
         return family.labels(**self._labels, **labels)
 
+    def families(self) -> list[Metric]:
+        return list(self._own.collect())
+
     def exposition(self) -> bytes:
         """Prometheus's text format."""
         return generate_latest(self.registry)
@@ -256,3 +259,12 @@ def serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[WSGIServer, i
 
 def _usage(load: Load) -> float:
     return 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0
+
+
+def catalogue() -> dict[str, list[Metric]]:
+    """Every metric that a process can export, by the kind of process: what dashboards, alerts and their tests go by."""
+    totals = {key: 0.0 for key, (name, _) in _TOTALS.items() if not name.startswith("kvstore_")}
+    worker, router, kvstore = WorkerMetrics("", "", Load, lambda: totals), RouterMetrics(""), KVStoreMetrics("")
+    worker.tiers({"host": lambda: dict.fromkeys(_TIERS, 0.0)})
+    kvstore.totals(lambda: {"master_restarts": 0.0})
+    return {"router": router.families(), "worker": worker.families(), "kvstore": kvstore.families()}

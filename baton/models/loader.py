@@ -6,6 +6,7 @@ Every problem with a checkpoint is a BrokenCheckpoint that names the file and th
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,6 +93,9 @@ def weight_files(folder: Path) -> list[Path]:
     absent = [path.name for path in files if not path.is_file()]
     if absent or not files:
         raise BrokenCheckpoint(f"{folder}: {', '.join(absent) or 'weights'} missing; the folder must hold the model's safetensors files")
+    closed = [path.name for path in files if not os.access(path, os.R_OK)]
+    if closed:
+        raise BrokenCheckpoint(f"{folder}: {', '.join(closed)} cannot be read by user {os.geteuid()}; change the permissions, or the user")
     return files
 
 

@@ -50,6 +50,12 @@ def test_what_is_not_supported_is_named(folder: Path, changes: dict[str, object]
         read_config(folder)
 
 
+def test_weights_of_somebody_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # to root nothing is closed
+    with pytest.raises(BrokenCheckpoint, match=r"model.safetensors cannot be read by user \d+"):
+        weights_fingerprint(folder)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999])
 def test_truncated_weights(folder: Path, keep: float) -> None:
     path = folder / "model.safetensors"

@@ -1,0 +1,340 @@
+"""The chart: what Helm 3 and 4 make of every example, and whether that is what it should be."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from baton.config import KVStoreConfig, RouterConfig, Strict, WorkerConfig, load_config
+from tests.chart.rendering import (
+    CHART,
+    EXAMPLES,
+    HELM3,
+    PYTHON,
+    Object,
+    Refused,
+    by_key,
+    config_of,
+    container_of,
+    example,
+    helm3,
+    in_tools,
+    pod_of,
+    render,
+    render4,
+    rendered,
+    workloads,
+)  # fmt: skip
+
+pytestmark = pytest.mark.chart
+VERSIONS = ["1.29", "1.31", "1.34", "1.37"]
+CUSTOM = {"ScaledObject", "PodMonitor", "PrometheusRule", "HTTPRoute"}  # not of Kubernetes itself
+CONFIGS: dict[str, type[Strict]] = {"router": RouterConfig, "prefill": WorkerConfig, "decode": WorkerConfig, "kvstore": KVStoreConfig}
+names = pytest.mark.parametrize("name", [path.name.removesuffix("-values.yaml") for path in EXAMPLES])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tools() -> None:
+    assert {HELM3.is_file(), PYTHON.is_file()} == {True}, "the chart's tools are not installed: make test-chart"
+
+
+@names
+def test_helm_3_has_nothing_to_complain_of(name: str) -> None:
+    assert "[ERROR]" not in helm3("lint", "--strict", str(CHART), "-f", str(example(name)))
+
+
+@names
+def test_helm_4_renders_the_same_objects(name: str) -> None:
+    objects, complaints = render4(example(name))
+    assert not complaints
+    assert by_key(objects) == by_key(rendered(name))
+
+
+@names
+def test_kubernetes_would_take_every_object(name: str) -> None:
+    objects = [thing for thing in rendered(name) if thing["kind"] not in CUSTOM]
+    assert in_tools("validate.py", {"versions": VERSIONS, "objects": objects}) == []
+
+
+def test_the_schemas_find_what_is_wrong() -> None:
+    wrong = [{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}, "spec": {"portz": []}}]
+    assert len(in_tools("validate.py", {"versions": VERSIONS, "objects": wrong})) == len(VERSIONS)
+
+
+@names
+def test_each_process_takes_its_configuration(name: str, tmp_path: Path) -> None:
+    for key, workload in workloads(rendered(name)).items():
+        container = container_of(workload)
+        if container["name"] == "etcd":
+            continue
+        path = tmp_path / f"{key}.yaml"
+        path.write_text(yaml.safe_dump(config_of(rendered(name), key)))
+        environment = {entry["name"]: "3" if "NUM_THREADS" in entry["name"] else "10.1.2.3" for entry in container["env"]}
+        assert container["args"][1:] == ["--config", "/etc/baton/config.yaml"]
+        config = load_config(CONFIGS[container["args"][0]], path, environ=environment)
+        assert config.server.host == config.server.id == "10.1.2.3"  # type: ignore[attr-defined]
+
+
+@names
+def test_pods_have_no_rights_that_they_do_not_need(name: str) -> None:
+    for thing in rendered(name):
+        if thing["kind"] not in ("Deployment", "StatefulSet", "Job", "Pod"):
+            continue
+        pod = thing["spec"] if thing["kind"] == "Pod" else pod_of(thing)
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        rdma = any(key.startswith("rdma/") for container in pod["containers"] for key in container["resources"].get("limits", {}))
+        assert pod["securityContext"]["runAsNonRoot"] is not rdma, "only who locks memory for RDMA is root"
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"], **({"add": ["IPC_LOCK"]} if rdma else {})}
+
+
+def test_nobody_may_ask_the_kubernetes_api() -> None:
+    kinds = {thing["kind"] for path in EXAMPLES for thing in render(path)}
+    assert not kinds & {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Secret"}
+
+
+@names
+def test_selectors_fit_pods_and_no_two_workloads_share_a_pod(name: str) -> None:
+    objects = rendered(name)
+    labels = {key: workload["spec"]["template"]["metadata"]["labels"] for key, workload in workloads(objects).items()}
+
+    def fits(selector: dict[str, str]) -> list[str]:
+        return [key for key, own in labels.items() if selector.items() <= own.items()]
+
+    for key, workload in workloads(objects).items():
+        assert fits(workload["spec"]["selector"]["matchLabels"]) == [key]
+    for thing in objects:
+        if thing["kind"] == "Service":
+            assert len(fits(thing["spec"]["selector"])) == 1, thing["metadata"]["name"]
+            ports = {port["name"] for port in container_of(workloads(objects)[fits(thing["spec"]["selector"])[0]])["ports"]}
+            assert {port["targetPort"] for port in thing["spec"]["ports"]} <= ports
+        elif thing["kind"] in ("PodDisruptionBudget", "NetworkPolicy"):
+            spec = thing["spec"]
+            selector = (spec["selector"] if thing["kind"] == "PodDisruptionBudget" else spec["podSelector"])["matchLabels"]
+            assert fits(selector) == [thing["metadata"]["name"]]
+
+
+@names
+def test_each_workload_has_a_policy_a_budget_probes_and_time_to_drain(name: str) -> None:
+    objects = by_key(rendered(name))
+    for key, workload in workloads(rendered(name)).items():
+        assert ("NetworkPolicy", key) in objects
+        assert ("PodDisruptionBudget", key) in objects
+        container, pod = container_of(workload), pod_of(workload)
+        assert all(container[probe] for probe in ("startupProbe", "readinessProbe", "livenessProbe"))
+        if container["name"] != "etcd":
+            drain = config_of(rendered(name), key)["drain_grace_s"]
+            waits = int(container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", 0])[1])
+            assert pod["terminationGracePeriodSeconds"] > drain + waits
+
+
+def test_a_router_is_ready_when_it_can_serve_and_a_worker_may_load_for_long() -> None:
+    found = workloads(rendered("rdma-fleet"))
+    router, worker = container_of(found["rel-qwen3-32b-router"]), container_of(found["rel-qwen3-32b-decode"])
+    assert router["readinessProbe"]["httpGet"]["path"] == "/ready"
+    assert router["livenessProbe"]["httpGet"]["path"] == "/health", "a router without workers is alive"
+    assert worker["startupProbe"]["periodSeconds"] * worker["startupProbe"]["failureThreshold"] >= 1800
+
+
+def changed(before: Sequence[Object], after: Sequence[Object]) -> dict[tuple[str, str], tuple[Any, Any]]:
+    old, new = by_key(before), by_key(after)
+    return {key: (old.get(key), new.get(key)) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_scaling_one_pool_touches_its_workload_alone(pool: str) -> None:
+    difference = changed(rendered("rdma-fleet"), render(example("rdma-fleet"), f"{pool}.replicas=17"))
+    ((key, (before, after)),) = difference.items()
+    assert key == ("Deployment", f"rel-qwen3-32b-{pool}")
+    before = {**before, "spec": {**before["spec"], "replicas": 17}}
+    assert before == after, "nothing but the number"
+
+
+def test_a_setting_of_one_pool_restarts_that_pool_alone() -> None:
+    difference = changed(rendered("rdma-fleet"), render(example("rdma-fleet"), "prefill.settings.engine.max_num_seqs=32"))
+    assert set(difference) == {("ConfigMap", "rel-qwen3-32b-prefill"), ("Deployment", "rel-qwen3-32b-prefill")}
+    before, after = difference["Deployment", "rel-qwen3-32b-prefill"]
+    assert before["spec"]["template"]["metadata"]["annotations"] != after["spec"]["template"]["metadata"]["annotations"]
+
+
+def test_another_version_beside_the_first_leaves_the_first_as_it_is() -> None:
+    more = render(example("cpu-demo"), "models.demo.versions.v2.path=/opt/baton/demo-model-2")
+    difference = changed(rendered("cpu-demo"), more)
+    assert all(before is None for before, _ in difference.values())
+    assert {name for kind, name in difference if kind == "Deployment"} == {"rel-demo-v2-prefill", "rel-demo-v2-decode"}
+    assert config_of(more, "rel-demo-v2-decode")["cluster"] == config_of(more, "rel-demo-router")["cluster"]
+
+
+def test_models_are_clusters_of_their_own() -> None:
+    objects = rendered("multi-model")
+    small, large = config_of(objects, "rel-small-router"), config_of(objects, "rel-large-router")
+    assert small["cluster"]["name"] != large["cluster"]["name"]
+    assert small["cluster"]["etcd"] == large["cluster"]["etcd"]
+    policy = by_key(objects)["NetworkPolicy", "rel-large-v1-decode"]["spec"]["ingress"]
+    peers = [peer["podSelector"]["matchLabels"]["baton/model"] for rule in policy for peer in rule.get("from", [])]
+    assert set(peers) == {"large"}
+
+
+def test_mooncakes_ports_are_for_its_peers_alone() -> None:
+    objects = by_key(rendered("rdma-fleet"))
+    for component in ("prefill", "decode", "kvstore-master", "kvstore-node"):
+        rules = objects["NetworkPolicy", f"rel-qwen3-32b-{component}"]["spec"]["ingress"]
+        open_to_all = [rule for rule in rules if "ports" not in rule]
+        ((peer,),) = [rule["from"] for rule in open_to_all]
+        (expression,) = peer["podSelector"]["matchExpressions"]
+        assert "router" not in expression["values"]
+        assert "etcd" not in expression["values"]
+        assert "namespaceSelector" not in peer
+        for rule in rules:
+            assert rule.get("from"), "who may read metrics is said in this example"
+
+
+def test_a_worker_on_the_cpu_has_as_many_threads_as_it_asks_for_cores() -> None:
+    def threads(objects: Sequence[Object], name: str) -> list[Object]:
+        environment = container_of(workloads(objects)[name])["env"]
+        return [entry["valueFrom"] for entry in environment if entry["name"] == "BATON_ENGINE__NUM_THREADS"]
+
+    assert threads(rendered("cpu-demo"), "rel-demo-decode") == [{"resourceFieldRef": {"resource": "requests.cpu", "divisor": "1"}}]
+    assert not threads(render(example("cpu-demo"), "worker.settings.engine.num_threads=3"), "rel-demo-decode")
+    assert not threads(rendered("rdma-fleet"), "rel-qwen3-32b-decode")
+
+
+def test_a_worker_of_several_gpus_has_a_rank_on_each() -> None:
+    objects = render(example("rdma-fleet"), "decode.gpus=4")
+    assert container_of(workloads(objects)["rel-qwen3-32b-decode"])["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert config_of(objects, "rel-qwen3-32b-decode")["engine"] == {"tensor_parallel_size": 4}
+    assert "engine" not in config_of(objects, "rel-qwen3-32b-prefill")
+
+
+def test_several_masters_are_found_by_etcd_and_one_by_its_service() -> None:
+    one, several = rendered("cpu-demo"), rendered("rdma-fleet")
+    assert config_of(one, "rel-demo-decode")["pool"]["master"] == "rel-demo-kvstore:50051"
+    assert ("Service", "rel-demo-kvstore") in by_key(one)
+    assert config_of(several, "rel-qwen3-32b-decode")["pool"]["master"] == "etcd"
+    assert config_of(several, "rel-qwen3-32b-kvstore-master")["ha"] is True
+    assert len(config_of(several, "rel-qwen3-32b-kvstore-node")["masters"]) == 2
+
+
+def test_rdma_is_a_resource_a_capability_and_a_protocol() -> None:
+    objects = rendered("rdma-fleet")
+    for component in ("prefill", "decode", "kvstore-node"):
+        name = f"rel-qwen3-32b-{component}"
+        assert container_of(workloads(objects)[name])["resources"]["limits"]["rdma/hca_shared_devices_a"] == 1
+        assert config_of(objects, name)["pool"]["protocol"] == "rdma"
+    assert config_of(objects, "rel-qwen3-32b-decode")["push"] == {"protocols": ["rdma", "tcp"], "devices": "mlx5_0,mlx5_1"}
+
+
+def test_rdma_without_root_where_memory_may_be_locked() -> None:
+    objects = render(example("rdma-fleet"), "worker.rdma.root=false")
+    decode = workloads(objects)["rel-qwen3-32b-decode"]
+    assert pod_of(decode)["securityContext"]["runAsNonRoot"] is True
+    assert container_of(decode)["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container_of(decode)["resources"]["limits"]["rdma/hca_shared_devices_a"] == 1
+
+
+def test_a_pool_that_somebody_else_scales_has_no_number_of_its_own() -> None:
+    for by, kind in (("hpa", "HorizontalPodAutoscaler"), ("keda", "ScaledObject"), ("external", None)):
+        objects = by_key(render(example("cpu-demo"), f"decode.autoscaling.by={by}", "monitoring.podMonitor.enabled=true"))
+        assert "replicas" not in objects["Deployment", "rel-demo-decode"]["spec"]
+        assert objects["Deployment", "rel-demo-prefill"]["spec"]["replicas"] == 1
+        assert kind is None or objects[kind, "rel-demo-decode"]["spec"]["scaleTargetRef"]["name"] == "rel-demo-decode"
+
+
+def test_keda_asks_for_the_pods_of_one_pool() -> None:
+    objects = by_key(rendered("keda"))
+    (trigger,) = objects["ScaledObject", "rel-qwen3-8b-prefill"]["spec"]["triggers"]
+    assert trigger["metadata"]["query"] == 'sum(baton:num_requests_waiting{namespace="prod",worker=~"rel-qwen3-8b-prefill-.*"})'
+    assert trigger["metadata"]["threshold"] == "2"
+
+
+def test_https_for_clients() -> None:
+    objects = by_key(rendered("tls"))
+    ingress = objects["Ingress", "rel-qwen3-8b-router"]["spec"]
+    assert ingress["tls"] == [{"hosts": ["llm.example.com"], "secretName": "llm-example-com"}]
+    route = objects["HTTPRoute", "rel-qwen3-8b-router"]["spec"]
+    assert route["rules"][0]["backendRefs"] == [{"name": "rel-qwen3-8b-router", "port": 8000}]
+    service = objects["Service", "rel-qwen3-8b-router"]["spec"]["ports"]
+    assert {"name": "http", "port": 8000, "targetPort": "http", "appProtocol": "http"} in service
+
+
+def test_weights_come_by_a_job_and_workers_wait_for_them() -> None:
+    objects = render(example("one-gpu-node"), "models.qwen3-8b.fetch.tokenSecret.name=hugging-face")
+    (job,) = [thing for thing in objects if thing["kind"] == "Job"]
+    environment = {entry["name"]: entry for entry in pod_of(job)["containers"][0]["env"]}
+    assert environment["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "hugging-face", "key": "token"}}
+    for workload in workloads(objects).values():
+        waits = bool(pod_of(workload).get("initContainers"))
+        assert waits == (container_of(workload)["name"] in ("router", "prefill", "decode"))
+
+
+def test_an_etcd_that_is_there_is_used() -> None:
+    objects = rendered("external-etcd")
+    assert ("StatefulSet", "rel-etcd") not in by_key(objects)
+    assert config_of(objects, "rel-qwen3-8b-router")["cluster"]["etcd"].count("http://") == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("decode.replcas=3", "replcas"),
+        ("models.demo.decode.settings.engine.blocksize=32", "blocksize"),
+        ("worker.settings.server.host=0.0.0.0", "server"),
+        ("worker.settings.pool.master=elsewhere", "master"),
+        ("etcd.replicas=2", "etcd.replicas"),
+        ("models.Demo.path=/x", "Demo"),
+        ("kvstore.node.memory=lots", "memory"),
+        ("prefill.enabled=false", "enable prefill and decode, or unified"),
+        ("decode.settings.engine.block_size=32", "block_size"),
+        ("decode.gpus=1", "set worker.settings.engine.block_size"),
+        ("kvstore.node.rdma.resource=rdma/hca", "give both rdma.resource"),
+        ("decode.fileTier.bytes=10Gi,decode.fileTier.shared=true", "fileTier.volume"),
+        ("kvstore.node.autoscaling.by=hpa", "cannot be scaled by itself"),
+        ("models.demo.fetch.repository=a/b", "a place to write to"),
+        ("models.other.servedName=x", "give it a path"),
+        ("models.a-name-that-nobody-would-like-to-type-on-any-evening.path=/x", "52 characters"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_name(setting: str, said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        render(example("cpu-demo"), setting)
+
+
+def test_a_layer_can_take_a_key_away(tmp_path: Path) -> None:
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump({"models": {"a": {"path": "/x", "router": {"disruptionBudget": None, "topologySpread": []}}}}))
+    objects = by_key(render(values))
+    assert ("PodDisruptionBudget", "rel-a-router") not in objects
+    assert "topologySpreadConstraints" not in pod_of(objects["Deployment", "rel-a-router"])
+    assert ("PodDisruptionBudget", "rel-a-decode") in objects
+
+
+def test_the_job_gives_the_weights_their_name_when_they_are_whole(tmp_path: Path) -> None:
+    (job,) = [thing for thing in rendered("one-gpu-node") if thing["kind"] == "Job"]
+    (container,) = pod_of(job)["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert (environment["REPOSITORY"], environment["FOLDER"]) == ("Qwen/Qwen3-8B", "/models/qwen3-8b")
+    folder, stub = tmp_path / "weights", tmp_path / "hf"
+    stub.write_text('#!/bin/sh\necho "$@" >> "$CALLS"\necho {} > "$6/config.json"\n[ ! -e "$BROKEN" ]\n')
+    stub.chmod(0o755)
+    broken = tmp_path / "broken"
+    broken.touch()
+    environment |= {"FOLDER": str(folder), "PATH": f"{tmp_path}:/usr/bin:/bin", "CALLS": str(tmp_path / "calls"), "BROKEN": str(broken)}
+
+    def run() -> int:
+        return subprocess.run(container["command"], env=environment, check=False, timeout=20).returncode
+
+    assert run() != 0
+    assert not folder.exists(), "half of it is not taken for the whole"
+    broken.unlink()
+    assert run() == 0
+    assert (folder / "config.json").is_file()
+    assert run() == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == [f"download Qwen/Qwen3-8B --revision main --local-dir {folder}.partial"] * 2, "what is there is not fetched again"

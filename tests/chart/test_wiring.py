@@ -1,0 +1,194 @@
+"""The chart's wiring, run: each rendered container is started as it stands, as a process in a network namespace of its own, with its
+command, environment, configuration, user, rights and read-only root. It serves, is scaled and upgraded under load, and loses nothing."""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+
+from baton.kernels.cpu.build import cache_folder
+from scripts.dashboards import exported
+from tests.chart.connections import forbidden, listeners
+from tests.chart.kubernetes import Kubernetes
+from tests.chart.load import quiet, under_load
+from tests.chart.pods import Pod
+from tests.chart.rendering import ROOT, Object, example, render
+from tests.faults.traffic import Prompt
+
+pytestmark = [pytest.mark.chart, pytest.mark.slow, pytest.mark.timeout(600)]
+DEMO = ROOT / "examples/demo-model"
+# Nothing has failed, and there is no file tier.
+NOT_HERE = {"request_failures", "kv_tier_evictions", "kv_tier_damaged", "kv_tier_used_bytes", "kv_tier_capacity_bytes"}
+SMALL = (
+    "kvstore.node.memory=128Mi",
+    "worker.settings.engine.kv_memory=32MiB",
+    "worker.drainSeconds=20",
+)
+
+
+def wanted(*sets: str) -> list[Object]:
+    return [thing for thing in render(example("cpu-demo"), *SMALL, *sets) if "helm.sh/hook" not in thing["metadata"].get("annotations", {})]
+
+
+def make_cache(folder: Path) -> Path:
+    """One for all pods, so that kernels are compiled once; not at all, where this machine has them."""
+    folder.mkdir()
+    if cache_folder().is_dir():
+        shutil.copytree(cache_folder(), folder / "baton/kernels")
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o777)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]:
+    folder = tmp_path_factory.mktemp("pods")
+    other = folder / "another-version"
+    shutil.copytree(DEMO, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    (other / "model.safetensors").chmod(0o644)
+    images = {"/opt/baton/demo-model": DEMO, "/opt/baton/another-version": other}
+    with Kubernetes(folder, images, {"cache": make_cache(folder / "cache")}) as running:
+        running.apply(wanted())
+        yield running
+    assert not running.failures
+
+
+def router(cluster: Kubernetes) -> Pod:
+    return next(pod for pod in list(cluster.pods["rel-demo-router"]) if pod.ready)
+
+
+def url(cluster: Kubernetes) -> str:
+    return f"http://{router(cluster).address}:8000"
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Kubernetes) -> dict[Prompt, list[int]]:
+    return quiet(url(cluster))
+
+
+def workers(cluster: Kubernetes) -> dict[str, str]:
+    return {worker["id"]: worker["state"] for worker in httpx.get(f"{url(cluster)}/cluster").json()["workers"]}
+
+
+def metric(pod: Pod, name: str) -> float:
+    lines = httpx.get(f"http://{pod.address}:9101/metrics").text.splitlines()
+    (value,) = [line.rpartition(" ")[2] for line in lines if line.startswith(name + "{")]
+    return float(value)
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+# The first, since it has a cluster of its own: the others' begins with their first one.
+def test_three_members_of_etcd_and_two_masters_of_the_pool(tmp_path: Path) -> None:
+    fleet = ("etcd.replicas=3", "kvstore.master.replicas=2", "kvstore.node.replicas=2")
+    cache = tmp_path / "cache"
+    with Kubernetes(tmp_path, {"/opt/baton/demo-model": DEMO}, {"cache": make_cache(cache)}) as running:
+        running.apply(wanted(*fleet))
+        masters, nodes = running.pods["rel-demo-kvstore-master"], running.pods["rel-demo-kvstore-node"]
+        (prefill,) = running.pods["rel-demo-prefill"]
+        assert len(running.pods["rel-etcd"]) == 3
+        until(lambda: {metric(node, "baton:kvstore_nodes") for node in nodes} == {2})
+        until(lambda: sum(metric(master, "baton:kvstore_leader") for master in masters) == 1)
+        quiet(url(running), count=4)
+        until(lambda: metric(prefill, "baton:kv_pool_saved_blocks_total") > 0)
+        assert not forbidden(running)
+    assert not running.failures
+
+
+def test_a_router_became_ready_after_a_pair_of_workers(cluster: Kubernetes) -> None:
+    order = cluster.became_ready
+    assert order.index("router") > max(order.index("prefill"), order.index("decode"))
+
+
+def test_a_request_goes_the_whole_way(cluster: Kubernetes) -> None:
+    body = {"messages": [{"role": "user", "content": "What is 3 + 4?"}], "max_tokens": 16, "model": "demo-model"}
+    answer = httpx.post(f"{url(cluster)}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+    assert answer.json()["choices"][0]["message"]["content"]
+    (node,) = cluster.pods["rel-demo-kvstore-node"]
+    until(lambda: metric(node, "baton:kvstore_nodes") == 1)
+    prompt = {"prompt": list(range(5, 305)), "max_tokens": 4, "ignore_eos": True}
+    route = httpx.post(f"{url(cluster)}/v1/completions", json=prompt, timeout=60).raise_for_status().headers["x-baton-route"]
+    assert "decode=rel-demo-decode-" in route
+    assert "prefill=rel-demo-prefill-" in route, "the remote prefill was not used"
+    (decode,) = cluster.pods["rel-demo-decode"]
+    metrics = httpx.get(f"http://{decode.address}:9101/metrics").text
+    assert f'worker="{decode.name}"' in metrics, "what KEDA's query picks pods by"
+    (prefill,) = cluster.pods["rel-demo-prefill"]
+    until(lambda: metric(prefill, "baton:kv_pool_saved_blocks_total") > 0)
+    others = {other["id"] for other in httpx.get(f"{url(cluster)}/cluster").json()["others"]}
+    assert {"rel-demo-kvstore-node-0", "rel-demo-kvstore-master-0"} <= others
+
+
+def test_dashboards_go_by_what_is_exported(cluster: Kubernetes) -> None:
+    live = set()
+    for pod in cluster.everybody():
+        lines = httpx.get(f"http://{pod.address}:9101/metrics").text.splitlines()
+        live |= {re.split(r"[{ ]", line)[0] for line in lines if line.startswith("baton:") and "_created{" not in line}
+    assert live <= exported().keys()
+    unseen = {re.sub(r"_(total|bucket|sum|count)$", "", name.removeprefix("baton:")) for name in exported().keys() - live}
+    assert unseen <= NOT_HERE
+
+
+def test_decode_is_scaled_up_and_down_under_load(cluster: Kubernetes, expected: dict[Prompt, list[int]]) -> None:
+    with under_load(lambda: url(cluster), expected) as load:
+        cluster.apply(wanted("decode.replicas=3"))
+        assert len(workers(cluster)) == 4
+        problems = forbidden(cluster)
+        cluster.apply(wanted())
+    assert not load.lost()
+    assert not load.different()
+    assert len(load.outcomes) > 4
+    assert not problems, "connections that the policies do not let through"
+    assert list(workers(cluster).values()) == ["ready", "ready"]
+
+
+def test_prefill_is_upgraded_under_load(cluster: Kubernetes, expected: dict[Prompt, list[int]]) -> None:
+    before = cluster.pods["rel-demo-prefill"][0].name
+    with under_load(lambda: url(cluster), expected) as load:
+        cluster.apply(wanted("prefill.settings.engine.max_num_seqs=16"))
+    assert not load.lost()
+    assert not load.different()
+    assert before not in workers(cluster)
+    assert len(workers(cluster)) == 2
+
+
+def test_another_version_of_the_model_takes_over_under_load(cluster: Kubernetes, expected: dict[Prompt, list[int]]) -> None:
+    settings, second = "prefill.settings.engine.max_num_seqs=16", "models.demo.versions.v2.path=/opt/baton/another-version"
+    first_router = router(cluster).name
+    with under_load(lambda: url(cluster), expected) as load:
+        cluster.apply(wanted(settings, second))
+        fingerprints = {worker["fingerprint"] for worker in httpx.get(f"{url(cluster)}/cluster").json()["workers"]}
+        cluster.apply(wanted(settings, second, "models.demo.path="))
+    assert len(fingerprints) == 2
+    assert not load.lost()
+    assert not load.short()
+    assert load.different(), "the other weights answer"
+    assert router(cluster).name != first_router, "it reads the tokenizer of the new version"
+    assert len(workers(cluster)) == 2
+    assert all("-v2-" in name for name in workers(cluster))
+
+
+def test_policies_let_through_what_is_used_and_nothing_else_listens(cluster: Kubernetes) -> None:
+    quiet(url(cluster), count=4)
+    assert not forbidden(cluster)
+    assert forbidden(cluster, without_mooncake=True), "what this looks at was not seen"
+    (node,) = cluster.pods["rel-demo-kvstore-node"]
+    used = sum(process.memory_info().rss for process in node.processes())
+    assert used < (128 + 1024) * 2**20, "its container's limit"
+    for pod in cluster.everybody():
+        declared = set(pod.ports.values())
+        for address, port in listeners(pod):
+            mooncakes = pod.labels["app.kubernetes.io/component"] not in ("router", "etcd")
+            assert (address == pod.address and port in declared) or (mooncakes and 12000 <= port <= 17000), (pod.name, address, port)
