@@ -60,8 +60,8 @@ def build(config: RouterConfig, workers: Workers, channels: Channels) -> Gateway
         on_first_token=metrics.predicted,
     )
     placer = dispatcher.placer
-    metrics.gauge("degraded", "1 while decode workers compute all prompts: no prefill worker is there", lambda: bool(placer.degraded()))
-    metrics.gauge("breakers_open", "Workers left alone, having failed request after request", lambda: len(placer.breakers.open()))
+    metrics.degraded = lambda: bool(placer.degraded())
+    metrics.breakers_open = lambda: len(placer.breakers.open())
     admission = Admission(config.admission, metrics, lease_s=config.cluster.lease_s, problem=placer.problem)
     return Gateway(
         model=name,

@@ -101,7 +101,7 @@ class Admission:
         self._broken_since: float | None = None
         self._left_at: float | None = None  # when the last one left a queue that has not been empty since
         self._left_tokens = self._left_s = 0.0
-        metrics.gauge("num_requests_queued", "Requests that wait in the router's queue", lambda: len(self._queue))
+        metrics.queued = lambda: len(self._queue)
 
     @contextlib.asynccontextmanager
     async def enter(self, claim: Claim, work: Work) -> AsyncGenerator[Ticket]:
