@@ -218,7 +218,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
         "degraded": gateway.dispatcher.placer.degraded() or None,
         "workers": workers,
         "others": sorted(others, key=lambda m: m["id"]),
-        "blocks_indexed": len(gateway.dispatcher.workers.index),
+        "blocks_indexed": gateway.dispatcher.workers.num_indexed,
     }
 
 

@@ -12,7 +12,8 @@ from baton.errors import NoWorkers
 from baton.types import Role
 from services.router.admission import Forecast
 from services.router.breakers import Breakers
-from services.router.policy import Facts, Placement, Policy, WorkerView
+from services.router.policy import Facts, Placement, Policy
+from services.router.view import View, WorkerView
 from services.router.workers import HashesBySize, Workers
 
 _FIRST_GUESS = 128.0  # output tokens, before any request has ended
@@ -109,9 +110,9 @@ def _forecast(decision: Decision) -> Forecast:
     facts, placement = decision.facts, decision.placement
     if placement.ttft_s is None:
         return Forecast()
-    named = {worker.id: worker for worker in decision.view if worker.id == placement.decode or worker.id in placement.prefills[:1]}
-    decode = named[placement.decode]
-    computes = named[placement.prefills[0]] if placement.prefills else decode
+    view = View.of(decision.view)
+    decode = view.worker(placement.decode)
+    computes = view.worker(placement.prefills[0]) if placement.prefills else decode
     missing = placement.missing_tokens
     own_s = computes.pace.prompt_s(missing, facts.num_prompt_tokens - missing) + computes.pace.base_s
     if computes is not decode:
