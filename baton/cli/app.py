@@ -36,7 +36,7 @@ def up(
     kvstore: Annotated[int, typer.Option(min=0, help="Nodes that lend memory to the KV pool; 0: no pool.")] = 1,
     kvstore_masters: Annotated[int, typer.Option(min=1, help="Masters of the KV pool: of several, one leads, by etcd.")] = 1,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks, on as many GPUs, that share each worker's model.")] = 1,
-    policy: Annotated[str, typer.Option(help="predicted, prefix_aware, least_load or round_robin.")] = "predicted",
+    policy: Annotated[str, typer.Option(help="How the router chooses workers; a wrong name lists them.")] = "predicted",
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 9000,
     etcd: Annotated[str, typer.Option(help="auto (a private one, if installed), none, or the URL of one that runs.")] = "auto",
