@@ -5,6 +5,7 @@ import queue
 from collections.abc import Callable, Mapping
 
 from baton.runtime.entry import Entry
+from baton.scheduling.backlog import Backlog
 from baton.scheduling.scheduler import Scheduler
 from baton.types import Load, Pace
 
@@ -15,6 +16,7 @@ class Census:
     def __init__(self, scheduler: Scheduler, entries: Mapping[str, Entry], pace: Callable[[], Pace]) -> None:
         """`entries`: the requests that the engine has taken in."""
         self._scheduler, self._entries, self._pace = scheduler, entries, pace
+        self._backlog = Backlog(scheduler.cache)
         self._arriving: dict[Entry, None] = {}  # in the engine's inbox
         self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()  # not told to the routers yet
 
@@ -31,14 +33,15 @@ class Census:
 
     def measure(self) -> Load:
         running, pool = self._scheduler.running, self._scheduler.cache.pool
-        inside = [*self._arriving, *(entry for entry in self._entries.values() if not entry.is_computed)]
+        inside = [*(entry for entry in self._entries.values() if not entry.is_computed), *self._arriving]
         own = [entry.request for entry in inside if not entry.is_held]
+        tokens, pairs = self._backlog.measure(own)
         return Load(
             num_running=len(running),
             num_waiting=len(inside) - len(running),
             num_held=len(inside) - len(own),
-            num_waiting_tokens=sum(request.num_tokens - request.num_computed_tokens for request in own),
-            num_waiting_pairs=sum(request.num_tokens**2 - request.num_computed_tokens**2 for request in own) // 2,
+            num_waiting_tokens=tokens,
+            num_waiting_pairs=pairs,
             num_context_tokens=sum(request.num_computed_tokens for request in running),
             blocks_total=pool.num_blocks,
             blocks_free=pool.num_free,

@@ -7,9 +7,10 @@ from baton.runtime.entry import Entry
 from baton.runtime.feed import Feed
 from baton.runtime.state import MIN_INTERVAL_S, StatePublisher
 from baton.scheduling.cache import KVCache
+from baton.scheduling.plan import StepResult
 from baton.scheduling.request import Request, RequestStatus
 from baton.scheduling.scheduler import Scheduler
-from baton.types import FinishReason, GenerateRequest, Pace, SamplingParams, StateUpdate
+from baton.types import FinishReason, GenerateRequest, OutputToken, Pace, SamplingParams, StateUpdate
 
 LENGTH, BLOCKS = 24, 16
 
@@ -87,3 +88,41 @@ def test_reports_name_who_is_counted_for_the_first_time() -> None:
     assert update.load.num_waiting == 1
     publisher.publish(now + 3 * MIN_INTERVAL_S)
     assert len(reader.updates) == told + 1
+
+
+def test_what_a_waiting_request_will_find_cached_is_no_work() -> None:
+    """What is cached as it comes; and of two that come together, what the first of them computes for both."""
+    worker = Worker()
+    first, second = worker.submit("a"), worker.submit("b")
+    for entry in (first, second):
+        worker.take_in(entry)
+    shared = (LENGTH - 1) // 4 * 4
+    load = worker.census.measure()
+    assert load.num_waiting_tokens == LENGTH + LENGTH - shared
+    assert load.num_waiting_pairs == (LENGTH**2 + LENGTH**2 - shared**2) // 2
+    scheduler = worker.scheduler
+    scheduler.add(first.request)
+    left = LENGTH
+    while scheduler.running or scheduler.waiting:  # what it has computed is seen as it is
+        plan = scheduler.schedule()
+        scheduler.advance(plan)
+        tokens = {item.request.request_id: OutputToken(0) for item in plan.scheduled if item.samples}
+        scheduler.update(plan, StepResult(tokens))
+        left = max(left - 8, 1)
+        if first.request.finish_reason is None:
+            assert worker.census.measure().num_waiting_tokens == left + LENGTH - shared
+    assert worker.census.measure().num_waiting_tokens == LENGTH - shared
+    third = worker.submit("c")
+    worker.take_in(third)
+    assert worker.census.measure().num_waiting_tokens == 2 * (LENGTH - shared)
+
+
+def test_who_leaves_before_it_is_computed_is_not_counted_on() -> None:
+    worker = Worker()
+    worker.take_in(first := worker.submit("a"))
+    assert worker.census.measure().num_waiting_tokens == LENGTH
+    del worker.entries["a"]
+    assert worker.census.measure().num_waiting_tokens == 0
+    worker.take_in(worker.submit("b"))
+    assert worker.census.measure().num_waiting_tokens == LENGTH
+    assert first.request.num_computed_tokens == 0
