@@ -188,6 +188,12 @@ def bench(
     raise SystemExit(1 if result["failures"] else 0)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def simulate(context: typer.Context) -> None:
+    """Compare routing policies on simulated workers; --help lists its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "services.router.simulation", *context.args])
+
+
 @model_app.command("new")
 def model_new(
     folder: Annotated[Path, typer.Argument(help="Where to write it.")],

@@ -45,6 +45,10 @@ class Sample:
     output_tokens: int = 0
     error: str | None = None
 
+    @property
+    def mean_itl_s(self) -> float:
+        return sum(self.itl_s) / len(self.itl_s) if self.itl_s else 0.0
+
 
 def parse_range(text: str) -> tuple[int, int]:
     """`128` or `64-256`."""
@@ -145,7 +149,8 @@ async def _one(client: httpx.AsyncClient, prompt: tuple[list[int], int], sample:
 
 def summarise(samples: Sequence[Sample], seconds: float, load: Load) -> dict[str, Any]:
     good = [sample for sample in samples if sample.error is None]
-    met = [sample for sample in good if _meets(sample, load)]
+    promise = Promise(ttft_ms=load.ttft_slo_ms, itl_ms=load.itl_slo_ms)
+    met = [sample for sample in good if promise.kept(sample)]
     output, prompt = sum(s.output_tokens for s in good), sum(s.prompt_tokens for s in good)
     return {
         "load": asdict(load),
@@ -165,9 +170,34 @@ def summarise(samples: Sequence[Sample], seconds: float, load: Load) -> dict[str
     }
 
 
-def _meets(sample: Sample, load: Load) -> bool:
-    itl = sum(sample.itl_s) / len(sample.itl_s) if sample.itl_s else 0.0
-    return 1e3 * sample.ttft_s <= (load.ttft_slo_ms or float("inf")) and 1e3 * itl <= (load.itl_slo_ms or float("inf"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """What goodput counts. A failed or refused request never keeps it."""
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None  # of a request's mean
+
+    def kept(self, sample: Sample) -> bool:
+        ttft, itl = self.ttft_ms or float("inf"), self.itl_ms or float("inf")
+        return sample.error is None and 1e3 * sample.ttft_s <= ttft and 1e3 * sample.mean_itl_s <= itl
+
+
+def columns(samples: Sequence[Sample], seconds: float, promise: Promise) -> dict[str, Any]:
+    """What simulations and replays report, in seconds and milliseconds. ITL is each request's mean; `seconds` is how long requests came."""
+    good = [sample for sample in samples if sample.error is None]
+    kept, prompt = sum(promise.kept(sample) for sample in samples), sum(sample.prompt_tokens for sample in good)
+    ttft, itl = _spread([s.ttft_s for s in good]), _spread([s.mean_itl_s for s in good if s.itl_s])
+    return {
+        "requests": len(samples),
+        "failures": len(samples) - len(good),
+        "ttft_mean_s": ttft.get("mean", 0.0) / 1e3,
+        "ttft_p95_s": ttft.get("p95", 0.0) / 1e3,
+        "itl_mean_ms": itl.get("mean", 0.0),
+        "itl_p95_ms": itl.get("p95", 0.0),
+        "met": kept / len(samples) if samples else 0.0,
+        "goodput": kept / seconds if seconds else 0.0,
+        "hit_rate": sum(s.cached_tokens for s in good) / prompt if prompt else 0.0,
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:
