@@ -18,7 +18,7 @@ from rich.table import Table
 from baton.cli.stream import stream_events
 from baton.errors import BatonError, ConfigError
 
-_FIRST_ID = 10  # below lie special tokens
+FIRST_ID = 10  # below lie special tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ def run_bench(url: str, load: Load) -> dict[str, Any]:
 async def _drive(url: str, load: Load) -> tuple[list[Sample], float]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600, connect=5), limits=limits) as client:
-        vocab = await _vocab_size(client)
+        vocab = await vocab_size(client)
         rng = random.Random(load.seed)
         prompts = make_prompts(load, vocab, rng)
         samples = [Sample() for _ in prompts]
@@ -83,13 +83,13 @@ async def _drive(url: str, load: Load) -> tuple[list[Sample], float]:
 
             async def worker() -> None:
                 for prompt, sample in work:
-                    await _one(client, prompt, sample)
+                    await send(client, prompt, sample)
 
             await asyncio.gather(*(worker() for _ in range(load.concurrency)))
         else:
             tasks: list[asyncio.Task[None]] = []
             for prompt, sample in zip(prompts, samples, strict=True):
-                tasks.append(asyncio.create_task(_one(client, prompt, sample)))
+                tasks.append(asyncio.create_task(send(client, prompt, sample)))
                 await asyncio.sleep(rng.expovariate(load.rate))
             await asyncio.gather(*tasks)
         return samples, time.monotonic() - started
@@ -97,17 +97,17 @@ async def _drive(url: str, load: Load) -> tuple[list[Sample], float]:
 
 def make_prompts(load: Load, vocab: int, rng: random.Random) -> list[tuple[list[int], int]]:
     """(token ids, output tokens) for each request, in sending order: all prompts once, then again."""
-    shared = [rng.randrange(_FIRST_ID, vocab) for _ in range(load.shared_prefix)]
+    shared = [rng.randrange(FIRST_ID, vocab) for _ in range(load.shared_prefix)]
     distinct = -(-load.num_requests // load.repeat_prompts)
     prompts: list[tuple[list[int], int]] = []
     for _ in range(distinct):
         length = max(rng.randint(*load.input_len), load.shared_prefix + 1)
-        own = [rng.randrange(_FIRST_ID, vocab) for _ in range(length - load.shared_prefix)]
+        own = [rng.randrange(FIRST_ID, vocab) for _ in range(length - load.shared_prefix)]
         prompts.append((shared + own, rng.randint(*load.output_len)))
     return (prompts * load.repeat_prompts)[: load.num_requests]
 
 
-async def _vocab_size(client: httpx.AsyncClient) -> int:
+async def vocab_size(client: httpx.AsyncClient) -> int:
     """Ids below this are safe to send: the largest id that the tokenizer gives for plain text."""
     try:
         text = "".join(chr(code) for code in range(33, 0x250)) + " the of and to in is that for with on as are this be"
@@ -117,7 +117,8 @@ async def _vocab_size(client: httpx.AsyncClient) -> int:
     return max(max(answer["tokens"]), 256)
 
 
-async def _one(client: httpx.AsyncClient, prompt: tuple[list[int], int], sample: Sample) -> None:
+async def send(client: httpx.AsyncClient, prompt: tuple[list[int], int], sample: Sample) -> None:
+    """One request, its token ids and the number of tokens wanted; fills the sample in."""
     token_ids, max_tokens = prompt
     body = {
         "prompt": token_ids,

@@ -17,6 +17,9 @@ Workers that compute on the same cores delay each other's requests like their ow
 of them. What a prompt costs the others is then the same wherever it is computed, and an idle prefill worker is no reason to spare a decode
 worker that has something to do: decodes ride in its prompts' steps, but beside another's they read all weights in steps of their own.
 
+Where a time to the first token, or between tokens, was promised, a placement that would break it is none; a request that has none is
+refused at once, before it costs those that can be kept.
+
 What a worker lacks of a prompt is what it will lack when it has computed all that was sent there before: a burst of siblings goes where the
 first of them went, which computes what they share once.
 """
@@ -26,6 +29,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from baton.errors import Overloaded
 from services.router.policy import Facts, Placement, place, ranking
 from services.router.view import Column, Paces, Rows, View, WorkerView
 
@@ -40,7 +44,10 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     view.entrances()  # there is one
     known, pace = _complete(view)
     ttft, harm = _prompts(facts, view, pace)
-    decoding, handing_over = _decode(facts, view, pace), _step(view, pace)
+    (step, decoding), handing_over = _decode(facts, view, pace), _step(view, pace)
+    if known:
+        harm = np.where(ttft > (facts.ttft_slo_s or np.inf), np.inf, harm)
+        decoding = np.where(step > (facts.itl_slo_s or np.inf), np.inf, decoding)
     options: list[Option] = []
     for decodes in view.layout.decodes.values():
         if len(decodes):
@@ -49,6 +56,9 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
             options += _best_alone(_who_may_compute(facts, view, decodes, fitting), ttft, ttft + harm + decoding)
     options += _best_alone(view.layout.unified, ttft, ttft + harm + decoding)
     cost, here, decode, first = min(options)
+    if cost == np.inf:
+        promised = [f"{s:g} s {what}" for s, what in ((facts.ttft_slo_s, "to the first token"), (facts.itl_slo_s, "between tokens")) if s]
+        raise Overloaded(f"no worker is expected to keep what was promised, {' and '.join(promised)}: try again later, or add workers")
     ranked: list[int] = []
     if not here:
         fitting = view.layout.fitting(decode)
@@ -154,11 +164,12 @@ def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     return beside + _queued(view, pace) + own, own + steps_s
 
 
-def _decode(facts: Facts, view: View, pace: Paces) -> Column:
-    """Seconds of its output tokens, and those that they cost the others there."""
+def _decode(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
+    """Seconds of a step with it; of its output tokens, and those that they cost the others there."""
     added = pace.decode_s(1, facts.num_prompt_tokens + facts.num_output_tokens / 2)
     step = pace.base_s + pace.decode_s(view.num_requests, view.context_tokens) + added
-    return facts.num_output_tokens * (step + added * view.num_requests) * (1 + pace.crowded)
+    slower = 1 + pace.crowded
+    return step * slower, facts.num_output_tokens * (step + added * view.num_requests) * slower
 
 
 def _complete(view: View) -> tuple[bool, Paces]:

@@ -7,7 +7,7 @@ from baton.runtime.entry import Entry
 from baton.runtime.feed import Feed
 from baton.runtime.state import MIN_INTERVAL_S, StatePublisher
 from baton.scheduling.cache import KVCache
-from baton.scheduling.plan import StepResult
+from baton.scheduling.plan import StepPlan, StepResult
 from baton.scheduling.request import Request, RequestStatus
 from baton.scheduling.scheduler import Scheduler
 from baton.types import FinishReason, GenerateRequest, OutputToken, Pace, SamplingParams, StateUpdate
@@ -18,7 +18,8 @@ LENGTH, BLOCKS = 24, 16
 class Worker:
     def __init__(self) -> None:
         self.scheduler, self.entries = Scheduler(KVCache(BLOCKS, 4), max_num_batched_tokens=8, max_num_seqs=4), dict[str, Entry]()
-        self.census = Census(self.scheduler, self.entries, Pace)
+        self.flying = list[StepPlan]()
+        self.census = Census(self.scheduler, self.entries, Pace, lambda: self.flying)
 
     def submit(self, name: str, *, hold: bool = False) -> Entry:
         whole = GenerateRequest(request_id=name, prompt_token_ids=tuple(range(LENGTH)), sampling=SamplingParams(max_tokens=2))
@@ -126,3 +127,17 @@ def test_who_leaves_before_it_is_computed_is_not_counted_on() -> None:
     worker.take_in(worker.submit("b"))
     assert worker.census.measure().num_waiting_tokens == LENGTH
     assert first.request.num_computed_tokens == 0
+
+
+def test_a_step_that_has_not_ended_is_still_to_be_computed() -> None:
+    """Though the scheduler counts it as computed, so that the next one can be decided."""
+    worker = Worker()
+    entry = worker.submit("a")
+    worker.take_in(entry)
+    worker.scheduler.add(entry.request)
+    plan = worker.scheduler.schedule()
+    worker.scheduler.advance(plan)
+    assert worker.census.measure().num_waiting_tokens == LENGTH - 8
+    worker.flying.append(plan)
+    load = worker.census.measure()
+    assert (load.num_waiting_tokens, load.num_waiting_pairs) == (LENGTH, LENGTH * LENGTH // 2)

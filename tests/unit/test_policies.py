@@ -108,6 +108,18 @@ def test_mooncake_refuses_what_would_be_late() -> None:
         placed("mooncake", workers, itl_slo_s=0.01)
 
 
+def test_predicted_refuses_what_nobody_is_expected_to_keep() -> None:
+    busy = worker("u0", Role.UNIFIED, pending_tokens=1000, num_waiting=1, num_requests=1)
+    crowded = worker("u1", Role.UNIFIED, num_requests=100, context_tokens=100_000)  # 0.16 s a step
+    assert placed("predicted", [busy, crowded]).decode == "u0"
+    assert placed("predicted", [busy, crowded], ttft_slo_s=1.5).decode == "u1"
+    assert placed("predicted", [busy, crowded], itl_slo_s=0.1).decode == "u0"
+    with pytest.raises(Overloaded, match=r"promised, 1\.5 s to the first token and 0\.1 s between tokens"):
+        placed("predicted", [busy, crowded], ttft_slo_s=1.5, itl_slo_s=0.1)
+    unknown = [worker("u0", Role.UNIFIED, pending_tokens=10**9, pace=Pace())]
+    assert placed("predicted", unknown, ttft_slo_s=1.5).decode == "u0"  # nobody knows
+
+
 # -- bursts
 
 HASHES = block_hashes(range(1000), 10)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from baton.cli.trace import Scaling, play, read_trace
 from baton.errors import ConfigError
 from baton.hashing import block_hashes
 from baton.runtime.engine import Engine
@@ -26,7 +27,7 @@ from services.router.simulation.__main__ import parse_pace, run
 from services.router.simulation.clock import Clock
 from services.router.simulation.cluster import Plan, SimulatedCluster
 from services.router.simulation.engine import Shape, SimulatedEngine, step_seconds
-from services.router.simulation.workload import Agents, Ask, Scaling, agents, asks_of, play, read_trace
+from services.router.simulation.workload import Agents, Ask, agents, asks_of
 from tests.properties.toy import VOCAB, ToyRunner
 
 BLOCKS, SIZE = 24, 4

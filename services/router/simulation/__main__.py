@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from baton.cli.bench import Promise, columns
+from baton.cli.trace import Scaling, play, read_trace
 from baton.config import POLICY_NAMES, check_policy
 from baton.errors import BatonError, ConfigError
 from baton.types import Pace
 from services.router.policies import POLICIES
 from services.router.simulation.cluster import Plan, SimulatedCluster
 from services.router.simulation.engine import Shape
-from services.router.simulation.workload import Agents, Ask, Scaling, agents, asks_of, play, read_trace
+from services.router.simulation.workload import Agents, Ask, agents, asks_of
 
 DEFAULT_PACE = Pace(base_s=0.02, token_s=1.2e-4, pair_s=2.2e-9, row_s=5e-5, context_s=3e-8, push_token_s=1.6e-5)
 """Roughly 70 billion parameters on eight A800, and a 20 GB/s link (docs/simulation.md has the sums). Measured by nobody."""
@@ -39,6 +40,7 @@ def simulate(
     seconds: Annotated[float, typer.Option(min=0, help="Of the trace, at its own speed; of agents. 0: the whole trace.")] = 600.0,
     copies: Annotated[int, typer.Option(min=1, help="So much of the trace at once, or so many times the agents.")] = 1,
     length_scale: Annotated[float, typer.Option(help="Of the trace's tokens.")] = 1.0,
+    longest: Annotated[int, typer.Option(min=0, help="Leave requests of a trace with more tokens out.")] = 0,
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens of a KV block; 512 for a trace, 64 for agents.")] = None,
     kv_tokens: Annotated[int, typer.Option(min=1, help="KV cache of a worker.")] = 1 << 20,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1)] = 8192,
@@ -85,7 +87,9 @@ def simulate(
         }
     else:
         lines = read_trace(trace)
-        scalings = {each: Scaling(length=length_scale, seconds=seconds, copies=copies, speed=each) for each in load or [1.0]}
+        scalings = {
+            each: Scaling(length=length_scale, seconds=seconds, copies=copies, speed=each, longest=longest) for each in load or [1.0]
+        }
         workloads = {
             (each, each_seed): asks_of(play(lines, scaling, each_seed), scaling.block(), size)
             for each, scaling in scalings.items()
@@ -110,14 +114,14 @@ def compare(plan: Plan, policies: Sequence[str], workloads: Mapping[tuple[float,
     return rows
 
 
-def run(plan: Plan, policy: str, asks: Sequence[Ask], seed: int) -> dict[str, Any]:
-    """One policy under one workload: what `columns` says, and the real seconds that it took."""
+def run(plan: Plan, policy: str, asks: Sequence[Ask], seed: int, promise: Promise | None = None) -> dict[str, Any]:
+    """One policy under one workload: what `columns` says, and the real seconds that it took. `promise`: what is counted as kept, where the
+    policy knows of something else."""
     begun = time.monotonic()
     cluster = SimulatedCluster(plan, POLICIES[check_policy(policy)], first_turn=seed << 32)
     samples = cluster.run(asks)
-    promise = Promise(
-        ttft_ms=None if plan.ttft_slo_s is None else 1e3 * plan.ttft_slo_s, itl_ms=None if plan.itl_slo_s is None else 1e3 * plan.itl_slo_s
-    )
+    ttft_s, itl_s = plan.ttft_slo_s, plan.itl_slo_s
+    promise = promise or Promise(ttft_ms=None if ttft_s is None else 1e3 * ttft_s, itl_ms=None if itl_s is None else 1e3 * itl_s)
     span = asks[-1].at - asks[0].at if len(asks) > 1 else 1.0
     preempted = sum(engine.scheduler.num_preemptions for engine in cluster.engines.values())
     return {**columns(samples, span, promise), "preemptions": preempted, "took_s": time.monotonic() - begun}

@@ -195,9 +195,10 @@ class SimulatedEngine:
         self._serve()
         seconds = self._next()
         self._busy = seconds is not None
-        self._publish()
         if seconds is not None:
             self._end_after(seconds)
+        else:
+            self._publish()
 
     def _end_after(self, seconds: float) -> None:
         self._version += 1
@@ -234,6 +235,7 @@ class SimulatedEngine:
                     self._stuck = False
                     self.on_token(request)
             self.on_computed(plan)
+        self._publish()
         self._turn()
 
     def _decode_run(self) -> _Run | None:

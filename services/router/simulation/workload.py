@@ -1,20 +1,15 @@
 """Workloads: requests with their times, lengths, and the names of their blocks; equal names are equal prefixes.
 
-`trace` reads Mooncake's format (FAST'25): a JSON object a line, timestamp (ms), input_length, output_length, hash_ids (one for each 512
-tokens of the prompt). `agents` makes sessions of short turns behind long tool prompts, which now and then send siblings that share a new
-prefix, milliseconds apart.
+`asks_of` takes a trace (`baton.cli.trace`). `agents` makes sessions of short turns behind long tool prompts, which now and then send
+siblings that share a new prefix, milliseconds apart.
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from baton.cli.trace import Line
 from baton.errors import ConfigError
-
-TRACE_BLOCK = 512  # tokens
-_BUCKET_S = 3.0  # the trace's times are known so well
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,80 +18,6 @@ class Ask:
     num_prompt_tokens: int
     num_output_tokens: int
     hashes: tuple[bytes, ...]  # of all blocks that prompt and output fill
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A request of a trace: the first `num_shared` blocks of its prompt have the names that they have in other requests."""
-
-    at: float
-    num_prompt_tokens: int
-    num_output_tokens: int
-    ids: tuple[int, ...]  # of the prompt's full blocks
-
-
-def read_trace(path: Path) -> list[Line]:
-    """Raises ConfigError, naming the line."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read the trace {path}: {error.strerror}") from error
-    lines: list[Line] = []
-    for number, row in enumerate(text.splitlines(), 1):
-        try:
-            item = json.loads(row)
-            prompt, output = int(item["input_length"]), int(item["output_length"])
-            ids = tuple(int(each) for each in item["hash_ids"])
-            at = item["timestamp"] / 1e3
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path}, line {number}: not a request of a trace ({type(error).__name__}: {error}); a line is a JSON object with "
-                "timestamp, input_length, output_length and hash_ids"
-            ) from error
-        if prompt < 1 or output < 0 or len(ids) < prompt // TRACE_BLOCK:
-            raise ConfigError(f"{path}, line {number}: input_length {prompt} and {len(ids)} hash_ids of {TRACE_BLOCK} tokens do not fit")
-        lines.append(Line(at, prompt, max(output, 1), ids[: prompt // TRACE_BLOCK]))
-    if not lines:
-        raise ConfigError(f"the trace {path} is empty")
-    return sorted(lines, key=lambda line: line.at)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scaling:
-    """How a trace is played: `length` times its tokens; `seconds` of it, from a point that the seed draws; `copies` of it at once, each
-    from a point of its own, and about other things; at `speed` times its pace."""
-
-    length: float = 1.0
-    seconds: float = 0.0  # 0: all
-    copies: int = 1
-    speed: float = 1.0
-
-    def block(self) -> int:
-        """Tokens of a block of the trace, scaled. Raises ConfigError."""
-        if not 0 < self.length <= 1 or TRACE_BLOCK * self.length != int(TRACE_BLOCK * self.length):
-            raise ConfigError(
-                f"a length scale of {self.length:g} makes no whole blocks of {TRACE_BLOCK} tokens: take 1, 0.5, 0.25, 0.125 …"
-            )
-        return int(TRACE_BLOCK * self.length)
-
-
-def play(lines: Sequence[Line], scaling: Scaling, seed: int) -> list[Line]:
-    """What a cluster is asked: times from 0 on, jittered within the trace's buckets; ids of copies differ."""
-    rng = random.Random(seed)
-    block, span = scaling.block(), lines[-1].at - lines[0].at + _BUCKET_S
-    seconds = min(scaling.seconds or span, span)
-    most = 1 + max((max(line.ids, default=0) for line in lines), default=0)
-    played: list[Line] = []
-    for copy in range(scaling.copies):
-        begin = lines[0].at + (rng.uniform(0, span) if seconds < span or scaling.copies > 1 else 0.0)
-        for line in lines:
-            at = (line.at + rng.uniform(0, _BUCKET_S) - begin) % span
-            if at < seconds:
-                rest = max(round(line.num_prompt_tokens % TRACE_BLOCK * scaling.length), 0 if line.ids else 1)
-                output = max(round(line.num_output_tokens * scaling.length), 1)
-                ids = tuple(copy * most + each for each in line.ids)
-                played.append(Line(at / scaling.speed, len(ids) * block + rest, output, ids))
-    return sorted(played, key=lambda line: line.at)
 
 
 def asks_of(lines: Sequence[Line], block: int, block_size: int) -> list[Ask]:
