@@ -62,7 +62,8 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     ranked: list[int] = []
     if not here:
         fitting = view.layout.fitting(decode)
-        ranked = ranking(fitting, np.maximum(ttft, _push(facts, view, pace, decode)) + harm)
+        to_push = facts.num_prompt_tokens - view.matched_tokens[decode]
+        ranked = ranking(fitting, np.maximum(ttft, to_push * pace.push_token_s) + harm)
     reason = f"{first:.3f} s to the first token expected" if known else "nothing learned yet"
     return place(facts, view, decode, ranked, reason, *((first, cost) if known else ()))
 
@@ -88,7 +89,8 @@ def _best_pair(
         chunk = by_cost[start : start + _CHUNK]
         if least + at_decode[chunk[0]] > best[0]:
             break
-        first = np.maximum(ttft[fitting], np.array([_push(facts, view, pace, row)[fitting] for row in chunk])) + handing_over[chunk, None]
+        to_push = facts.num_prompt_tokens - view.matched_tokens[chunk, None]
+        first = np.maximum(ttft[fitting], to_push * pace.push_token_s[fitting]) + handing_over[chunk, None]
         costs = first + harm[fitting] + decoding[chunk, None]
         d, p = divmod(int(costs.argmin()), len(fitting))
         best = min(best, (float(costs[d, p]), False, int(chunk[d]), float(first[d, p])))
@@ -100,11 +102,6 @@ def _best_alone(rows: Rows, ttft: Column, costs: Column) -> list[Option]:
         return []
     row = int(rows[costs[rows].argmin()])
     return [(float(costs[row]), True, row, float(ttft[row]))]
-
-
-def _push(facts: Facts, view: View, pace: Paces, decode: int) -> Column:
-    """Seconds that each would need to bring what D lacks there."""
-    return pace.push_token_s * (facts.num_prompt_tokens - view.matched_tokens[decode])
 
 
 def _who_may_compute(facts: Facts, view: View, decodes: Rows, fitting: Rows) -> Rows:

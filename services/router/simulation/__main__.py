@@ -146,7 +146,8 @@ def parse_pace(text: str | None) -> Pace:
             workers = httpx.get(text.rstrip("/") + "/cluster", timeout=5.0).raise_for_status().json()["workers"]
         except httpx.HTTPError as error:
             raise ConfigError(f"no router answers at {text} ({error})") from error
-        known = {name: [worker["pace"][name] for worker in workers if worker["pace"][name]] for name in names}
+        paces = [Pace(**worker["pace"]).by_the_clock() for worker in workers]
+        known = {name: [getattr(pace, name) for pace in paces if getattr(pace, name)] for name in names}
         if not known["token_s"] or not known["row_s"] + known["context_s"]:
             raise ConfigError(f"the workers at {text} have not learned their pace yet: send them some requests first")
         return Pace(**{name: sum(values) / len(values) for name, values in known.items() if values})
