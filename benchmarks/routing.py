@@ -58,7 +58,7 @@ SETTINGS = (
     Setting("conversation", 16, (0.7, 1.1, 1.5, 1.9), 600.0, 10.0, 512),
     Setting("agents", 16, (0.7, 1.2, 1.7, 2.2), 120.0, 2.0, 64),
     Setting("conversation", 256, (0.7, 1.1, 1.5, 1.9), 60.0, 10.0, 512),
-    Setting("agents", 256, (0.7, 1.2, 1.7, 2.2), 30.0, 2.0, 256),
+    Setting("agents", 256, (0.7, 1.2, 1.7, 2.2), 24.0, 2.0, 256),
 )
 ITL_SLO_S = 0.1
 NO_PROMISE = {"ttft_slo_s": None, "itl_slo_s": None}
@@ -68,7 +68,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "predicted, prompts at P only": ("predicted", {"local_prefill": False}),
     "mooncake, refuses nobody": ("mooncake", NO_PROMISE),
 }
-LARGE = ("predicted", "mooncake", "cache_aware", "dynamo", "llm_d", "least_load", "round_robin")  # with 256 workers
+LARGE = ("predicted", "mooncake", "cache_aware", "dynamo", "llm_d")  # with 256 workers
 PEERS = tuple(name for name in VARIANTS if not name.startswith("predicted"))
 
 
