@@ -2,8 +2,9 @@
 
     python -m benchmarks.simulation --trace conversation_trace.jsonl [--loads 0.5 0.8] [--seconds 45] [--out FILE]
 
-The pace is what the real workers learned while they were measured (the mean of what they said each second), and what it lacks, the time
-between two steps and the messages' way, is taken from a request alone. The model is small and random.
+The pace is what the real workers have learned when they were measured, and what it lacks, the time between two steps and the messages' way,
+is taken from a request alone. The model is small and random. The first seconds only warm up: a pace that was learned from few prompts is
+a bad one.
 """
 
 import argparse
@@ -39,13 +40,6 @@ LAYOUTS = {"2 unified": (0, 0, 2), "1P1D": (1, 1, 0)}
 PROMISE = Promise(ttft_ms=2000, itl_ms=200)
 
 
-def paces(url: str) -> Pace | None:
-    try:
-        return parse_pace(url)
-    except Exception:  # not learned yet
-        return None
-
-
 async def alone(url: str) -> tuple[float, float]:
     """Seconds to the first token, and between tokens, of 16 new tokens of prompt with nothing beside them; medians."""
     samples = [Sample() for _ in range(9)]
@@ -53,18 +47,6 @@ async def alone(url: str) -> tuple[float, float]:
         for sample in samples:
             await send(client, ([random.randrange(FIRST_ID, 200) for _ in range(16)], 32), sample)
     return statistics.median(s.ttft_s for s in samples), statistics.median(s.mean_itl_s for s in samples)
-
-
-async def real(url: str, lines: Sequence[Line], block: int, seed: int) -> tuple[dict[str, Any], Pace]:
-    """The columns, and the mean of the paces that were told meanwhile."""
-    said: list[Pace] = []
-    running = asyncio.create_task(asyncio.to_thread(run_replay, url, lines, block, seed, PROMISE))
-    while not running.done():
-        await asyncio.sleep(1.0)
-        if pace := await asyncio.to_thread(paces, url):
-            said.append(pace)
-    fields = [field.name for field in dataclasses.fields(Pace)]
-    return running.result(), Pace(**{name: statistics.mean(getattr(pace, name) for pace in said) for name in fields})
 
 
 def simulated(counts: tuple[int, int, int], pace: Pace, hop_s: float, lines: Sequence[Line], block: int) -> dict[str, Any]:
@@ -111,13 +93,14 @@ def main() -> None:
             for role in ("unified",) if unified else ("prefill", "decode"):
                 options += ["--set", f"{role}.engine.num_blocks={NUM_BLOCKS}", "--set", f"{role}.engine.num_threads=1"]
             with cluster(options) as url:
-                for number, load in enumerate((arguments.loads[0], *arguments.loads)):  # the first warms up
-                    seconds = arguments.seconds if number else 8.0
+                for number, load in enumerate((1.0, *arguments.loads)):  # the first warms up
+                    seconds = arguments.seconds
                     scaling = Scaling(length=0.03125, seconds=seconds * load, speed=load, longest=2000)
                     seed = time.time_ns() % 1000
                     lines = [_renamed(line, number) for line in play(trace, scaling, seed)]
                     first_s, step_s = asyncio.run(alone(url))
-                    found, pace = asyncio.run(real(url, lines, scaling.block(), seed))
+                    found = run_replay(url, lines, scaling.block(), seed, PROMISE)
+                    pace = parse_pace(url)
                     between = max(step_s - pace.base_s - pace.decode_s(1, 32), 0.0)
                     pace = dataclasses.replace(pace, base_s=pace.base_s + between)
                     hops = 4 if unified else 6
