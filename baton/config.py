@@ -33,6 +33,20 @@ Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=0), WithJsonSchema(
 """Bytes: an integer, or text such as 512MiB."""
 
 
+PolicyName = Literal["predicted", "prefix_aware", "least_load", "round_robin", "random", "cache_aware", "dynamo", "llm_d", "mooncake"]
+"""Of the router; services/router/policies.py has them."""
+POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+
+
+def check_policy(name: str) -> PolicyName:
+    """Raises ConfigError for a name that there is not."""
+    for known in POLICY_NAMES:
+        if name == known:
+            return known
+    near = difflib.get_close_matches(name, POLICY_NAMES, n=1)
+    raise ConfigError(f"there is no policy {name!r}{f'; did you mean {near[0]}?' if near else ''}; there are {', '.join(POLICY_NAMES)}")
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
@@ -171,7 +185,7 @@ class RouterConfig(Strict):
     server: ServerConfig = ServerConfig()
     http_port: int = Field(default=8000, ge=0, le=65535)
     cluster: ClusterConfig = ClusterConfig()
-    policy: Literal["predicted", "prefix_aware", "least_load", "round_robin"] = "predicted"
+    policy: PolicyName = "predicted"
     local_prefill: bool = True  # predicted: a decode worker may be told to compute a whole prompt where that costs everybody less
     max_body: Size = 16 * 2**20
     max_migrations: int = Field(default=3, ge=0)  # per sequence

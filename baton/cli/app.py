@@ -36,7 +36,7 @@ def up(
     kvstore: Annotated[int, typer.Option(min=0, help="Nodes that lend memory to the KV pool; 0: no pool.")] = 1,
     kvstore_masters: Annotated[int, typer.Option(min=1, help="Masters of the KV pool: of several, one leads, by etcd.")] = 1,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks, on as many GPUs, that share each worker's model.")] = 1,
-    policy: Annotated[str, typer.Option(help="predicted, prefix_aware, least_load or round_robin.")] = "predicted",
+    policy: Annotated[str, typer.Option(help="How the router chooses workers; a wrong name lists them.")] = "predicted",
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 9000,
     etcd: Annotated[str, typer.Option(help="auto (a private one, if installed), none, or the URL of one that runs.")] = "auto",
@@ -186,6 +186,39 @@ def bench(
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(1 if result["failures"] else 0)
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="In Mooncake's format.")],
+    url: Url = DEFAULT_URL,
+    load: Annotated[float, typer.Option(min=1e-3, help="Times the trace's speed.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Of the trace, at its own speed. 0: all of it.")] = 60.0,
+    copies: Annotated[int, typer.Option(min=1, help="So much of the trace at once.")] = 1,
+    length_scale: Annotated[float, typer.Option(help="Of the trace's tokens.")] = 1.0,
+    longest: Annotated[int, typer.Option(min=0, help="Leave requests with more tokens out.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which part of the trace, and its own tokens.")] = 0,
+    ttft_slo_ms: Annotated[float | None, typer.Option(help="Goodput: the first token within this.")] = None,
+    itl_slo_ms: Annotated[float | None, typer.Option(help="Goodput: a request's mean time between tokens within this.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Play a trace against a running cluster; the columns are those of `simulate`."""
+    from baton.cli.bench import Promise
+    from baton.cli.replay import run_replay
+    from baton.cli.trace import Scaling, play, read_trace
+
+    scaling = Scaling(length=length_scale, seconds=seconds, copies=copies, speed=load, longest=longest)
+    lines = play(read_trace(trace), scaling, seed)
+    result = run_replay(url, lines, scaling.block(), seed, Promise(ttft_ms=ttft_slo_ms, itl_ms=itl_slo_ms))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+    raise SystemExit(1 if result["failures"] else 0)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def simulate(context: typer.Context) -> None:
+    """Compare routing policies on simulated workers; --help lists its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "services.router.simulation", *context.args])
 
 
 @model_app.command("new")

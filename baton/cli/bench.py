@@ -18,7 +18,7 @@ from rich.table import Table
 from baton.cli.stream import stream_events
 from baton.errors import BatonError, ConfigError
 
-_FIRST_ID = 10  # below lie special tokens
+FIRST_ID = 10  # below lie special tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,10 @@ class Sample:
     output_tokens: int = 0
     error: str | None = None
 
+    @property
+    def mean_itl_s(self) -> float:
+        return sum(self.itl_s) / len(self.itl_s) if self.itl_s else 0.0
+
 
 def parse_range(text: str) -> tuple[int, int]:
     """`128` or `64-256`."""
@@ -69,7 +73,7 @@ def run_bench(url: str, load: Load) -> dict[str, Any]:
 async def _drive(url: str, load: Load) -> tuple[list[Sample], float]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600, connect=5), limits=limits) as client:
-        vocab = await _vocab_size(client)
+        vocab = await vocab_size(client)
         rng = random.Random(load.seed)
         prompts = make_prompts(load, vocab, rng)
         samples = [Sample() for _ in prompts]
@@ -79,13 +83,13 @@ async def _drive(url: str, load: Load) -> tuple[list[Sample], float]:
 
             async def worker() -> None:
                 for prompt, sample in work:
-                    await _one(client, prompt, sample)
+                    await send(client, prompt, sample)
 
             await asyncio.gather(*(worker() for _ in range(load.concurrency)))
         else:
             tasks: list[asyncio.Task[None]] = []
             for prompt, sample in zip(prompts, samples, strict=True):
-                tasks.append(asyncio.create_task(_one(client, prompt, sample)))
+                tasks.append(asyncio.create_task(send(client, prompt, sample)))
                 await asyncio.sleep(rng.expovariate(load.rate))
             await asyncio.gather(*tasks)
         return samples, time.monotonic() - started
@@ -93,17 +97,17 @@ async def _drive(url: str, load: Load) -> tuple[list[Sample], float]:
 
 def make_prompts(load: Load, vocab: int, rng: random.Random) -> list[tuple[list[int], int]]:
     """(token ids, output tokens) for each request, in sending order: all prompts once, then again."""
-    shared = [rng.randrange(_FIRST_ID, vocab) for _ in range(load.shared_prefix)]
+    shared = [rng.randrange(FIRST_ID, vocab) for _ in range(load.shared_prefix)]
     distinct = -(-load.num_requests // load.repeat_prompts)
     prompts: list[tuple[list[int], int]] = []
     for _ in range(distinct):
         length = max(rng.randint(*load.input_len), load.shared_prefix + 1)
-        own = [rng.randrange(_FIRST_ID, vocab) for _ in range(length - load.shared_prefix)]
+        own = [rng.randrange(FIRST_ID, vocab) for _ in range(length - load.shared_prefix)]
         prompts.append((shared + own, rng.randint(*load.output_len)))
     return (prompts * load.repeat_prompts)[: load.num_requests]
 
 
-async def _vocab_size(client: httpx.AsyncClient) -> int:
+async def vocab_size(client: httpx.AsyncClient) -> int:
     """Ids below this are safe to send: the largest id that the tokenizer gives for plain text."""
     try:
         text = "".join(chr(code) for code in range(33, 0x250)) + " the of and to in is that for with on as are this be"
@@ -113,7 +117,8 @@ async def _vocab_size(client: httpx.AsyncClient) -> int:
     return max(max(answer["tokens"]), 256)
 
 
-async def _one(client: httpx.AsyncClient, prompt: tuple[list[int], int], sample: Sample) -> None:
+async def send(client: httpx.AsyncClient, prompt: tuple[list[int], int], sample: Sample) -> None:
+    """One request, its token ids and the number of tokens wanted; fills the sample in."""
     token_ids, max_tokens = prompt
     body = {
         "prompt": token_ids,
@@ -145,7 +150,8 @@ async def _one(client: httpx.AsyncClient, prompt: tuple[list[int], int], sample:
 
 def summarise(samples: Sequence[Sample], seconds: float, load: Load) -> dict[str, Any]:
     good = [sample for sample in samples if sample.error is None]
-    met = [sample for sample in good if _meets(sample, load)]
+    promise = Promise(ttft_ms=load.ttft_slo_ms, itl_ms=load.itl_slo_ms)
+    met = [sample for sample in good if promise.kept(sample)]
     output, prompt = sum(s.output_tokens for s in good), sum(s.prompt_tokens for s in good)
     return {
         "load": asdict(load),
@@ -165,9 +171,34 @@ def summarise(samples: Sequence[Sample], seconds: float, load: Load) -> dict[str
     }
 
 
-def _meets(sample: Sample, load: Load) -> bool:
-    itl = sum(sample.itl_s) / len(sample.itl_s) if sample.itl_s else 0.0
-    return 1e3 * sample.ttft_s <= (load.ttft_slo_ms or float("inf")) and 1e3 * itl <= (load.itl_slo_ms or float("inf"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """What goodput counts. A failed or refused request never keeps it."""
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None  # of a request's mean
+
+    def kept(self, sample: Sample) -> bool:
+        ttft, itl = self.ttft_ms or float("inf"), self.itl_ms or float("inf")
+        return sample.error is None and 1e3 * sample.ttft_s <= ttft and 1e3 * sample.mean_itl_s <= itl
+
+
+def columns(samples: Sequence[Sample], seconds: float, promise: Promise) -> dict[str, Any]:
+    """What simulations and replays report, in seconds and milliseconds. ITL is each request's mean; `seconds` is how long requests came."""
+    good = [sample for sample in samples if sample.error is None]
+    kept, prompt = sum(promise.kept(sample) for sample in samples), sum(sample.prompt_tokens for sample in good)
+    ttft, itl = _spread([s.ttft_s for s in good]), _spread([s.mean_itl_s for s in good if s.itl_s])
+    return {
+        "requests": len(samples),
+        "failures": len(samples) - len(good),
+        "ttft_mean_s": ttft.get("mean", 0.0) / 1e3,
+        "ttft_p95_s": ttft.get("p95", 0.0) / 1e3,
+        "itl_mean_ms": itl.get("mean", 0.0),
+        "itl_p95_ms": itl.get("p95", 0.0),
+        "met": kept / len(samples) if samples else 0.0,
+        "goodput": kept / seconds if seconds else 0.0,
+        "hit_rate": sum(s.cached_tokens for s in good) / prompt if prompt else 0.0,
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -29,6 +29,7 @@ import httpx
 import yaml
 
 from baton.cluster.machine import die_with_parent
+from baton.config import check_policy
 from baton.errors import BatonError, ConfigError
 from baton.hosting.process import EXIT_CONFIG
 
@@ -313,6 +314,7 @@ class Cluster:
 
 
 def _check(plan: Plan) -> None:
+    check_policy(plan.policy)
     if not (plan.model / "config.json").is_file():
         raise ConfigError(f"{plan.model} is not a Hugging Face model folder: it has no config.json")
     if not plan.unified and not (plan.prefill and plan.decode):

@@ -2,9 +2,11 @@
 keeps the engine from taking them in may be long."""
 
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from baton.runtime.entry import Entry
+from baton.scheduling.backlog import Backlog
+from baton.scheduling.plan import StepPlan
 from baton.scheduling.scheduler import Scheduler
 from baton.types import Load, Pace
 
@@ -12,9 +14,17 @@ from baton.types import Load, Pace
 class Census:
     """`arrives` belongs to the event loop, all else to the engine's thread."""
 
-    def __init__(self, scheduler: Scheduler, entries: Mapping[str, Entry], pace: Callable[[], Pace]) -> None:
-        """`entries`: the requests that the engine has taken in."""
-        self._scheduler, self._entries, self._pace = scheduler, entries, pace
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        entries: Mapping[str, Entry],
+        pace: Callable[[], Pace],
+        in_flight: Callable[[], Iterable[StepPlan]] = tuple,
+    ) -> None:
+        """`entries`: the requests that the engine has taken in. `in_flight`: steps that were submitted and have not ended, whose tokens the
+        scheduler takes for computed."""
+        self._scheduler, self._entries, self._pace, self._in_flight = scheduler, entries, pace, in_flight
+        self._backlog = Backlog(scheduler.cache)
         self._arriving: dict[Entry, None] = {}  # in the engine's inbox
         self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()  # not told to the routers yet
 
@@ -31,14 +41,19 @@ class Census:
 
     def measure(self) -> Load:
         running, pool = self._scheduler.running, self._scheduler.cache.pool
-        inside = [*self._arriving, *(entry for entry in self._entries.values() if not entry.is_computed)]
+        inside = [*(entry for entry in self._entries.values() if not entry.is_computed), *self._arriving]
         own = [entry.request for entry in inside if not entry.is_held]
+        tokens, pairs = self._backlog.measure(own)
+        for item in (item for plan in self._in_flight() for item in plan.scheduled if item.num_new_tokens > 1):
+            if item.request.finish_reason is None:
+                tokens += item.num_new_tokens
+                pairs += (item.end**2 - item.start**2) // 2
         return Load(
             num_running=len(running),
             num_waiting=len(inside) - len(running),
             num_held=len(inside) - len(own),
-            num_waiting_tokens=sum(request.num_tokens - request.num_computed_tokens for request in own),
-            num_waiting_pairs=sum(request.num_tokens**2 - request.num_computed_tokens**2 for request in own) // 2,
+            num_waiting_tokens=tokens,
+            num_waiting_pairs=pairs,
             num_context_tokens=sum(request.num_computed_tokens for request in running),
             blocks_total=pool.num_blocks,
             blocks_free=pool.num_free,

@@ -103,7 +103,9 @@ class Engine:
         self._entries: dict[str, Entry] = {}
         self._outbox: list[tuple[EngineSequence, Delivery]] = []
         self._live: dict[str, EngineSequence] = {}  # the event loop's
-        self._census = Census(scheduler, self._entries, lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s))
+        self._census = Census(
+            scheduler, self._entries, lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s), self._flights.plans
+        )
         self._publisher = StatePublisher(self._census, cache.pool)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

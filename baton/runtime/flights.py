@@ -39,6 +39,9 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flying)
 
+    def plans(self) -> list[StepPlan]:
+        return [flight.plan for flight in self._flying]
+
     def add(self, plan: StepPlan, result: Callable[[], StepResult]) -> None:
         self._count += 1
         self._flying.append(Flight(self._count, plan, result))

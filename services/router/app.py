@@ -1,6 +1,7 @@
 """The HTTP face: OpenAI's API with vLLM's extensions, and the pages of operators. Parses, streams and maps errors; decides nothing."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 import math
@@ -198,6 +199,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
             "blocks_free": w.load.blocks_free,
             "blocks_total": w.load.blocks_total,
             "blocks_cached": w.load.blocks_cached,
+            "pace": dataclasses.asdict(w.load.pace),
             "model": w.member.model,
             "fingerprint": w.member.fingerprint,
             "tensor_parallel_size": w.member.tensor_parallel_size,
@@ -218,7 +220,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
         "degraded": gateway.dispatcher.placer.degraded() or None,
         "workers": workers,
         "others": sorted(others, key=lambda m: m["id"]),
-        "blocks_indexed": len(gateway.dispatcher.workers.index),
+        "blocks_indexed": gateway.dispatcher.workers.num_indexed,
     }
 
 

@@ -105,7 +105,7 @@ class Dispatcher:
             name = request.request_id if attempt == 0 else f"{request.request_id}~{attempt}"
             part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
             try:
-                async with aclosing(self._call(part, placement, route)) as items:
+                async with aclosing(self._call(part, placement, route, hashes)) as items:
                     async for item in items:
                         if decision.ttft_s is None:
                             decision.ttft_s = time.monotonic() - placed
@@ -153,13 +153,16 @@ class Dispatcher:
             return False
         return True
 
-    async def _call(self, request: GenerateRequest, placement: Placement, route: Route) -> AsyncGenerator[GenerateOutput]:
+    async def _call(
+        self, request: GenerateRequest, placement: Placement, route: Route, hashes: HashesBySize
+    ) -> AsyncGenerator[GenerateOutput]:
         candidates = [self._candidate(name) for name in placement.prefills]
         message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request), prefill_candidates=candidates)
         computes = placement.prefills[0] if placement.prefills else placement.decode
         total, missing = len(request.prompt_token_ids) + len(request.output_token_ids), placement.missing_tokens
         self.workers.routed(placement.decode, request.request_id, 0, 0)
-        self.workers.routed(computes, request.request_id, missing, (total**2 - (total - missing) ** 2) // 2)
+        blocks = hashes(self.workers.member(computes).block_size)
+        self.workers.routed(computes, request.request_id, missing, (total**2 - (total - missing) ** 2) // 2, blocks)
         waited_for: tuple[str, ...] = (computes, placement.decode)
         breakers, instances, failed = self.placer.breakers, {each.id: each.instance for each in candidates}, set[str]()
         for first in candidates[:1]:

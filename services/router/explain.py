@@ -10,7 +10,8 @@ from baton.errors import NoWorkers
 from baton.types import Role
 from services.router.dispatch import Route
 from services.router.placer import Decision
-from services.router.policy import Facts, Placement, Policy, WorkerView
+from services.router.policy import Facts, Placement, Policy
+from services.router.view import View, WorkerView
 
 _MOST_ROWS = 65_536  # workers' rows kept, in all decisions
 _MOST_OPTIONS = 8  # told, of entrances and of prefill workers
@@ -60,7 +61,7 @@ def explain(route: Route, policy: Policy) -> Json:
 def _decision(decision: Decision, policy: Policy) -> Json:
     placement = decision.placement
     computes = (placement.prefills or (placement.decode,))[0]
-    matched = next(worker.matched_tokens for worker in decision.view if worker.id == computes)
+    matched = View.of(decision.view).worker(computes).matched_tokens
     return {
         "at": decision.at,
         "degraded": decision.degraded or None,
@@ -81,7 +82,7 @@ def _option(placement: Placement, view: Sequence[WorkerView]) -> Json:
         "ttft_s": placement.ttft_s,
         "missing_tokens": placement.missing_tokens,
         "reason": placement.reason,
-        "workers": {worker.id: dataclasses.asdict(worker) for worker in view if worker.id in names},
+        "workers": {name: dataclasses.asdict(View.of(view).worker(name)) for name in names},
     }
 
 

@@ -12,11 +12,12 @@ from baton.errors import NoWorkers
 from baton.types import Role
 from services.router.admission import Forecast
 from services.router.breakers import Breakers
-from services.router.policy import Facts, Placement, Policy, WorkerView
+from services.router.policy import Facts, Placement, Policy
+from services.router.view import View, WorkerView
 from services.router.workers import HashesBySize, Workers
 
-_FIRST_GUESS = 128.0  # output tokens, before any request has ended
-_LEARNED = 0.02  # how much of the expectation each ended request makes
+FIRST_GUESS = 128.0  # output tokens, before any request has ended
+LEARNED = 0.02  # how much of the expectation each ended request makes
 
 
 @dataclasses.dataclass(slots=True)
@@ -35,7 +36,7 @@ class Placer:
     def __init__(self, workers: Workers, policy: Policy, *, local_prefill: bool = True) -> None:
         self._workers, self.policy, self._local_prefill = workers, policy, local_prefill
         self.breakers = Breakers()
-        self._num_output_tokens = _FIRST_GUESS  # of a request, lately
+        self._num_output_tokens = FIRST_GUESS  # of a request, lately
 
     def facts(self, num_prompt_tokens: int, max_tokens: int, turn: int = 0) -> Facts:
         return Facts(
@@ -50,7 +51,7 @@ class Placer:
         return min(max_tokens, self._num_output_tokens)
 
     def learn_output(self, num_tokens: int) -> None:
-        self._num_output_tokens += _LEARNED * (num_tokens - self._num_output_tokens)
+        self._num_output_tokens += LEARNED * (num_tokens - self._num_output_tokens)
 
     def decide(self, facts: Facts, hashes: HashesBySize, refused: Sequence[str] = ()) -> Decision:
         """Raises NoWorkers."""
@@ -109,9 +110,9 @@ def _forecast(decision: Decision) -> Forecast:
     facts, placement = decision.facts, decision.placement
     if placement.ttft_s is None:
         return Forecast()
-    named = {worker.id: worker for worker in decision.view if worker.id == placement.decode or worker.id in placement.prefills[:1]}
-    decode = named[placement.decode]
-    computes = named[placement.prefills[0]] if placement.prefills else decode
+    view = View.of(decision.view)
+    decode = view.worker(placement.decode)
+    computes = view.worker(placement.prefills[0]) if placement.prefills else decode
     missing = placement.missing_tokens
     own_s = computes.pace.prompt_s(missing, facts.num_prompt_tokens - missing) + computes.pace.base_s
     if computes is not decode:

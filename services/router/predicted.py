@@ -16,136 +16,180 @@ while a prefill worker that has as much of the prompt cached is idle.
 Workers that compute on the same cores delay each other's requests like their own, and each other: who shares them with a busy one has half
 of them. What a prompt costs the others is then the same wherever it is computed, and an idle prefill worker is no reason to spare a decode
 worker that has something to do: decodes ride in its prompts' steps, but beside another's they read all weights in steps of their own.
+
+Where a time to the first token, or between tokens, was promised, a placement that would break it is none; a request that has none is
+refused at once, before it costs those that can be kept.
+
+What a worker lacks of a prompt is what it will lack when it has computed all that was sent there before: a burst of siblings goes where the
+first of them went, which computes what they share once.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
-from math import inf
 
-from baton.types import Pace, Role
-from services.router.policy import Facts, Placement, WorkerView, pair_up
+import numpy as np
+from numpy.typing import NDArray
+
+from baton.errors import Overloaded
+from services.router.policy import Facts, Placement, place, ranking
+from services.router.view import Column, Paces, Rows, View, WorkerView
 
 _NOBODY_KNOWS = 1e-4  # of a prompt's token: what is cached and what is pending matters then, and no time is told
+_CHUNK = 16  # decode workers that are looked at together
+
+Option = tuple[float, bool, int, float]  # cost, whether D computes the prompt, D's row, seconds to the first token
 
 
 def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
-    pairs = pair_up(workers)
-    known, paces = _complete(workers)
-    prompts = _prompts(facts, workers, paces)
-    options: list[tuple[float, bool, str, str, float]] = []  # cost, whether D computes the prompt, D, P or D, seconds to the first token
-    for entrance, fitting in pairs:
-        decoding = _decode(facts, entrance, paces[entrance.id])
-        to_push, handing_over = facts.num_prompt_tokens - entrance.matched_tokens, _step(entrance, paces[entrance.id])
-        for place in chain(fitting, [entrance] if _may_compute(facts, entrance, fitting) else []):
-            ttft, harm = prompts[place.id]
-            if place is not entrance:
-                ttft = max(ttft, to_push * paces[place.id].push_token_s) + handing_over
-            options.append((ttft + harm + decoding, place is entrance, entrance.id, place.id, ttft))
-    cost, here, decode, _, ttft = min(options)
-    ranked = [] if here else [name for _, at_decode, entrance, name, _ in sorted(options) if entrance == decode and not at_decode]
-    reason = f"{ttft:.3f} s to the first token expected" if known else "nothing learned yet"
-    matched = next(worker.matched_tokens for worker in workers if worker.id == (decode if here else ranked[0]))
-    missing = facts.num_prompt_tokens - matched
-    ttft_s, cost_s = (ttft, cost) if known else (None, None)
-    return Placement(decode=decode, prefills=tuple(ranked), missing_tokens=missing, reason=reason, ttft_s=ttft_s, cost_s=cost_s)
+    view = View.of(workers)
+    view.entrances()  # there is one
+    known, pace = _complete(view)
+    ttft, harm = _prompts(facts, view, pace)
+    (step, decoding), handing_over = _decode(facts, view, pace), _step(view, pace)
+    if known:
+        harm = np.where(ttft > (facts.ttft_slo_s or np.inf), np.inf, harm)
+        decoding = np.where(step > (facts.itl_slo_s or np.inf), np.inf, decoding)
+    options: list[Option] = []
+    for decodes in view.layout.decodes.values():
+        if len(decodes):
+            fitting = view.layout.fitting(int(decodes[0]))
+            options.append(_best_pair(facts, view, decodes, fitting, ttft, harm, decoding, handing_over, pace))
+            options += _best_alone(_who_may_compute(facts, view, decodes, fitting), ttft, ttft + harm + decoding)
+    options += _best_alone(view.layout.unified, ttft, ttft + harm + decoding)
+    cost, here, decode, first = min(options)
+    if cost == np.inf:
+        promised = [f"{s:g} s {what}" for s, what in ((facts.ttft_slo_s, "to the first token"), (facts.itl_slo_s, "between tokens")) if s]
+        raise Overloaded(f"no worker is expected to keep what was promised, {' and '.join(promised)}: try again later, or add workers")
+    ranked: list[int] = []
+    if not here:
+        fitting = view.layout.fitting(decode)
+        to_push = facts.num_prompt_tokens - view.matched_tokens[decode]
+        ranked = ranking(fitting, np.maximum(ttft, to_push * pace.push_token_s) + harm)
+    reason = f"{first:.3f} s to the first token expected" if known else "nothing learned yet"
+    return place(facts, view, decode, ranked, reason, *((first, cost) if known else ()))
 
 
-def _may_compute(facts: Facts, entrance: WorkerView, fitting: Sequence[WorkerView]) -> bool:
-    if not fitting or not facts.local_prefill:
-        return not fitting
-    idle = (worker for worker in fitting if not worker.pending_tokens and worker.matched_tokens >= entrance.matched_tokens)
-    return not any(_apart(worker, entrance) or not entrance.num_requests for worker in idle)
+def _best_pair(
+    facts: Facts,
+    view: View,
+    decodes: Rows,
+    fitting: Rows,
+    ttft: Column,
+    harm: Column,
+    decoding: Column,
+    handing_over: Column,
+    pace: Paces,
+) -> Option:
+    """The best (P, D). Only pairs that may be it are looked at: no P is better with any D than `ttft + harm`, and pushes are seldom what
+    takes longest."""
+    least = float((ttft[fitting] + harm[fitting]).min())
+    at_decode = handing_over + decoding
+    by_cost = decodes[at_decode[decodes].argsort(kind="stable")]
+    best: Option = (float("inf"), False, int(decodes[0]), 0.0)
+    for start in range(0, len(by_cost), _CHUNK):
+        chunk = by_cost[start : start + _CHUNK]
+        if least + at_decode[chunk[0]] > best[0]:
+            break
+        to_push = facts.num_prompt_tokens - view.matched_tokens[chunk, None]
+        first = np.maximum(ttft[fitting], to_push * pace.push_token_s[fitting]) + handing_over[chunk, None]
+        costs = first + harm[fitting] + decoding[chunk, None]
+        d, p = divmod(int(costs.argmin()), len(fitting))
+        best = min(best, (float(costs[d, p]), False, int(chunk[d]), float(first[d, p])))
+    return best
 
 
-def _apart(one: WorkerView, other: WorkerView) -> bool:
-    return not one.device or one.device != other.device
+def _best_alone(rows: Rows, ttft: Column, costs: Column) -> list[Option]:
+    if not len(rows):
+        return []
+    row = int(rows[costs[rows].argmin()])
+    return [(float(costs[row]), True, row, float(ttft[row]))]
 
 
-def _step(worker: WorkerView, pace: Pace) -> float:
-    """Seconds of the step that it is in; none if it has nothing to compute."""
-    rows, pending = worker.num_requests - worker.num_waiting, worker.pending_tokens
-    if not (rows or pending):
-        return 0.0
-    prompts = min(1.0, (worker.batched_tokens or pending) / pending) * _queued(worker, pace) if pending else 0.0
-    return (pace.base_s + pace.decode_s(rows, worker.context_tokens) + prompts) * (1 + pace.crowded)
+def _who_may_compute(facts: Facts, view: View, decodes: Rows, fitting: Rows) -> Rows:
+    """Those for whom no prefill worker is idle that has as much of the prompt; one on their own cores is none, if they have work there."""
+    if not facts.local_prefill:
+        return decodes[:0]
+    idle = fitting[view.pending_tokens[fitting] == 0]
+    if not len(idle):
+        return decodes
+    matched, devices = view.matched_tokens, view.layout.device
+    most = np.full(len(decodes), matched[idle].max())
+    apart = most.copy()
+    for place_, row in enumerate(decodes) if view.layout.has_mates else ():
+        apart[place_] = matched[idle[devices[idle] != devices[row]]].max(initial=-1.0)
+    own = matched[decodes]
+    return decodes[(own > apart) & ((own > most) | (view.num_requests[decodes] > 0))]
 
 
-def _prompts(facts: Facts, workers: Sequence[WorkerView], paces: dict[str, Pace]) -> dict[str, tuple[float, float]]:
-    """For each worker: seconds until the prompt is computed there, and those that others lose by it."""
-    devices: dict[str, list[WorkerView]] = {}
-    for worker in workers:
-        devices.setdefault(worker.device or worker.id, []).append(worker)
-    prompts: dict[str, tuple[float, float]] = {}
-    for sharing in devices.values():
-        delayed = sum(_delayed(worker) for worker in sharing)
-        busy = {worker.id: _busy(worker, paces[worker.id]) for worker in sharing}
-        for worker in sharing:
-            work, own = _prompt(facts, worker, paces[worker.id])
-            beside = sum(min(work, seconds) for name, seconds in busy.items() if name != worker.id)
-            prompts[worker.id] = max(work + beside, work * (1 + paces[worker.id].crowded)), own * delayed
-    return prompts
+def _step(view: View, pace: Paces) -> Column:
+    """Seconds of the step that each is in; none for who has nothing to compute."""
+    rows, pending = view.num_requests - view.num_waiting, view.pending_tokens
+    some = np.maximum(pending, 1.0)
+    prompts = np.minimum(1.0, np.where(view.batched_tokens > 0, view.batched_tokens, some) / some) * _queued(view, pace)
+    busy = (rows > 0) | (pending > 0)
+    return np.where(busy, (pace.base_s + pace.decode_s(rows, view.context_tokens) + prompts) * (1 + pace.crowded), 0.0)
 
 
-def _delayed(worker: WorkerView) -> int:
-    if worker.role is Role.PREFILL:
-        return worker.num_waiting
-    return worker.num_requests - worker.num_held + (worker.role is Role.DECODE)
+def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
+    """Seconds until the prompt is computed there, and those that others lose by it."""
+    work, own = _prompt(facts, view, pace)
+    layout, ttft = view.layout, work * (1 + pace.crowded)
+    delayed = np.where(layout.is_prefill, view.num_waiting, view.num_requests - view.num_held + layout.is_decode)
+    if layout.has_mates:
+        # Seconds for which each keeps its device busy; no end is seen to decoding.
+        busy = np.where(layout.is_prefill | (view.num_requests == 0), _queued(view, pace), np.inf)
+        beside = np.minimum(work[:, None], np.append(busy, 0.0)[layout.mates]).sum(axis=1)
+        ttft = np.maximum(work + beside, ttft)
+        delayed = np.bincount(layout.device, weights=delayed)[layout.device]
+    return ttft, own * delayed
 
 
-def _busy(worker: WorkerView, pace: Pace) -> float:
-    """Seconds for which it keeps its device busy; no end is seen to decoding."""
-    return _queued(worker, pace) if worker.role is Role.PREFILL or not worker.num_requests else inf
+def _queued(view: View, pace: Paces) -> Column:
+    return pace.token_s * view.pending_tokens + pace.pair_s * view.pending_pairs
 
 
-def _queued(worker: WorkerView, pace: Pace) -> float:
-    return pace.token_s * worker.pending_tokens + pace.pair_s * worker.pending_pairs
-
-
-def _prompt(facts: Facts, worker: WorkerView, pace: Pace) -> tuple[float, float]:
+def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     """Seconds of its device until it has computed the prompt, and those of them that the prompt itself takes."""
-    matched = min(worker.matched_tokens, facts.num_prompt_tokens - 1)  # the last token is always computed
+    matched = np.minimum(view.expected_tokens, facts.num_prompt_tokens - 1)  # the last token is always computed
     missing = facts.num_prompt_tokens - matched
-    work = worker.pending_tokens + missing
-    at_most = worker.batched_tokens or work
-    steps = -(-work // at_most)
-    rows = 0 if worker.role is Role.PREFILL else worker.num_requests - worker.num_waiting
-    beside = steps * (pace.base_s + (pace.decode_s(rows, worker.context_tokens) if rows else 0.0))
+    work = view.pending_tokens + missing
+    at_most = np.where(view.batched_tokens > 0, view.batched_tokens, work)
+    steps = np.ceil(work / at_most)
+    rows = np.where(view.layout.is_prefill, 0.0, view.num_requests - view.num_waiting)
+    beside = steps * (pace.base_s + np.where(rows > 0, pace.decode_s(rows, view.context_tokens), 0.0))
     own = pace.prompt_s(missing, matched)
-    steps_s = 0.0 if rows else pace.base_s * missing / at_most  # who decodes makes the steps anyway
-    return beside + _queued(worker, pace) + own, own + steps_s
+    steps_s = np.where(rows > 0, 0.0, pace.base_s * missing / at_most)  # who decodes makes the steps anyway
+    return beside + _queued(view, pace) + own, own + steps_s
 
 
-def _decode(facts: Facts, worker: WorkerView, pace: Pace) -> float:
-    """Seconds of its output tokens, and those that they cost the others there."""
+def _decode(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
+    """Seconds of a step with it; of its output tokens, and those that they cost the others there."""
     added = pace.decode_s(1, facts.num_prompt_tokens + facts.num_output_tokens / 2)
-    step = pace.base_s + pace.decode_s(worker.num_requests, worker.context_tokens) + added
-    return facts.num_output_tokens * (step + added * worker.num_requests) * (1 + pace.crowded)
+    step = pace.base_s + pace.decode_s(view.num_requests, view.context_tokens) + added
+    slower = 1 + pace.crowded
+    return step * slower, facts.num_output_tokens * (step + added * view.num_requests) * slower
 
 
-def _complete(workers: Sequence[WorkerView]) -> tuple[bool, dict[str, Pace]]:
+def _complete(view: View) -> tuple[bool, Paces]:
     """Whether anybody knows what a prompt takes; and each worker's pace, with what it has not met yet from the others. By the clock, except
     where workers share a device: what they take from each other depends on what they have to do."""
-    shared = {device for device, count in Counter(worker.device for worker in workers).items() if device and count > 1}
-    workers = [worker if worker.device in shared else replace(worker, pace=worker.pace.by_the_clock()) for worker in workers]
-    prompts = [worker.pace for worker in workers if worker.pace.token_s]
-    decodes = [worker.pace for worker in workers if worker.pace.row_s or worker.pace.context_s]
-    token, pair = _mean([pace.token_s for pace in prompts]) or _NOBODY_KNOWS, _mean([pace.pair_s for pace in prompts])
-    row, context = _mean([pace.row_s for pace in decodes]), _mean([pace.context_s for pace in decodes])
-    base = _mean([worker.pace.base_s for worker in workers if worker.pace.base_s])
-    completed: dict[str, Pace] = {}
-    for worker in workers:
-        pace = worker.pace
-        if not pace.base_s:
-            pace = replace(pace, base_s=base)
-        if not pace.token_s:
-            pace = replace(pace, token_s=token, pair_s=pair)
-        if not (pace.row_s or pace.context_s):
-            pace = replace(pace, row_s=row, context_s=context)
-        completed[worker.id] = pace
-    return bool(prompts), completed
+    pace = view.pace
+    slower = np.where(view.layout.shares, 1.0, 1 + pace.crowded)
+    no_base, no_prompt, no_decode = pace.base_s == 0, pace.token_s == 0, (pace.row_s == 0) & (pace.context_s == 0)
+    known = not no_prompt.all()
 
+    def filled(column: Column, unknown: NDArray[np.bool_], otherwise: float = 0.0) -> Column:
+        column = column * slower
+        if not unknown.any():
+            return column
+        mean = float(column[~unknown].mean()) if not unknown.all() else otherwise
+        return np.where(unknown, mean, column)
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return known, Paces(
+        base_s=filled(pace.base_s, no_base),
+        token_s=filled(pace.token_s, no_prompt, _NOBODY_KNOWS),
+        pair_s=filled(pace.pair_s, no_prompt),
+        row_s=filled(pace.row_s, no_decode),
+        context_s=filled(pace.context_s, no_decode),
+        push_token_s=pace.push_token_s,
+        crowded=np.where(view.layout.shares, pace.crowded, 0.0),
+    )

@@ -8,7 +8,6 @@ under a healthy worker.
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,35 +20,21 @@ from baton.hashing import block_hashes
 from baton.rpc import convert
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
-from baton.types import Load, Member, MemberState, Role
-from services.router.index import PrefixIndex
-from services.router.policy import WorkerView
+from baton.types import Member, Role
+from services.router.fleet import Fleet, Worker
+from services.router.view import View
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 0.2
 SERVING = frozenset({Role.PREFILL, Role.DECODE, Role.UNIFIED})
 
 
-@dataclasses.dataclass(slots=True)
-class Worker:
-    member: Member
-    state: MemberState | None = None  # None: its stream does not speak
-    load: Load = dataclasses.field(default_factory=Load)
-    routed: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict[str, tuple[int, int]])
-    """Requests sent there that its load does not count yet: tokens and pairs to compute."""
-    watcher: asyncio.Task[None] | None = None
-    gone: bool = False  # no member any more
-
-    @property
-    def usable(self) -> bool:
-        return not self.gone and self.state is MemberState.READY and self.member.state is MemberState.READY
-
-
 class Workers:
     def __init__(self, membership: Membership, channels: Channels, *, lease_s: float) -> None:
         self._membership, self._channels, self._lease_s = membership, channels, lease_s
-        self.index = PrefixIndex()
-        self._workers: dict[str, Worker] = {}
+        self._fleet = Fleet()
+        self._workers = self._fleet.workers
+        self._watchers: dict[Worker, asyncio.Task[None]] = {}
         self.others: dict[str, Member] = {}  # members that serve no requests: kvstore, routers
         self._changed = asyncio.Condition()
         self._watcher: asyncio.Task[None] | None = None
@@ -58,7 +43,7 @@ class Workers:
         self._watcher = asyncio.create_task(self._watch_members(), name="members")
 
     async def close(self) -> None:
-        tasks = [task for task in (self._watcher, *(worker.watcher for worker in self._workers.values())) if task is not None]
+        tasks = [*self._watchers.values(), *([] if self._watcher is None else [self._watcher])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -69,49 +54,27 @@ class Workers:
     def member(self, worker_id: str) -> Member:
         return self._workers[worker_id].member
 
-    def view(self, hashes_by_size: "HashesBySize", exclude: Sequence[str] = ()) -> list[WorkerView]:
-        """Usable workers, with how much of a prompt each one holds."""
-        usable = [w for name, w in self._workers.items() if w.usable and name not in exclude]
-        matched: dict[str, int] = {}
-        for size in {w.member.block_size for w in usable}:
-            names = [w.member.id for w in usable if w.member.block_size == size]
-            matched |= {name: blocks * size for name, blocks in self.index.match(hashes_by_size(size), names).items()}
-        return [
-            WorkerView(
-                id=w.member.id,
-                role=w.member.role,
-                fingerprint=w.member.fingerprint,
-                block_size=w.member.block_size,
-                num_requests=w.load.num_running + w.load.num_waiting + len(w.routed),
-                pending_tokens=w.load.num_waiting_tokens + sum(tokens for tokens, _ in w.routed.values()),
-                pending_pairs=w.load.num_waiting_pairs + sum(pairs for _, pairs in w.routed.values()),
-                matched_tokens=matched[w.member.id],
-                num_waiting=w.load.num_waiting + len(w.routed),
-                num_held=w.load.num_held,
-                context_tokens=w.load.num_context_tokens,
-                batched_tokens=w.member.max_num_batched_tokens,
-                device=w.member.device and f"{w.member.machine}/{w.member.device}",
-                pace=w.load.pace,
-            )
-            for w in usable
-        ]
+    @property
+    def num_indexed(self) -> int:
+        """Blocks that somebody holds."""
+        return len(self._fleet.index)
 
-    def routed(self, worker_id: str, request_id: str, tokens: int, pairs: int) -> None:
-        """A request is on its way there; counted until the worker's own load has it, so that a burst spreads, or `unrouted`."""
-        worker = self._workers.get(worker_id)
-        if worker is not None:
-            worker.routed[request_id] = tokens, pairs
+    def view(self, hashes_by_size: "HashesBySize", exclude: Sequence[str] = ()) -> View:
+        """Usable workers, with how much of a prompt each one holds."""
+        return self._fleet.view(hashes_by_size, exclude)
+
+    def routed(self, worker_id: str, request_id: str, tokens: int, pairs: int, expected: Sequence[bytes] = ()) -> None:
+        """A request is on its way there; see `Fleet.routed`."""
+        self._fleet.routed(worker_id, request_id, tokens, pairs, expected)
 
     def unrouted(self, worker_id: str, request_id: str) -> None:
-        worker = self._workers.get(worker_id)
-        if worker is not None:
-            worker.routed.pop(request_id, None)
+        self._fleet.unrouted(worker_id, request_id)
 
     def lost(self, worker_id: str) -> None:
         """A call found it gone; it is not used until its stream speaks again."""
         worker = self._workers.get(worker_id)
         if worker is not None:
-            worker.state = None
+            self._fleet.silent(worker)
 
     async def wait_change(self, timeout_s: float) -> None:
         """Until something about the workers changes, or the time is over."""
@@ -133,7 +96,7 @@ class Workers:
             serving = {name: member for name, member in view.items() if member.role in SERVING}
             absent = [worker for name, worker in self._workers.items() if name not in serving]
             for worker in absent:
-                worker.gone = True
+                self._fleet.is_member(worker, None)
             for worker in absent:
                 if worker.state is None:
                     await self._forget(worker)
@@ -143,22 +106,22 @@ class Workers:
                     await self._forget(known)
                     known = None
                 if known is None:
-                    worker = self._workers[name] = Worker(member)
-                    worker.watcher = asyncio.create_task(self._watch_worker(worker), name=f"watch-{name}")
+                    worker = self._fleet.add(member)
+                    self._watchers[worker] = asyncio.create_task(self._watch_worker(worker), name=f"watch-{name}")
                     logger.info("%s %s joined at %s", member.role, name, member.address)
                 else:
-                    known.member, known.gone = member, False
+                    self._fleet.is_member(known, member)
             await self._notify()
 
     async def _forget(self, worker: Worker) -> None:
         name = worker.member.id
         if self._workers.get(name) is not worker:  # forgotten already
             return
-        del self._workers[name]
-        if worker.watcher is not None and worker.watcher is not asyncio.current_task():
-            worker.watcher.cancel()
-            await asyncio.gather(worker.watcher, return_exceptions=True)
-        self.index.remove(name)
+        self._fleet.remove(worker)
+        watcher = self._watchers.pop(worker)
+        if watcher is not asyncio.current_task():
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
         if worker.member.address not in {other.member.address for other in self._workers.values()}:  # a successor may have it by now
             await self._channels.drop(worker.member.address)
         logger.info("%s left", name)
@@ -177,7 +140,7 @@ class Workers:
                     raise
             except Exception:
                 logger.exception("the state of %s cannot be followed", worker.member.id)
-            worker.state = None
+            self._fleet.silent(worker)
             if worker.gone:
                 await self._forget(worker)
             await self._notify()
@@ -205,12 +168,7 @@ class Workers:
                 if not update.snapshot and update.sequence != expected:
                     return
                 expected = update.sequence + 1
-                self.index.apply(worker.member.id, update.events, snapshot=update.snapshot)
-                changed = worker.state is not update.state
-                worker.state, worker.load = update.state, update.load
-                for request_id in update.arrived:
-                    worker.routed.pop(request_id, None)
-                if changed:
+                if self._fleet.update(worker, update):
                     await self._notify()
         finally:
             call.cancel()

@@ -71,6 +71,20 @@ def test_status_chat_and_bench(unified: RunningCluster) -> None:
     assert "policy=predicted" in told
 
 
+def test_replay_sends_a_traces_prompts(unified: RunningCluster, tmp_path: Path) -> None:
+    """Equal ids are equal tokens: the second prompt finds two blocks of 64 tokens, the third none."""
+    line = {"input_length": 1100, "output_length": 64}
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "replay.json"
+    ids = ([7, 8, 9], [7, 8, 10], [11, 12, 13])
+    trace.write_text("\n".join(json.dumps({**line, "timestamp": 9000 * at, "hash_ids": each}) for at, each in enumerate(ids)))
+    settings = ("--length-scale", "0.125", "--seconds", "0", "--load", "9", "--ttft-slo-ms", "60000")
+    ran = baton("replay", str(trace), "--url", unified.url, *settings, "--json", str(out))
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    assert (result["requests"], result["failures"], result["met"]) == (3, 0, 1.0)
+    assert result["hit_rate"] == pytest.approx(128 / (3 * 138))
+
+
 def test_bench_counts_exactly(unified: RunningCluster, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     ran = baton(
@@ -231,7 +245,7 @@ def test_a_taken_port(tiny_model: Path) -> None:
         (["--set", "decod.engine.block_size=32"], "no role 'decod'"),
         (["--http-port", "99999"], "--http-port"),
         (["--unified", "1", "--kvstore", "0", "--set", "unified.engine.blok_size=8"], "did you mean block_size?"),
-        (["--unified", "1", "--kvstore", "0", "--policy", "psychic"], "policy"),
+        (["--unified", "1", "--kvstore", "0", "--policy", "psychic"], "no policy 'psychic'; there are predicted,"),
     ],
 )
 def test_wrong_options_are_explained(tiny_model: Path, arguments: list[str], says: str) -> None:

@@ -7,9 +7,10 @@ from baton.runtime.entry import Entry
 from baton.runtime.feed import Feed
 from baton.runtime.state import MIN_INTERVAL_S, StatePublisher
 from baton.scheduling.cache import KVCache
+from baton.scheduling.plan import StepPlan, StepResult
 from baton.scheduling.request import Request, RequestStatus
 from baton.scheduling.scheduler import Scheduler
-from baton.types import FinishReason, GenerateRequest, Pace, SamplingParams, StateUpdate
+from baton.types import FinishReason, GenerateRequest, OutputToken, Pace, SamplingParams, StateUpdate
 
 LENGTH, BLOCKS = 24, 16
 
@@ -17,7 +18,8 @@ LENGTH, BLOCKS = 24, 16
 class Worker:
     def __init__(self) -> None:
         self.scheduler, self.entries = Scheduler(KVCache(BLOCKS, 4), max_num_batched_tokens=8, max_num_seqs=4), dict[str, Entry]()
-        self.census = Census(self.scheduler, self.entries, Pace)
+        self.flying = list[StepPlan]()
+        self.census = Census(self.scheduler, self.entries, Pace, lambda: self.flying)
 
     def submit(self, name: str, *, hold: bool = False) -> Entry:
         whole = GenerateRequest(request_id=name, prompt_token_ids=tuple(range(LENGTH)), sampling=SamplingParams(max_tokens=2))
@@ -87,3 +89,55 @@ def test_reports_name_who_is_counted_for_the_first_time() -> None:
     assert update.load.num_waiting == 1
     publisher.publish(now + 3 * MIN_INTERVAL_S)
     assert len(reader.updates) == told + 1
+
+
+def test_what_a_waiting_request_will_find_cached_is_no_work() -> None:
+    """What is cached as it comes; and of two that come together, what the first of them computes for both."""
+    worker = Worker()
+    first, second = worker.submit("a"), worker.submit("b")
+    for entry in (first, second):
+        worker.take_in(entry)
+    shared = (LENGTH - 1) // 4 * 4
+    load = worker.census.measure()
+    assert load.num_waiting_tokens == LENGTH + LENGTH - shared
+    assert load.num_waiting_pairs == (LENGTH**2 + LENGTH**2 - shared**2) // 2
+    scheduler = worker.scheduler
+    scheduler.add(first.request)
+    left = LENGTH
+    while scheduler.running or scheduler.waiting:  # what it has computed is seen as it is
+        plan = scheduler.schedule()
+        scheduler.advance(plan)
+        tokens = {item.request.request_id: OutputToken(0) for item in plan.scheduled if item.samples}
+        scheduler.update(plan, StepResult(tokens))
+        left = max(left - 8, 1)
+        if first.request.finish_reason is None:
+            assert worker.census.measure().num_waiting_tokens == left + LENGTH - shared
+    assert worker.census.measure().num_waiting_tokens == LENGTH - shared
+    third = worker.submit("c")
+    worker.take_in(third)
+    assert worker.census.measure().num_waiting_tokens == 2 * (LENGTH - shared)
+
+
+def test_who_leaves_before_it_is_computed_is_not_counted_on() -> None:
+    worker = Worker()
+    worker.take_in(first := worker.submit("a"))
+    assert worker.census.measure().num_waiting_tokens == LENGTH
+    del worker.entries["a"]
+    assert worker.census.measure().num_waiting_tokens == 0
+    worker.take_in(worker.submit("b"))
+    assert worker.census.measure().num_waiting_tokens == LENGTH
+    assert first.request.num_computed_tokens == 0
+
+
+def test_a_step_that_has_not_ended_is_still_to_be_computed() -> None:
+    """Though the scheduler counts it as computed, so that the next one can be decided."""
+    worker = Worker()
+    entry = worker.submit("a")
+    worker.take_in(entry)
+    worker.scheduler.add(entry.request)
+    plan = worker.scheduler.schedule()
+    worker.scheduler.advance(plan)
+    assert worker.census.measure().num_waiting_tokens == LENGTH - 8
+    worker.flying.append(plan)
+    load = worker.census.measure()
+    assert (load.num_waiting_tokens, load.num_waiting_pairs) == (LENGTH, LENGTH * LENGTH // 2)

@@ -1,0 +1,58 @@
+"""`baton replay`: a trace against a running cluster, in the columns that `baton simulate` has. Tokens are drawn by the names of their
+blocks, so that prompts share what they share in the trace.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from baton.cli.bench import FIRST_ID, Promise, Sample, columns, send, vocab_size
+from baton.cli.trace import Line
+
+
+def run_replay(url: str, lines: Sequence[Line], block: int, seed: int, promise: Promise) -> dict[str, Any]:
+    """Sends each request at its time, `block` tokens for each of its ids; prints a table. The result is ready for JSON. Raises BatonError
+    where no server answers."""
+    samples = asyncio.run(_drive(url, lines, block, seed))
+    result = {"seconds": lines[-1].at, **columns(samples, lines[-1].at, promise)}
+    result["errors"] = sorted({sample.error for sample in samples if sample.error is not None})[:5]
+    table = Table("", "mean", "p95", title=f"{result['requests']} requests in {result['seconds']:.1f} s, {result['failures']} failed")
+    table.add_row("TTFT, s", f"{result['ttft_mean_s']:.3f}", f"{result['ttft_p95_s']:.3f}")
+    table.add_row("ITL, ms", f"{result['itl_mean_ms']:.1f}", f"{result['itl_p95_ms']:.1f}")
+    console = Console()
+    console.print(table)
+    goodput = f"goodput {result['goodput']:.2f} requests/s: {result['met']:.1%} met what was promised"
+    console.print(f"cache hit rate {result['hit_rate']:.1%}, {goodput}")
+    for error in result["errors"]:
+        console.print(f"failed: {error}", style="red", markup=False)
+    return result
+
+
+async def _drive(url: str, lines: Sequence[Line], block: int, seed: int) -> list[Sample]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600, connect=5), limits=limits) as client:
+        vocab = await vocab_size(client)
+        prompts = [prompt_of(line, block, vocab, f"{seed}/{number}") for number, line in enumerate(lines)]
+        samples = [Sample() for _ in lines]
+        begun = time.monotonic()
+
+        async def one(line: Line, prompt: list[int], sample: Sample) -> None:
+            await asyncio.sleep(max(begun + line.at - time.monotonic(), 0.0))
+            await send(client, (prompt, line.num_output_tokens), sample)
+
+        await asyncio.gather(*(one(*each) for each in zip(lines, prompts, samples, strict=True)))
+        return samples
+
+
+def prompt_of(line: Line, block: int, vocab: int, own: str) -> list[int]:
+    """Token ids; those behind the last id's block are the request's own, by its name."""
+    tokens: list[int] = []
+    for block_id in line.ids:
+        tokens += random.Random(f"block {block_id}").choices(range(FIRST_ID, vocab), k=block)
+    return tokens + random.Random(f"own {own}").choices(range(FIRST_ID, vocab), k=line.num_prompt_tokens - len(tokens))

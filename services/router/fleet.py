@@ -1,0 +1,154 @@
+"""Fleet: what a router knows of its workers, without the network: who they are, their latest loads, what was just sent to them, and which
+blocks they hold. `workers.Workers` keeps it up to date over gRPC, a simulation by function calls; a policy sees it as a `View`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baton.types import Load, Member, MemberState, StateUpdate
+from services.router.index import PrefixIndex
+from services.router.view import LOAD_COLUMNS, PACE_COLUMNS, Layout, View
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Worker:
+    member: Member
+    state: MemberState | None = None  # None: its stream does not speak
+    load: Load = dataclasses.field(default_factory=Load)
+    routed: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict[str, tuple[int, int]])
+    """Requests sent there that its load does not count yet: tokens and pairs to compute."""
+    gone: bool = False  # no member any more
+    row: int = -1  # in the fleet's table
+    settling: list[str] = dataclasses.field(default_factory=list[str])  # requests whose blocks the next update will name
+
+    @property
+    def usable(self) -> bool:
+        return not self.gone and self.state is MemberState.READY and self.member.state is MemberState.READY
+
+
+class Fleet:
+    def __init__(self) -> None:
+        self.index = PrefixIndex()
+        self.workers: dict[str, Worker] = {}
+        self._stale = True  # who is usable may have changed
+        self._layout = self._laid_out(())
+        self._table: NDArray[np.float64] = np.zeros((len(LOAD_COLUMNS) + len(PACE_COLUMNS), 0))
+        self._places: NDArray[np.intp] = self.index.places(())
+
+    def add(self, member: Member) -> Worker:
+        worker = self.workers[member.id] = Worker(member)
+        self._stale = True
+        return worker
+
+    def remove(self, worker: Worker) -> None:
+        del self.workers[worker.member.id]
+        self.index.remove(worker.member.id)
+        self._stale = True
+
+    def is_member(self, worker: Worker, member: Member | None) -> None:
+        """What the membership says of it now; None: nothing."""
+        worker.gone = member is None
+        worker.member = member or worker.member
+        self._stale = True
+
+    def silent(self, worker: Worker) -> None:
+        """It is not used until it speaks again."""
+        worker.state = None
+        self._stale = True
+
+    def update(self, worker: Worker, update: StateUpdate) -> bool:
+        """Takes in what it says of itself; whether its state has changed."""
+        name, changed = worker.member.id, worker.state is not update.state
+        if self.workers.get(name) is not worker:  # it has a successor
+            return False
+        self.index.apply(name, update.events, snapshot=update.snapshot)
+        worker.state, worker.load = update.state, update.load
+        for request_id in update.arrived:
+            worker.routed.pop(request_id, None)
+        for request_id in worker.settling:
+            self.index.settle(name, request_id)
+        worker.settling.clear()
+        self._stale |= changed
+        self._write(worker)
+        return changed
+
+    def routed(self, worker_id: str, request_id: str, tokens: int, pairs: int, expected: Sequence[bytes] = ()) -> None:
+        """A request is on its way there; counted until the worker's own load has it, so that a burst spreads, or `unrouted`. `expected`:
+        blocks that it will compute there for it."""
+        worker = self.workers.get(worker_id)
+        if worker is not None:
+            worker.routed[request_id] = tokens, pairs
+            if expected:
+                self.index.expect(worker_id, request_id, expected)
+            self._write(worker)
+
+    def unrouted(self, worker_id: str, request_id: str) -> None:
+        """It has come to its first token there, or will not be computed there at all."""
+        worker = self.workers.get(worker_id)
+        if worker is not None:
+            worker.settling.append(request_id)
+            if worker.routed.pop(request_id, None) is not None:
+                self._write(worker)
+
+    def view(self, hashes: Callable[[int], Sequence[bytes]], exclude: Sequence[str] = ()) -> View:
+        """Usable workers as they are now, with how much of a prompt each one holds. `hashes`: of the prompt's blocks, of so many tokens
+        each."""
+        if self._stale:
+            self._lay_out()
+        layout, table, places = self._layout, self._table, self._places
+        if exclude:
+            rows = [row for row, name in enumerate(layout.ids) if name not in exclude]
+            layout, table, places = self._laid_out([self.workers[layout.ids[row]] for row in rows]), table[:, rows], places[rows]
+        matched, expected = np.zeros(len(places)), np.zeros(len(places))
+        for size in layout.block_sizes:
+            held, coming = self.index.depths(hashes(size))
+            np.copyto(matched, held[places] * size, where=layout.block_size == size)
+            np.copyto(expected, coming[places] * size, where=layout.block_size == size)
+        return View(layout, table if exclude else table.copy(), matched, expected)
+
+    def _lay_out(self) -> None:
+        usable = sorted((worker for worker in self.workers.values() if worker.usable), key=lambda worker: worker.member.id)
+        for worker in self.workers.values():
+            worker.row = -1
+        self._layout, self._places = self._laid_out(usable), self.index.places(worker.member.id for worker in usable)
+        self._table = np.zeros((len(LOAD_COLUMNS) + len(PACE_COLUMNS), len(usable)))
+        for row, worker in enumerate(usable):
+            worker.row = row
+            self._write(worker)
+        self._stale = False
+
+    def _laid_out(self, workers: Sequence[Worker]) -> Layout:
+        members = [worker.member for worker in workers]
+        prints, sizes = [m.fingerprint for m in members], [m.block_size for m in members]
+        devices = [m.device and f"{m.machine}/{m.device}" for m in members]
+        return Layout([m.id for m in members], [m.role for m in members], prints, sizes, devices)
+
+    def _write(self, worker: Worker) -> None:
+        if worker.row < 0:
+            return
+        load, pace = worker.load, worker.load.pace
+        tokens = pairs = 0
+        for some_tokens, some_pairs in worker.routed.values():
+            tokens += some_tokens
+            pairs += some_pairs
+        waiting = load.num_waiting + len(worker.routed)
+        self._table[:, worker.row] = (
+            load.num_running + waiting,
+            load.num_waiting_tokens + tokens,
+            load.num_waiting_pairs + pairs,
+            waiting,
+            load.num_held,
+            load.num_context_tokens,
+            1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0,
+            worker.member.max_num_batched_tokens,
+            pace.base_s,
+            pace.token_s,
+            pace.pair_s,
+            pace.row_s,
+            pace.context_s,
+            pace.push_token_s,
+            pace.crowded,
+        )

@@ -1,0 +1,180 @@
+"""`baton simulate`: policies on simulated workers, under a trace or generated agents."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from baton.cli.bench import Promise, columns
+from baton.cli.trace import Scaling, play, read_trace
+from baton.config import POLICY_NAMES, check_policy
+from baton.errors import BatonError, ConfigError
+from baton.types import Pace
+from services.router.policies import POLICIES
+from services.router.simulation.cluster import Plan, SimulatedCluster
+from services.router.simulation.engine import Shape
+from services.router.simulation.workload import Agents, Ask, agents, asks_of
+
+DEFAULT_PACE = Pace(base_s=0.02, token_s=1.2e-4, pair_s=2.2e-9, row_s=5e-5, context_s=3e-8, push_token_s=1.6e-5)
+"""Roughly 70 billion parameters on eight A800, and a 20 GB/s link (docs/simulation.md has the sums). Measured by nobody."""
+_COLUMNS = ("load", "policy", "seed", "requests", "refused", "TTFT mean", "p95, s", "ITL mean", "p95, ms", "met", "goodput/s", "hits")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def simulate(
+    policy: Annotated[list[str] | None, typer.Option(help="One, or several; all if left out.")] = None,
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 0,
+    decode: Annotated[int, typer.Option(min=0, help="Decode workers.")] = 0,
+    unified: Annotated[int, typer.Option(min=0, help="Workers that do both.")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="In Mooncake's format; generated agents if left out.")] = None,
+    load: Annotated[list[float] | None, typer.Option(help="Of a trace, times its speed; of agents, sessions a second.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="One, or several.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Of the trace, at its own speed; of agents. 0: the whole trace.")] = 600.0,
+    copies: Annotated[int, typer.Option(min=1, help="So much of the trace at once, or so many times the agents.")] = 1,
+    length_scale: Annotated[float, typer.Option(help="Of the trace's tokens.")] = 1.0,
+    longest: Annotated[int, typer.Option(min=0, help="Leave requests of a trace with more tokens out.")] = 0,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Tokens of a KV block; 512 for a trace, 64 for agents.")] = None,
+    kv_tokens: Annotated[int, typer.Option(min=1, help="KV cache of a worker.")] = 1 << 20,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1)] = 8192,
+    max_num_seqs: Annotated[int, typer.Option(min=1)] = 256,
+    max_local_prefill_tokens: Annotated[int, typer.Option(min=0)] = 64,
+    local_prefill: Annotated[bool, typer.Option(help="As the router's setting.")] = True,
+    pace: Annotated[str | None, typer.Option(help="key=seconds,… of a worker, or the URL of a router whose workers know.")] = None,
+    hop_ms: Annotated[float, typer.Option(min=0, help="Each message between two processes.")] = 0.5,
+    ttft_slo_ms: Annotated[float | None, typer.Option(help="Goodput: the first token within this.")] = None,
+    itl_slo_ms: Annotated[float | None, typer.Option(help="Goodput: a request's mean time between tokens within this.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+) -> None:
+    """Routing policies on simulated workers, in virtual time."""
+    names = [check_policy(name) for name in policy or POLICY_NAMES]
+    if not unified and not (prefill and decode):
+        prefill, decode = (8, 8) if not prefill and not decode else (prefill, decode)
+        if not (prefill and decode):
+            raise ConfigError("a cluster needs prefill and decode workers, or unified ones: --prefill 8 --decode 8, or --unified 16")
+    size = block_size or (512 if trace is not None else 64)
+    plan = Plan(
+        prefill=prefill,
+        decode=decode,
+        unified=unified,
+        shape=Shape(
+            num_blocks=max(kv_tokens // size, 2),
+            block_size=size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+        ),
+        pace=parse_pace(pace),
+        hop_s=hop_ms / 1e3,
+        local_prefill=local_prefill,
+        max_local_prefill_tokens=max_local_prefill_tokens,
+        ttft_slo_s=None if ttft_slo_ms is None else ttft_slo_ms / 1e3,
+        itl_slo_s=None if itl_slo_ms is None else itl_slo_ms / 1e3,
+    )
+    if any(each <= 0 for each in load or ()):
+        raise ConfigError("--load must be above 0")
+    if trace is None:
+        workloads = {
+            (each, each_seed): agents(Agents(rate=each * copies, seconds=seconds or 600.0), size, each_seed)
+            for each in load or [1.0]
+            for each_seed in seed or [0]
+        }
+    else:
+        lines = read_trace(trace)
+        scalings = {
+            each: Scaling(length=length_scale, seconds=seconds, copies=copies, speed=each, longest=longest) for each in load or [1.0]
+        }
+        workloads = {
+            (each, each_seed): asks_of(play(lines, scaling, each_seed), scaling.block(), size)
+            for each, scaling in scalings.items()
+            for each_seed in seed or [0]
+        }
+    rows = compare(plan, names, workloads)
+    if json_file is not None:
+        json_file.write_text(json.dumps({"plan": dataclasses.asdict(plan), "rows": rows}, indent=1) + "\n")
+
+
+def compare(plan: Plan, policies: Sequence[str], workloads: Mapping[tuple[float, int], Sequence[Ask]]) -> list[dict[str, Any]]:
+    """A row for each policy under each workload, by load and seed; prints them."""
+    rows: list[dict[str, Any]] = []
+    table = Table(*_COLUMNS, title=f"{plan.prefill}P{plan.decode}D, {plan.unified} unified")
+    for (load, seed), asks in workloads.items():
+        for policy in policies:
+            rows.append({"load": load, "policy": policy, "seed": seed, **run(plan, policy, asks, seed)})
+            table.add_row(*cells(rows[-1]))
+    console = Console()
+    console.width = max(console.width, 130)
+    console.print(table)
+    return rows
+
+
+def run(plan: Plan, policy: str, asks: Sequence[Ask], seed: int, promise: Promise | None = None) -> dict[str, Any]:
+    """One policy under one workload: what `columns` says, and the real seconds that it took. `promise`: what is counted as kept, where the
+    policy knows of something else."""
+    begun = time.monotonic()
+    cluster = SimulatedCluster(plan, POLICIES[check_policy(policy)], first_turn=seed << 32)
+    samples = cluster.run(asks)
+    ttft_s, itl_s = plan.ttft_slo_s, plan.itl_slo_s
+    promise = promise or Promise(ttft_ms=None if ttft_s is None else 1e3 * ttft_s, itl_ms=None if itl_s is None else 1e3 * itl_s)
+    span = asks[-1].at - asks[0].at if len(asks) > 1 else 1.0
+    preempted = sum(engine.scheduler.num_preemptions for engine in cluster.engines.values())
+    return {**columns(samples, span, promise), "preemptions": preempted, "took_s": time.monotonic() - begun}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Of _COLUMNS."""
+    return [
+        f"{row['load']:g}", row["policy"], str(row["seed"]), str(row["requests"]), str(row["failures"]), f"{row['ttft_mean_s']:.3f}",
+        f"{row['ttft_p95_s']:.3f}", f"{row['itl_mean_ms']:.1f}", f"{row['itl_p95_ms']:.1f}", f"{row['met']:.1%}", f"{row['goodput']:.2f}",
+        f"{row['hit_rate']:.1%}",
+    ]  # fmt: skip
+
+
+def parse_pace(text: str | None) -> Pace:
+    """`token_s=1e-4,base_s=0.01`, or a router's URL: the mean of its workers. Raises ConfigError."""
+    names = [field.name for field in dataclasses.fields(Pace)]
+    if text is None:
+        return DEFAULT_PACE
+    if text.startswith("http"):
+        try:
+            workers = httpx.get(text.rstrip("/") + "/cluster", timeout=5.0).raise_for_status().json()["workers"]
+        except httpx.HTTPError as error:
+            raise ConfigError(f"no router answers at {text} ({error})") from error
+        paces = [Pace(**worker["pace"]).by_the_clock() for worker in workers]
+        known = {name: [getattr(pace, name) for pace in paces if getattr(pace, name)] for name in names}
+        if not known["token_s"] or not known["row_s"] + known["context_s"]:
+            raise ConfigError(f"the workers at {text} have not learned their pace yet: send them some requests first")
+        return Pace(**{name: sum(values) / len(values) for name, values in known.items() if values})
+    values: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            values[name.strip()] = float(number)
+        except ValueError as error:
+            raise ConfigError(f"--pace {part!r} must look like token_s=0.0001") from error
+    unknown = sorted(values.keys() - set(names))
+    if unknown or min(values.values()) < 0:
+        raise ConfigError(
+            f"--pace {text!r}: {f'there is no {unknown[0]}' if unknown else 'seconds are not negative'}; there are {', '.join(names)}"
+        )
+    return Pace(**values)
+
+
+def main() -> None:
+    import sys
+
+    try:
+        app(prog_name="baton simulate")
+    except BatonError as error:
+        print(f"baton: {error.message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

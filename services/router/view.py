@@ -1,0 +1,190 @@
+"""View: what a policy sees of the workers, in columns, so that a thousand of them cost it no more than a few array operations.
+
+Rows are in the order of the workers' ids, so that the first of equals is the one with the lowest id. `WorkerView` is one row, for people
+and tests; `View.of` makes columns of rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baton.errors import NoWorkers
+from baton.types import Pace, Role
+
+Column = NDArray[np.float64]
+Rows = NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """One worker as the router knows it now. `pending_tokens` counts uncomputed tokens, those that were just sent there included."""
+
+    id: str
+    role: Role
+    fingerprint: str
+    block_size: int
+    num_requests: int
+    pending_tokens: int
+    matched_tokens: int  # leading prompt tokens in its prefix cache
+    expected_tokens: int = 0  # the same, when it will have computed what was sent there; never less than matched_tokens, whatever is given
+    pending_pairs: int = 0  # of tokens that the pending ones attend to, or are attended by
+    num_waiting: int = 0  # of num_requests
+    num_held: int = 0  # of num_waiting: another worker computes their prompts
+    context_tokens: int = 0  # computed tokens of its running requests
+    kv_used: float = 0.0  # share of its blocks that requests hold
+    batched_tokens: int = 0  # of a step at most; 0: not announced
+    device: str = ""  # the same for workers that compute on the same cores; empty: nobody else does
+    pace: Pace = field(default_factory=Pace)
+
+
+@dataclass(frozen=True, slots=True)
+class Paces:
+    """`Pace`, of each worker."""
+
+    base_s: Column
+    token_s: Column
+    pair_s: Column
+    row_s: Column
+    context_s: Column
+    push_token_s: Column
+    crowded: Column
+
+    def prompt_s(self, tokens: Column, start: Column) -> Column:
+        return self.token_s * tokens + self.pair_s * tokens * (start + tokens / 2)
+
+    def decode_s(self, rows: Column | float, context: Column | float) -> Column:
+        return self.row_s * rows + self.context_s * context
+
+
+PACE_COLUMNS = tuple(f.name for f in fields(Paces))
+LOAD_COLUMNS = (
+    "num_requests", "pending_tokens", "pending_pairs", "num_waiting", "num_held", "context_tokens", "kv_used", "batched_tokens",
+)  # fmt: skip
+
+
+class Layout:
+    """Who the workers are; made anew when one comes or goes."""
+
+    def __init__(
+        self, ids: Sequence[str], roles: Sequence[Role], fingerprints: Sequence[str], block_sizes: Sequence[int], devices: Sequence[str]
+    ) -> None:
+        self.ids, self.roles, self.fingerprints, self.devices = tuple(ids), tuple(roles), tuple(fingerprints), tuple(devices)
+        self.block_size = np.array(block_sizes, dtype=np.float64)
+        self.block_sizes = frozenset(block_sizes)
+        self.is_prefill = np.array([role is Role.PREFILL for role in roles], dtype=bool)
+        self.is_decode = np.array([role is Role.DECODE for role in roles], dtype=bool)
+        rows = range(len(self.ids))
+        self._fitting = {
+            name: np.array([row for row in rows if roles[row] is Role.PREFILL and fingerprints[row] == name], dtype=np.intp)
+            for name in {fingerprints[row] for row in rows if roles[row] is Role.PREFILL}
+        }
+        numbers: dict[str, int] = {}
+        sharing: dict[int, list[int]] = {}
+        self.device = np.array([numbers.setdefault(devices[row] or f"of {ids[row]}", len(numbers)) for row in rows], dtype=np.intp)
+        for row in rows:
+            sharing.setdefault(int(self.device[row]), []).append(row)
+        mates = [[other for other in sharing[int(self.device[row])] if other != row] for row in rows]
+        most = max(map(len, mates), default=0)
+        self.has_mates, self.shares = most > 0, np.array([bool(each) for each in mates], dtype=bool)
+        self.mates = np.array([each + [len(self.ids)] * (most - len(each)) for each in mates], dtype=np.intp)  # rows; one too many: nobody
+        self._nobody = np.zeros(0, dtype=np.intp)
+        self.entrances = np.array(
+            [row for row in rows if roles[row] is Role.UNIFIED or (roles[row] is Role.DECODE and fingerprints[row] in self._fitting)],
+            dtype=np.intp,
+        )
+        self.decodes = {
+            name: np.array([row for row in self.entrances if roles[row] is Role.DECODE and fingerprints[row] == name], dtype=np.intp)
+            for name in self._fitting
+        }
+        self.unified = np.array([row for row in rows if roles[row] is Role.UNIFIED], dtype=np.intp)
+
+    def fitting(self, entrance: int) -> Rows:
+        """The prefill workers of its KV fingerprint; none for a unified worker, which needs none."""
+        return self._nobody if self.roles[entrance] is Role.UNIFIED else self._fitting[self.fingerprints[entrance]]
+
+
+class View(Sequence[WorkerView]):
+    num_requests: Column
+    pending_tokens: Column
+    pending_pairs: Column
+    num_waiting: Column
+    num_held: Column
+    context_tokens: Column
+    kv_used: Column
+    batched_tokens: Column
+
+    def __init__(self, layout: Layout, table: NDArray[np.float64], matched: Column, expected: Column) -> None:
+        """`table`: LOAD_COLUMNS, then PACE_COLUMNS, by worker."""
+        self.layout, self._table = layout, table
+        self.matched_tokens, self.expected_tokens = matched, expected
+        (
+            self.num_requests, self.pending_tokens, self.pending_pairs, self.num_waiting, self.num_held, self.context_tokens,
+            self.kv_used, self.batched_tokens, *pace,
+        ) = table  # fmt: skip
+        self.pace = Paces(*pace)
+
+    @staticmethod
+    def of(workers: "Sequence[WorkerView]") -> "View":
+        if isinstance(workers, View):
+            return workers
+        ordered = sorted(workers, key=lambda w: w.id)
+        ids, roles = [w.id for w in ordered], [w.role for w in ordered]
+        prints, sizes = [w.fingerprint for w in ordered], [w.block_size for w in ordered]
+        layout = Layout(ids, roles, prints, sizes, [w.device for w in ordered])
+        table = np.empty((len(LOAD_COLUMNS) + len(PACE_COLUMNS), len(ordered)))
+        for row, worker in enumerate(ordered):
+            table[:, row] = [*(getattr(worker, name) for name in LOAD_COLUMNS), *(getattr(worker.pace, name) for name in PACE_COLUMNS)]
+        matched = np.array([w.matched_tokens for w in ordered], dtype=np.float64)
+        return View(layout, table, matched, np.maximum(matched, [w.expected_tokens for w in ordered]))
+
+    def worker(self, name: str) -> WorkerView:
+        """Of the one with this id. Raises ValueError where there is none."""
+        return self._row(self.layout.ids.index(name))
+
+    def entrances(self) -> Rows:
+        """Rows of the workers that a request may be sent to: unified ones, and decode workers that a prefill worker fits. Raises NoWorkers
+        where there is none."""
+        if not len(self.layout.entrances):
+            raise NoWorkers(_explain(self.layout))
+        return self.layout.entrances
+
+    def __len__(self) -> int:
+        return len(self.layout.ids)
+
+    def __getitem__(self, row: Any) -> Any:
+        rows = range(len(self))
+        return [self._row(each) for each in rows[row]] if isinstance(row, slice) else self._row(rows[int(row)])
+
+    def _row(self, row: int) -> WorkerView:
+        layout, load = self.layout, {name: self._table[place, row].item() for place, name in enumerate(LOAD_COLUMNS)}
+        numbers = {name: value if name == "kv_used" else int(value) for name, value in load.items()}
+        pace = dict(zip(PACE_COLUMNS, self._table[len(LOAD_COLUMNS) :, row].tolist(), strict=True))
+        return WorkerView(
+            id=layout.ids[row],
+            role=layout.roles[row],
+            fingerprint=layout.fingerprints[row],
+            block_size=int(layout.block_size[row]),
+            device=layout.devices[row],
+            matched_tokens=int(self.matched_tokens[row]),
+            expected_tokens=int(self.expected_tokens[row]),
+            pace=Pace(**pace),
+            **numbers,
+        )
+
+    def __iter__(self) -> Iterator[WorkerView]:
+        return (self._row(row) for row in range(len(self)))
+
+
+def _explain(layout: Layout) -> str:
+    prefills = sorted({p[:8] for p, role in zip(layout.fingerprints, layout.roles, strict=True) if role is Role.PREFILL})
+    decodes = sorted({p[:8] for p, role in zip(layout.fingerprints, layout.roles, strict=True) if role is Role.DECODE})
+    if decodes and prefills:
+        return (
+            f"no prefill worker has the KV fingerprint of a decode worker (prefill: {', '.join(prefills)}; decode: {', '.join(decodes)}): "
+            "give both pools the same model folder and engine settings"
+        )
+    missing = "prefill" if decodes else "decode" if prefills else "prefill and decode (or unified)"
+    return f"no {missing} worker is ready; start one, or wait until it has loaded its model"

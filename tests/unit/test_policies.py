@@ -1,0 +1,195 @@
+"""Policies on cases that were worked out by hand; what they take a burst for."""
+
+from typing import Any
+
+import pytest
+
+from baton.config import POLICY_NAMES, check_policy
+from baton.errors import ConfigError, Overloaded
+from baton.hashing import block_hashes
+from baton.types import BlocksRemoved, BlocksStored, Load, Member, MemberState, Pace, Role, StateUpdate
+from services.router.fleet import Fleet, Worker
+from services.router.policies import POLICIES
+from services.router.policy import Facts, Placement
+from services.router.predicted import predicted
+from services.router.view import View, WorkerView
+
+PACE = Pace(base_s=0.01, token_s=0.001, row_s=0.0005, context_s=1e-6)
+
+
+def worker(name: str, role: Role, **changes: Any) -> WorkerView:
+    fields = {"fingerprint": "f", "block_size": 10, "num_requests": 0, "pending_tokens": 0, "matched_tokens": 0, "pace": PACE}
+    return WorkerView(id=name, role=role, **{**fields, **changes})
+
+
+def placed(policy: str, workers: list[WorkerView], **facts: Any) -> Placement:
+    return POLICIES[policy](Facts(**{"num_prompt_tokens": 1000, "turn": 0, **facts}), workers)  # type: ignore[index]
+
+
+def test_configuration_and_code_know_the_same_names() -> None:
+    assert tuple(POLICIES) == POLICY_NAMES
+    assert check_policy("dynamo") == "dynamo"
+    with pytest.raises(ConfigError, match=r"no policy 'cache_awre'; did you mean cache_aware\?; there are predicted, prefix_aware"):
+        check_policy("cache_awre")
+
+
+def test_random_depends_on_the_turn_alone_and_reaches_everybody() -> None:
+    workers = [*(worker(f"p{i}", Role.PREFILL) for i in range(3)), *(worker(f"d{i}", Role.DECODE) for i in range(3))]
+    chosen = [(p.decode, p.prefills[0]) for p in (placed("random", workers, turn=turn) for turn in range(200))]
+    assert chosen == [(p.decode, p.prefills[0]) for p in (placed("random", workers, turn=turn) for turn in range(200))]
+    assert len(set(chosen)) == 9
+
+
+@pytest.mark.parametrize(
+    ("loads", "matched", "chosen"),
+    [
+        ((5, 3, 9), (400, 0, 500), "u2"),  # the longest prefix, however busy
+        ((5, 3, 9), (200, 0, 300), "u1"),  # not more than 0.3 of the prompt: the fewest requests
+        ((5, 3, 9), (500, 500, 500), "u1"),  # equal prefixes: the fewest requests
+        ((5, 3, 68), (0, 0, 900), "u1"),  # 68 − 3 > 64 and 68 > 1.5 · 3: out of balance
+        ((200, 150, 215), (0, 0, 900), "u2"),  # 65 more, but not 1.5 times as many
+    ],
+)
+def test_cache_aware(loads: tuple[int, ...], matched: tuple[int, ...], chosen: str) -> None:
+    workers = [
+        worker(f"u{i}", Role.UNIFIED, num_requests=load, expected_tokens=prefix)
+        for i, (load, prefix) in enumerate(zip(loads, matched, strict=True))
+    ]
+    assert placed("cache_aware", workers).decode == chosen
+
+
+def test_dynamo_adds_prefill_blocks_that_are_missing_and_decode_blocks() -> None:
+    # blocks to compute: 50 + 100 − 80 = 70, and 20 + 100 running: 190;   0 + 100 − 0 = 100, and 0 + 100: 200
+    pair = [worker("u0", Role.UNIFIED, matched_tokens=800, pending_tokens=500, context_tokens=200), worker("u1", Role.UNIFIED)]
+    assert placed("dynamo", pair).decode == "u0"
+    pair[0] = worker("u0", Role.UNIFIED, matched_tokens=800, pending_tokens=500, context_tokens=310)  # 201
+    assert placed("dynamo", pair).decode == "u1"
+
+
+def test_dynamo_gives_decode_workers_no_credit_for_their_prefixes() -> None:
+    decodes = [worker("d0", Role.DECODE, matched_tokens=1000, context_tokens=20), worker("d1", Role.DECODE, context_tokens=10)]
+    assert placed("dynamo", [worker("p0", Role.PREFILL), *decodes]).decode == "d1"
+
+
+def test_llm_d_sums_weighted_scores() -> None:
+    # waiting 4, 0, 2 → queue 0, 1, 0.5; 2 · queue + 2 · (1 − kv) + 3 · prefix
+    workers = [
+        worker("u0", Role.UNIFIED, num_waiting=4, kv_used=0.5, matched_tokens=1000),  # 0 + 1 + 3 = 4
+        worker("u1", Role.UNIFIED, num_waiting=0, kv_used=0.25, matched_tokens=100),  # 2 + 1.5 + 0.3 = 3.8
+        worker("u2", Role.UNIFIED, num_waiting=2, kv_used=0.2, matched_tokens=500),  # 1 + 1.6 + 1.5 = 4.1
+    ]
+    assert placed("llm_d", workers).decode == "u2"
+    workers[2] = worker("u2", Role.UNIFIED, num_waiting=2, kv_used=0.3, matched_tokens=500)  # 3.9
+    assert placed("llm_d", workers).decode == "u0"
+
+
+def test_mooncake_takes_the_least_of_transfer_queue_and_prefill() -> None:
+    # p0: 0.3 queued + 0.2 of its own; p1: 0.9 of its own, or 0.7 tokens × 0.0002 brought + 0.2
+    workers = [
+        worker("p0", Role.PREFILL, matched_tokens=800, pending_tokens=300),
+        worker("p1", Role.PREFILL, matched_tokens=100),
+        worker("d0", Role.DECODE, num_requests=2, context_tokens=2000),
+        worker("d1", Role.DECODE, num_requests=3, context_tokens=1000),
+    ]
+    alone = placed("mooncake", workers)
+    assert (alone.decode, alone.prefills) == ("d1", ("p0", "p1"))  # 0.0135 + 0.001 + … against 0.0115 + 0.002: contexts count
+    assert alone.ttft_s == pytest.approx(0.5)
+    brought = placed("mooncake", workers, fetch_token_s=0.0002)
+    assert brought.prefills == ("p1", "p0")
+    assert brought.ttft_s == pytest.approx(0.7 * 0.2 + 0.2)
+
+
+def test_mooncake_refuses_what_would_be_late() -> None:
+    workers = [worker("u0", Role.UNIFIED, pending_tokens=1000)]
+    assert placed("mooncake", workers, ttft_slo_s=2.1).decode == "u0"
+    with pytest.raises(Overloaded, match=r"expected where 1[.]9 s were promised"):
+        placed("mooncake", workers, ttft_slo_s=1.9)
+    with pytest.raises(Overloaded, match=r"expected where 0[.]01 s were promised"):
+        placed("mooncake", workers, itl_slo_s=0.01)
+
+
+def test_predicted_refuses_what_nobody_is_expected_to_keep() -> None:
+    busy = worker("u0", Role.UNIFIED, pending_tokens=1000, num_waiting=1, num_requests=1)
+    crowded = worker("u1", Role.UNIFIED, num_requests=100, context_tokens=100_000)  # 0.16 s a step
+    assert placed("predicted", [busy, crowded]).decode == "u0"
+    assert placed("predicted", [busy, crowded], ttft_slo_s=1.5).decode == "u1"
+    assert placed("predicted", [busy, crowded], itl_slo_s=0.1).decode == "u0"
+    with pytest.raises(Overloaded, match=r"promised, 1\.5 s to the first token and 0\.1 s between tokens"):
+        placed("predicted", [busy, crowded], ttft_slo_s=1.5, itl_slo_s=0.1)
+    unknown = [worker("u0", Role.UNIFIED, pending_tokens=10**9, pace=Pace())]
+    assert placed("predicted", unknown, ttft_slo_s=1.5).decode == "u0"  # nobody knows
+
+
+# -- bursts
+
+HASHES = block_hashes(range(1000), 10)
+
+
+def fleet(*names: str) -> tuple[Fleet, list[Worker]]:
+    made = Fleet()
+    workers = [
+        made.add(Member(id=name, role=Role.PREFILL if name[0] == "p" else Role.DECODE, address="", fingerprint="f", block_size=10))
+        for name in names
+    ]
+    for each in workers:
+        say(made, each, 0)
+    return made, workers
+
+
+def say(made: Fleet, each: Worker, sequence: int, *events: BlocksStored | BlocksRemoved, **load: Any) -> None:
+    made.update(each, StateUpdate(sequence=sequence, state=MemberState.READY, load=Load(pace=PACE, **load), events=events))
+
+
+def test_a_burst_of_siblings_goes_where_the_first_of_them_went() -> None:
+    made, (p0, p1, _) = fleet("p0", "p1", "d0")
+    say(made, p1, 1, num_waiting_tokens=100, num_waiting=1)
+
+    def where() -> str:
+        view = made.view(lambda size: HASHES)
+        return predicted(Facts(num_prompt_tokens=1000, turn=0, num_output_tokens=10, local_prefill=False), view).prefills[0]
+
+    assert where() == "p0"
+    made.routed("p0", "first", 1000, 500_000, HASHES)
+    assert where() == "p0"  # what it computes now need not be computed again
+    say(made, p0, 1, num_waiting_tokens=1000, num_waiting=1)
+    assert where() == "p0"  # also when nothing but its load has been told
+    made.unrouted("p0", "first")
+    assert where() == "p0"
+    say(made, p0, 2, num_waiting_tokens=1000, num_waiting=1)  # it left without a block being stored
+    assert where() == "p1"
+
+
+def test_what_is_expected_leads_on_from_what_is_held() -> None:
+    made, (p0, p1, _) = fleet("p0", "p1", "d0")
+    say(made, p0, 1, BlocksStored(tuple(HASHES[:30])))
+    made.routed("p0", "a", 700, 0, HASHES[:60])
+    made.routed("p1", "b", 700, 0, HASHES[20:])  # nothing leads to these
+    view = made.view(lambda size: HASHES)
+    assert view.matched_tokens.tolist() == [0, 300, 0]
+    assert view.expected_tokens.tolist() == [0, 600, 0]
+    say(made, p1, 1, BlocksStored(tuple(HASHES[:20])))
+    assert made.view(lambda size: HASHES).expected_tokens.tolist() == [0, 600, 1000]
+    made.remove(p1)
+    assert [w.id for w in made.view(lambda size: HASHES)] == ["d0", "p0"]
+
+
+def test_views_follow_who_is_there_and_leave_out_whom_they_are_told_to() -> None:
+    made, (p0, p1, d0) = fleet("p0", "p1", "d0")
+    made.routed("p1", "a", 70, 7)
+    assert [(w.id, w.pending_tokens, w.num_waiting) for w in made.view(lambda size: [])] == [("d0", 0, 0), ("p0", 0, 0), ("p1", 70, 1)]
+    assert [(w.id, w.pending_tokens) for w in made.view(lambda size: [], exclude=["p0"])] == [("d0", 0), ("p1", 70)]
+    made.silent(p1)
+    assert [w.id for w in made.view(lambda size: [])] == ["d0", "p0"]
+    say(made, p1, 1)
+    made.is_member(d0, None)
+    assert [w.id for w in made.view(lambda size: [])] == ["p0", "p1"]
+    made.is_member(d0, d0.member)
+    made.update(p0, StateUpdate(sequence=2, state=MemberState.DRAINING, load=Load()))
+    assert [w.id for w in made.view(lambda size: [])] == ["d0", "p1"]
+
+
+def test_columns_of_rows_and_rows_of_columns_are_the_same() -> None:
+    rows = [
+        worker("a", Role.UNIFIED, num_requests=3, num_waiting=2, kv_used=0.25, matched_tokens=40, expected_tokens=50, batched_tokens=64)
+    ]
+    assert list(View.of(rows)) == rows
