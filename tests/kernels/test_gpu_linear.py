@@ -95,7 +95,7 @@ def check(config, m, n, k):
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (896, 4864), (1152, 896)])
 def test_products_of_a_long_chunk(n, k, dtype, poisoned):
     """Chosen at the first number of rows, used with others."""
-    for m in (5000, 4096, 4097, 8192):
+    for m in (5000, 4096, 4097, 8192, 1024, 2048, 3001):
         x, weight, _ = inputs(m, n, k, dtype)
         assert linear.blas.serves(x, weight)
         exact = x.double() @ weight.double().t()
