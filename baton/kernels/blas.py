@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-CLASSES = (4096, 1024)  # the least rows of each; one choice serves a class
-_TYPICAL = 2  # times the least, at which a class is timed
+LEAST = 1024  # rows
+_STEP, _MANY = 512, 4096  # one choice for so many rows; for all from there on
 _WORKSPACE = 32 << 20  # bytes
 _TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t
 _FLOAT, _COMPUTE_FLOAT, _TRANSPOSE_A, _MAX_WORKSPACE = 0, 68, 3, 1  # of cublasLt.h
@@ -107,11 +107,11 @@ _chosen: dict[tuple[object, ...], _Proposal | None] = {}
 
 def _choose(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> _Proposal | None:
     """For x's rows; and, where they are many, for fewer, whose first step is somebody's prompt."""
-    least = next(each for each in CLASSES if each <= len(x))
-    key = (weight.shape, weight.dtype, add, x.device, least)
+    size = min(-(-len(x) // _STEP) * _STEP, _MANY)
+    key = (weight.shape, weight.dtype, add, x.device, size)
     if key not in _chosen:
-        for smaller in CLASSES[CLASSES.index(least) + 1 :]:
-            _choose(x[: _TYPICAL * smaller], weight, out[: _TYPICAL * smaller], add)
+        for fewer in range(LEAST, min(size, len(x)), _STEP):
+            _choose(x[:fewer], weight, out[:fewer], add)
         scratch = torch.zeros_like(out)
         proposals = [proposal for proposal in _proposals(x, weight, scratch) if _run(proposal, x, weight, scratch, add)]
         if not proposals:
@@ -141,7 +141,7 @@ def _choose(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool)
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if len(x) < CLASSES[-1] or x.dtype not in _TYPES or weight.dtype is not x.dtype or torch.cuda.is_current_stream_capturing():
+    if len(x) < LEAST or x.dtype not in _TYPES or weight.dtype is not x.dtype or torch.cuda.is_current_stream_capturing():
         return False
     aligned = all(each.stride(1) == 1 and each.data_ptr() % 256 == 0 and each.stride(0) % 128 == 0 for each in (x, weight))
     return aligned and weight.shape[0] % 8 == 0 and _library() is not None
