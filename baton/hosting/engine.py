@@ -22,9 +22,10 @@ class Sequence(Protocol):
         """The KV pool now holds the first `num_blocks` full blocks of the prompt: they get loaded as they appear."""
         ...
 
-    async def reserve(self) -> PushTarget | None:
-        """Reserves this worker's blocks for what is neither here nor in the pool, after `matched`; None where that can't be. The lease
-        outlives the sequence: it ends with `Leases.settle` or `Leases.fence`, and one of them must follow."""
+    async def reserve(self, beyond: int = 0) -> PushTarget | None:
+        """Reserves this worker's blocks for what is neither here nor in the pool, once that is known; None where that can't be, or is no
+        more than `beyond` tokens. The lease outlives the sequence: it ends with `Leases.settle` or `Leases.fence`, and one of them must
+        follow."""
         ...
 
     def blocks_pushed(self, lease: str, num_blocks: int, sums: tuple[int, ...] = ()) -> None:
@@ -33,7 +34,7 @@ class Sequence(Protocol):
         ...
 
     def push_token(self, token: OutputToken) -> None:
-        """The next output token, sampled by a prefill worker; it is emitted like one sampled here."""
+        """The next output token, sampled by a prefill worker, of a request that is held; it is emitted like one sampled here."""
         ...
 
     def release(self) -> None:

@@ -84,7 +84,7 @@ def request_to_proto(request: GenerateRequest) -> common.SequenceRequest:
 def request_from_proto(message: common.SequenceRequest) -> GenerateRequest:
     return GenerateRequest(
         request_id=message.request_id,
-        prompt_token_ids=tuple(message.prompt_token_ids),
+        prompt_token_ids=tuple(message.prompt_token_ids[:]),  # a copy in one piece: protobuf's iterator takes half as long again
         sampling=sampling_from_proto(message.sampling),
         output_token_ids=tuple(message.output_token_ids),
         salt=message.salt,

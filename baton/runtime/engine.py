@@ -127,8 +127,6 @@ class Engine:
         if len(self._live) >= self.limits.max_queued:
             raise Overloaded(f"this worker has {len(self._live)} requests queued; try again later, or add workers")
         validate(request, self.limits, self._live)
-        sequence = EngineSequence(self, request.request_id)
-        self._live[request.request_id] = sequence
         inner = Request.create(
             request,
             eos_token_ids=self._eos_token_ids,
@@ -136,6 +134,7 @@ class Engine:
             block_size=self.scheduler.cache.block_size,
             arrival=time.monotonic(),
         )
+        sequence = self._live[request.request_id] = EngineSequence(self, inner)
         entry = Entry(inner, Feed(inner, hold=hold, await_saves=await_saves), sequence)
         self._census.arrives(entry)
         self._post(lambda: self._admit(entry, push))
@@ -190,27 +189,32 @@ class Engine:
 
         self._post(run)
 
-    def reserve(self, request_id: str, answer: Callable[[PushTarget | None], None]) -> None:
-        """Blocks of this worker for what the request misses; None where it has ended or there is no room."""
+    def reserve(self, request_id: str, beyond: int, answer: Callable[[PushTarget | None], None]) -> None:
+        """Blocks of this worker for what the request misses, once it was looked up; None where it has ended, misses no more than `beyond`
+        tokens, or there is no room."""
 
         def run() -> None:
             entry = self._entries.get(request_id)
-            if entry is None:
+            if entry is None or (entry.feed.looked_up and self._num_missing(entry.feed) <= beyond):
                 answer(None)
-            else:
+            elif entry.feed.looked_up:
                 self.reservations.reserve(entry.feed, answer)
+            else:
+                entry.when_looked_up.append(run)
 
         self._post(run)
 
     # -- the engine's thread
 
-    def push(self, entry: Entry, token: OutputToken) -> None:
-        """An output token sampled elsewhere. Ignored once the request is computed here, which samples the same token."""
+    def push(self, entry: Entry, token: OutputToken, *, told: bool = False) -> None:
+        """An output token sampled elsewhere. Ignored once the request is computed here, which samples the same token. `told`: it is not the
+        last one, and was emitted already."""
         request = entry.request
         if request.status is not RequestStatus.LOADING or request.finish_reason is not None:
             return
         request.append(token.token_id)
-        self._emit(entry, GenerateOutput(tokens=(token,), num_computed_tokens=0, num_saved_blocks=entry.num_saved_blocks))
+        if not told:
+            self._emit(entry, GenerateOutput(tokens=(token,), num_computed_tokens=0, num_saved_blocks=entry.num_saved_blocks))
 
     def abort(self, entry: Entry) -> None:
         self.scheduler.remove(entry.request)
@@ -394,6 +398,16 @@ class Engine:
         entry = self._entries[feed.request.request_id]
         size = self.scheduler.cache.block_size
         self._outbox.append((entry.sequence, (feed.num_matched * size, (feed.num_found - feed.num_matched) * size)))
+        self._run_waiting(entry)
+
+    def _num_missing(self, feed: Feed) -> int:
+        """Tokens that were nowhere to be found when the request was looked up."""
+        return feed.num_tokens - feed.num_found * self.scheduler.cache.block_size
+
+    def _run_waiting(self, entry: Entry) -> None:
+        waiting, entry.when_looked_up = entry.when_looked_up, []
+        for action in waiting:
+            action()
 
     def _ready(self, feed: Feed) -> None:
         self.scheduler.add(feed.request)
@@ -426,6 +440,7 @@ class Engine:
         if entry.shipment is not None:
             self.pusher.close(entry.shipment)
         self._entries.pop(entry.request.request_id, None)
+        self._run_waiting(entry)
         if entry.request.finish_reason is None:
             entry.request.finish_reason = FinishReason.ABORT
 

@@ -1,5 +1,6 @@
 """Entry: what the engine's thread keeps of a request beside the scheduler's own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.runtime.feed import Feed
@@ -19,6 +20,7 @@ class Entry:
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict[int, TokenLogprobs])  # by position
     finish: GenerateOutput | None = None  # held back until the saves, or the pushes, have ended
     shipment: Shipment | None = None
+    when_looked_up: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])  # or when it has ended before
 
     @property
     def is_computed(self) -> bool:

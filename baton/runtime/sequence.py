@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from baton.errors import BatonError
+from baton.scheduling.request import Request
 from baton.types import FinishReason, GenerateOutput, OutputToken, PushTarget
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ Delivery = GenerateOutput | BatonError | tuple[int, int]
 class EngineSequence:
     """See hosting.engine.Sequence. The event loop's half of a request."""
 
-    def __init__(self, engine: "Engine", request_id: str) -> None:
-        self.request_id = request_id
-        self._engine = engine
+    def __init__(self, engine: "Engine", request: Request) -> None:
+        """`request` as it was submitted."""
+        self.request_id = request.request_id
+        self._engine, self._request, self._num_known = engine, request, request.num_tokens
         self._outputs: asyncio.Queue[GenerateOutput | BatonError] = asyncio.Queue()
         self._matched: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
         self._ended = False
@@ -31,9 +33,9 @@ class EngineSequence:
     def offer_blocks(self, num_blocks: int) -> None:
         self._engine.post_to(self.request_id, lambda entry: self._engine.loader.offer(entry.feed, num_blocks))
 
-    async def reserve(self) -> PushTarget | None:
+    async def reserve(self, beyond: int = 0) -> PushTarget | None:
         answer: Future[PushTarget | None] = Future()
-        self._engine.reserve(self.request_id, answer.set_result)
+        self._engine.reserve(self.request_id, beyond, answer.set_result)
         reserved = asyncio.wrap_future(answer)
         try:
             return await asyncio.shield(reserved)
@@ -51,7 +53,12 @@ class EngineSequence:
         self._engine.post_to(self.request_id, lambda entry: self._engine.reservations.arrived(lease, num_blocks, sums))
 
     def push_token(self, token: OutputToken) -> None:
-        self._engine.post_to(self.request_id, lambda entry: self._engine.push(entry, token))
+        """Told at once, before the engine's thread knows of it; but the last token of all comes with the finish reason, from there."""
+        told = not self._ended and self._request.ends_with(self._num_known, token.token_id) is None
+        self._num_known += 1
+        if told:
+            self._outputs.put_nowait(GenerateOutput(tokens=(token,)))
+        self._engine.post_to(self.request_id, lambda entry: self._engine.push(entry, token, told=told))
 
     def release(self) -> None:
         self._engine.post_to(self.request_id, lambda entry: self._engine.loader.release(entry.feed))

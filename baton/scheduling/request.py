@@ -1,4 +1,4 @@
-"""Request: one sequence inside an engine. Only the engine's thread touches it.
+"""Request: one sequence inside an engine. Only the engine's thread touches it, but for `ends_with`.
 
 There is no prefill phase and no decode phase: a request has known tokens (prompt, then output) and computed ones, and each step lets
 the computed catch up with the known. When all known tokens are computed, the last one's logits give the next token.
@@ -87,11 +87,19 @@ class Request:
     def resolve(self, position: int, token_id: int) -> None:
         """Takes the id of a pending token, and decides whether it is the last; those behind it are dropped then."""
         self.token_ids[position] = token_id
+        reason = self.ends_with(position, token_id)
+        if reason is None:
+            return
+        self.finish_reason = reason
+        if reason is FinishReason.STOP:
+            self.stop_token_id = token_id
+            del self.token_ids[position + 1 :]
+
+    def ends_with(self, position: int, token_id: int) -> FinishReason | None:
+        """Why an output token at this position would be the last, if it would. For any thread: what it reads never changes."""
         num_output = position + 1 - self.num_prompt_tokens
         if num_output >= self.sampling.min_tokens and (
             token_id in self.sampling.stop_token_ids or (token_id in self.eos_token_ids and not self.sampling.ignore_eos)
         ):
-            self.finish_reason, self.stop_token_id = FinishReason.STOP, token_id
-            del self.token_ids[position + 1 :]
-        elif num_output >= self.sampling.max_tokens or position + 1 >= self.max_model_len:
-            self.finish_reason = FinishReason.LENGTH
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_output >= self.sampling.max_tokens or position + 1 >= self.max_model_len else None

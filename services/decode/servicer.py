@@ -17,7 +17,7 @@ from baton.metrics import WorkerMetrics
 from baton.rpc import convert
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
-from baton.types import CacheReport, GenerateOutput, GenerateRequest, PushTarget
+from baton.types import CacheReport, GenerateOutput, PushTarget
 from services.decode.leases import Leases
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         try:
             if candidates:
                 name = f"feed-{sequence_request.request_id}"
-                feeder = asyncio.create_task(self._feed(sequence, sequence_request, candidates, feeding), name=name)
+                feeder = asyncio.create_task(self._feed(sequence, request.sequence, candidates, feeding), name=name)
             async for output in sequence:
                 report = feeding.report(output)
                 self._count(output, report)
@@ -181,24 +181,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         return ""
 
     async def _feed(
-        self, sequence: Sequence, request: GenerateRequest, candidates: list[decode_pb2.PrefillCandidate], feeding: Feeding
+        self, sequence: Sequence, request: common_pb2.SequenceRequest, candidates: list[decode_pb2.PrefillCandidate], feeding: Feeding
     ) -> None:
         """Conditional disaggregation: what is missing is computed here if it is short, else by the first candidate that manages it. In the
         end the sequence is released, whatever happened."""
         try:
-            feeding.matched = await sequence.matched()
-            known = len(request.prompt_token_ids) + len(request.output_token_ids)
-            missing = known - sum(feeding.matched)
-            if missing <= self._max_local:
-                feeding.decide("", f"{missing} of {known} tokens missing, computed here")
-                self._metrics.prefill("local")
-                return
-            feeding.decide(candidates[0].id, f"{missing} of {known} tokens missing")
             for candidate in candidates:
-                feeding.decide(candidate.id, feeding.reason)
                 pushed, num_blocks = False, 0
                 try:
                     async with self._reserved(sequence, candidate) as (target, arrived):
+                        if not await self._asks(candidate, sequence, request, feeding):
+                            return
                         if target is None and not self._pool_available():
                             feeding.decide("", "no room to have it pushed here, and no KV pool, computed here")
                             break
@@ -231,13 +224,27 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         finally:
             sequence.release()
 
+    async def _asks(
+        self, candidate: decode_pb2.PrefillCandidate, sequence: Sequence, request: common_pb2.SequenceRequest, feeding: Feeding
+    ) -> bool:
+        """Whether enough is missing to ask a prefill worker, which `feeding` gets to know."""
+        feeding.matched = await sequence.matched()  # known by now where blocks are reserved
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        missing = known - sum(feeding.matched)
+        if missing <= self._max_local:
+            feeding.decide("", f"{missing} of {known} tokens missing, computed here")
+            self._metrics.prefill("local")
+            return False
+        feeding.decide(candidate.id, feeding.reason or f"{missing} of {known} tokens missing")
+        return True
+
     @contextlib.asynccontextmanager
     async def _reserved(
         self, sequence: Sequence, candidate: decode_pb2.PrefillCandidate
     ) -> AsyncIterator[tuple[PushTarget | None, Callable[[int, tuple[int, ...]], None]]]:
         """Blocks for the candidate to write into, and how to say that so many have arrived. Their lease ends here, well or not."""
         leases = self._leases
-        target = await sequence.reserve() if leases is not None else None
+        target = await sequence.reserve(beyond=self._max_local) if leases is not None else None
         last = 0
 
         def arrived(num_blocks: int, sums: tuple[int, ...]) -> None:
@@ -258,10 +265,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 leases.end(target.lease, candidate, well=well, broken=broken)
 
     async def _prefill(
-        self, candidate: decode_pb2.PrefillCandidate, request: GenerateRequest, target: PushTarget | None
+        self, candidate: decode_pb2.PrefillCandidate, request: common_pb2.SequenceRequest, target: PushTarget | None
     ) -> AsyncIterator[GenerateOutput]:
         """The outputs of one prefill call, which is cancelled if it is left early. Raises a BatonError where it fails or falls silent."""
-        message = prefill_pb2.PrefillRequest(sequence=convert.request_to_proto(request), fingerprint=self._fingerprint)
+        message = prefill_pb2.PrefillRequest(sequence=request, fingerprint=self._fingerprint)
         if target is not None:
             message.target.CopyFrom(convert.target_to_proto(target))
         call = prefill_pb2_grpc.PrefillStub(self._channels.get(candidate.address)).Prefill(message)

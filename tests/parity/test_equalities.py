@@ -162,6 +162,36 @@ async def test_disaggregated(folder: Path, sampling: SamplingParams, push: bool)
     assert results == await expected(folder, sampling)
 
 
+@pytest.mark.parametrize("how", ["length", "stop"])
+async def test_a_pushed_token_that_is_the_last_comes_with_the_reason(folder: Path, how: str) -> None:
+    wanted = (await expected(folder, GREEDY, [100]))[0]
+    sampling = dataclasses.replace(GREEDY, max_tokens=1) if how == "length" else dataclasses.replace(GREEDY, stop_token_ids=(wanted[0],))
+    async with engine(folder) as built:
+        sequence = built.submit(request(100, sampling), hold=True)
+        assert await sequence.reserve() is None  # nobody writes here
+        sequence.push_token(OutputToken(wanted[0]))
+        (output,) = [output async for output in sequence]
+    assert ids([output]) == wanted[:1]
+    assert (output.finish_reason, output.stop_token_id) == (
+        (FinishReason.LENGTH, None) if how == "length" else (FinishReason.STOP, wanted[0])
+    )
+
+
+async def test_a_pushed_token_is_told_once_and_at_once(folder: Path) -> None:
+    wanted = (await expected(folder, GREEDY, [100]))[0]
+    async with engine(folder) as built:
+        sequence = built.submit(request(100, GREEDY), hold=True)
+        await sequence.matched()
+        sequence.push_token(OutputToken(wanted[0]))
+        assert not sequence._outputs.empty()  # before the engine's thread could tell
+        sequence.release()
+        assert ids([output async for output in sequence]) == wanted
+        gone = built.submit(request(100, GREEDY, "gone"), hold=True)
+        gone.close()
+        gone.push_token(OutputToken(wanted[0]))
+        assert ids([output async for output in gone]) == []
+
+
 @pytest.mark.parametrize("sampling", KINDS)
 async def test_from_any_tier(folder: Path, tmp_path: Path, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device forgets the prompt each time; the next engine finds it in the files. All that is found is fetched."""

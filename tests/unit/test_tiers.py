@@ -1,5 +1,6 @@
 """Fetching against computing, and the ways of blocks between tiers."""
 
+import functools
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from baton.config import FilesConfig, HostConfig, WorkerConfig, load_config
 from baton.errors import ConfigError
 from baton.scheduling import fetching
 from baton.scheduling.fetching import Rate, num_to_fetch
-from baton.types import OutputToken, Pace
+from baton.types import OutputToken, Pace, PushTarget
 from tests.properties.test_engine_machine import BUDGET_S, EngineMachine
 from tests.properties.toy import BLOCK_SIZE, ToyTransfer, reference
 
@@ -318,3 +319,32 @@ def test_settings_that_make_no_sense_are_explained() -> None:
         load_config(WorkerConfig, None, ["files.path=/kv"], {})
     with pytest.raises(ConfigError, match=r"say nothing without files.path"):
         load_config(WorkerConfig, None, ["files.bytes=1GiB"], {})
+
+
+def test_blocks_are_reserved_once_it_is_known_what_is_missing(tiers: Tiers) -> None:
+    machine, answers = tiers.machine, dict[int, PushTarget | None]()
+    name = tiers.submit(hold=True)
+    for beyond in (0, len(PROMPT)):
+        machine.engine.reserve(name, beyond, functools.partial(answers.__setitem__, beyond))
+    machine.run_inbox()
+    assert not answers
+    tiers.answer()
+    assert answers[len(PROMPT)] is None
+    target = answers[0]
+    assert target is not None
+    assert (target.first_block, target.num_blocks) == (0, -(-len(PROMPT) // BLOCK_SIZE))
+    machine.engine.reservations.settle(target.lease)
+    machine.engine.loader.release(machine.entries[name].feed)
+    assert tiers.end(name) == 0
+
+
+def test_who_ends_before_it_was_looked_up_reserves_nothing(tiers: Tiers) -> None:
+    machine, answers = tiers.machine, list[PushTarget | None]()
+    name = tiers.submit(hold=True)
+    machine.engine.reserve(name, 0, answers.append)
+    machine.run_inbox()
+    assert not answers
+    machine.engine.abort(machine.entries[name])
+    assert answers == [None]
+    tiers.answer()
+    assert machine.engine._check_integrity() == []
