@@ -161,6 +161,7 @@ def build() -> Schema:
         image=closed(registry=TEXT, tag=TEXT, pullPolicy=choice("Always", "IfNotPresent", "Never"), pullSecrets=LIST),
         pod=closed(**POD),
         etcd=ETCD,
+        logFormat=choice("text", "json"),
         serviceAccount=closed(create=FLAG, name=TEXT, annotations=TEXTS),
         networkPolicy=closed(enabled=FLAG, clients=LIST, monitoring=LIST),
         security=closed(runAsUser={"type": "integer", "minimum": 1}),

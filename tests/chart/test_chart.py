@@ -280,6 +280,12 @@ def test_keda_asks_for_the_pods_of_one_pool() -> None:
     assert trigger["metadata"]["query"] == 'sum(baton:kv_cache_usage_perc{namespace="prod",worker=~"rel-qwen3-8b-decode-.*"})'
 
 
+def test_everybody_logs_in_the_same_form() -> None:
+    objects = render(example("cpu-demo"), "logFormat=json")
+    names = [thing["metadata"]["name"] for thing in objects if thing["kind"] == "ConfigMap"]
+    assert {config_of(objects, name)["server"]["log_format"] for name in names} == {"json"}
+
+
 def test_https_for_clients() -> None:
     objects = by_key(rendered("tls"))
     ingress = objects["Ingress", "rel-qwen3-8b-router"]["spec"]

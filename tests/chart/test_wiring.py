@@ -1,6 +1,7 @@
 """The chart's wiring, run: each rendered container is started as it stands, as a process in a network namespace of its own, with its
 command, environment, configuration, user, rights and read-only root. It serves, is scaled and upgraded under load, and loses nothing."""
 
+import json
 import re
 import shutil
 import sys
@@ -29,6 +30,7 @@ SMALL = (
     "kvstore.node.memory=128Mi",
     "worker.settings.engine.kv_memory=32MiB",
     "worker.drainSeconds=20",
+    "logFormat=json",
     *(
         f"{block}.{setting}"
         for block in ("worker", "kvstore.node")
@@ -169,6 +171,12 @@ def test_workers_map_the_memory_of_a_node_in_another_pod(cluster: Kubernetes) ->
     for component in ("prefill", "decode"):
         (pod,) = cluster.pods[f"rel-demo-{component}"]
         until(lambda log=pod.log: "are copied from its memory" in log.read_text())
+
+
+def test_a_log_is_an_object_a_line(cluster: Kubernetes) -> None:
+    lines = [json.loads(line) for line in router(cluster).log.read_text().splitlines()]
+    assert {line["service"] for line in lines} == {"router"}
+    assert any("joined at" in line["message"] for line in lines)
 
 
 def test_dashboards_go_by_what_is_exported(cluster: Kubernetes) -> None:

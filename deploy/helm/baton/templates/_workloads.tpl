@@ -86,7 +86,7 @@ liveness: {grpc: {port: 9100}}
 {{- $served := .spec.servedName | default .model }}
 {{- $own := dict "model" .version.path "served_model_name" $served "http_port" 8000 "drain_grace_s" .block.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
-{{- $_ := set $own "server" (dict "host" "0.0.0.0" "grpc_port" 9000 "metrics_port" 9101) -}}
+{{- $_ := set $own "server" (dict "host" "0.0.0.0" "grpc_port" 9000 "metrics_port" 9101 "log_format" .root.Values.logFormat) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" "" "component" "router") }}
   component: router
   model: {{ .model | quote }}
@@ -129,7 +129,7 @@ liveness: {grpc: {port: 9100}}
 {{- end }}
 {{- $own := dict "role" .role "model" .version.path "served_model_name" (.spec.servedName | default .model) "drain_grace_s" .block.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
-{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101) }}
+{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) }}
 {{- if .block.fileTier.bytes }}
 {{- $_ := set $own "files" (dict "path" "/kv" "bytes" .block.fileTier.bytes "shared" .block.fileTier.shared) }}
 {{- end }}
@@ -159,7 +159,7 @@ liveness: {grpc: {port: 9100}}
 {{- define "baton.workload.master" -}}
 {{- $own := dict "mode" "master" "ha" .ha "master_port" 50051 "master_metrics_port" 9003 "drain_grace_s" .master.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
-{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101) -}}
+{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" "" "component" "kvstore-master") }}
   component: kvstore-master
   model: {{ .model | quote }}
@@ -193,7 +193,7 @@ liveness: {grpc: {port: 9100}}
 {{- end }}
 {{- $own := dict "mode" "node" "memory" .node.memory "masters" $admins "pool" $pool "drain_grace_s" .node.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
-{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101) }}
+{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) }}
 {{- $memory := printf "%dMi" (add (include "baton.mebibytes" .node.memory | int64) 1024) }}
 {{- $sizes := dict "requests" (dict "memory" $memory) "limits" (dict "memory" $memory) }}
 {{- $block := include "baton.merge" (list .node (dict "resources" $sizes)) -}}
