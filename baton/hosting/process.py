@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from baton.cluster.machine import die_with_parent
-from baton.config import Strict, load_config
+from baton.config import KVStoreConfig, RouterConfig, WorkerConfig, load_config
 from baton.errors import BatonError
+from baton.hosting.logs import LogFormat, start_logging
 
-C = TypeVar("C", bound=Strict)
+C = TypeVar("C", bound=RouterConfig | WorkerConfig | KVStoreConfig)
 EXIT_CONFIG = 2  # the configuration is wrong: starting again would change nothing
 
 
@@ -23,18 +24,22 @@ def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable
     parser.add_argument("--config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file, such as engine.block_size=32")
     arguments = parser.parse_args()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s %(levelname)s {name}[{os.getpid()}] %(name)s: %(message)s", stream=sys.stderr
-    )
+    form: LogFormat = "text"
+    start_logging(name)
     parent = os.environ.get("BATON_DIE_WITH_PARENT")  # the supervisor's process id
     if parent:
         die_with_parent(int(parent))
     try:
-        asyncio.run(_serve(serve, load_config(config_class, arguments.config, arguments.overrides)))
+        config = load_config(config_class, arguments.config, arguments.overrides)
+        form = config.server.log_format
+        start_logging(name, form)
+        asyncio.run(_serve(serve, config))
     except BatonError as error:
         logging.debug("cannot start", exc_info=True)
-        print(f"{name}: {error.message}", file=sys.stderr)
+        if form == "json":
+            logging.critical(error.message)
+        else:
+            print(f"{name}: {error.message}", file=sys.stderr)
         raise SystemExit(EXIT_CONFIG) from error
     logging.shutdown()
     os._exit(0)  # all is done: what foreign libraries do at an interpreter's end takes up to 30 s (Mooncake with several masters)

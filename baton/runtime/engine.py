@@ -232,7 +232,7 @@ class Engine:
         try:
             action(entry)
         except Exception as error:
-            logger.exception("request %s failed", entry.request.request_id)
+            logger.exception("request %s failed", entry.request.request_id, extra={"request_id": entry.request.request_id})
             self._fail(entry.request, InternalError(f"the engine failed on this request: {type(error).__name__}: {error}"))
 
     def _post(self, action: Callable[[], None]) -> None:

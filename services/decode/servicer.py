@@ -208,7 +208,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                     self._metrics.prefill("remote" if num_blocks else "fallback")  # a prompt that nothing came of is computed here
                     return
                 except BatonError as error:
-                    logger.warning("prefill of %s by %s failed: %s", request.request_id, candidate.id, error.message)
+                    told = (request.request_id, candidate.id, error.message)
+                    logger.warning("prefill of %s by %s failed: %s", *told, extra={"request_id": request.request_id})
                     if not isinstance(error, Draining | Overloaded):
                         feeding.failed.append(candidate.id)
                     feeding.decide(candidate.id, f"{candidate.id} failed: {error.message}")
@@ -218,7 +219,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 feeding.decide("", "no prefill worker managed it, computed here")
             self._metrics.prefill("fallback")
         except Exception as error:
-            logger.exception("having %s prefilled failed in a way that is not known here", request.request_id)
+            known = {"request_id": request.request_id}
+            logger.exception("having %s prefilled failed in a way that is not known here", request.request_id, extra=known)
             feeding.decide("", f"{type(error).__name__} while asking for a prefill, computed here")
             self._metrics.prefill("fallback")
         finally:

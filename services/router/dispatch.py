@@ -129,7 +129,8 @@ class Dispatcher:
                     refused.append(placement.decode)
                 if attempt >= self._max_migrations or (isinstance(error, Overloaded) and not self._others(facts, hashes, refused)):
                     raise
-                logger.warning("%s moves from %s after %d tokens: %s", request.request_id, placement.decode, len(output), error.message)
+                told = (request.request_id, placement.decode, len(output), error.message)
+                logger.warning("%s moves from %s after %d tokens: %s", *told, extra={"request_id": request.request_id})
                 route.moves.append(f"{placement.decode}: {error.message}")
                 self._on_migration()
 

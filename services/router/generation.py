@@ -197,7 +197,7 @@ class Generator:
             self._metrics.failure(error.code)
             raise
         except Exception as error:
-            logger.error("a request failed", exc_info=error)
+            logger.error("a request failed", exc_info=error, extra={"request_id": ask.request_id})
             raise InternalError(f"{type(error).__name__}: {error}") from error
 
     def _observe(self, choice: Choice, begun: float, last: float) -> float:

@@ -33,7 +33,6 @@ class Kubernetes:
         self.network = Network()
         self.pods: dict[str, list[Pod]] = {}
         self.failures: list[str] = []
-        self.became_ready: list[str] = []
         self.objects: list[Object] = []
         self._keepers: list[threading.Thread] = []
         self._names = NameServer(self.network.host, self._find)
@@ -139,8 +138,6 @@ class Kubernetes:
                 last = time.monotonic()
                 for kind in failed:
                     failed[kind] = 0 if _probe(pod, kind) or pod.ending else failed[kind] + 1
-                if not pod.ready and failed["readinessProbe"] == 0 and not pod.ending:
-                    self.became_ready.append(pod.labels["app.kubernetes.io/component"])
                 pod.ready = not pod.ending and (failed["readinessProbe"] == 0 or (pod.ready and failed["readinessProbe"] < 2))
                 if failed["livenessProbe"] >= pod.container["livenessProbe"]["failureThreshold"]:
                     self.failures.append(f"{pod.name} would have been killed: its liveness probe fails")

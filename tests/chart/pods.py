@@ -77,6 +77,11 @@ class Pod:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(self.spec["terminationGracePeriodSeconds"])
 
+    def run(self, *command: str) -> str:
+        """In the pod's network, on its loopback too, as `kubectl port-forward` is. What it prints."""
+        words = ["nsenter", f"--net=/run/netns/{self._netns}", *command]
+        return subprocess.run(words, check=True, timeout=60, capture_output=True, text=True).stdout
+
     def processes(self) -> list[psutil.Process]:
         try:
             main = psutil.Process(self.process.pid)
@@ -140,15 +145,14 @@ class Pod:
     def _volume(self, name: str, files: Mapping[str, Mapping[str, str]]) -> Path:
         if name in self._shared:
             return self._shared[name]
-        (volume,) = [volume for volume in self.spec["volumes"] if volume["name"] == name]
-        folder = self._folder / name
-        folder.mkdir()
+        found = [volume for volume in self.spec["volumes"] if volume["name"] == name]
+        folder = self._folder / name if found else self._folder.parent / f"claim-{self.name}-{name}"
+        folder.mkdir(exist_ok=not found)  # a claim of a StatefulSet outlives its pod
         folder.chmod(0o777)
-        if "configMap" in volume:
-            for file, text in files[volume["configMap"]["name"]].items():
+        for volume in found:
+            assert "configMap" in volume or "emptyDir" in volume, volume
+            for file, text in files[volume["configMap"]["name"]].items() if "configMap" in volume else ():
                 (folder / file).write_text(text)
-        else:
-            assert "emptyDir" in volume, volume
         return folder
 
 

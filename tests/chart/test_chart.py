@@ -1,14 +1,17 @@
 """The chart: what Helm 3 and 4 make of every example, and whether that is what it should be."""
 
 import subprocess
+import sys
+import threading
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from baton.config import KVStoreConfig, RouterConfig, Strict, WorkerConfig, load_config
+from baton.config import KVStoreConfig, RouterConfig, ServerConfig, Strict, WorkerConfig, load_config
 from tests.chart.rendering import (
     CHART,
     EXAMPLES,
@@ -72,10 +75,16 @@ def test_each_process_takes_its_configuration(name: str, tmp_path: Path) -> None
             continue
         path = tmp_path / f"{key}.yaml"
         path.write_text(yaml.safe_dump(config_of(rendered(name), key)))
-        environment = {entry["name"]: "3" if "NUM_THREADS" in entry["name"] else "10.1.2.3" for entry in container["env"]}
+        given = [entry["name"] for entry in container["env"] if "valueFrom" in entry]
+        environment = {name: "3" if "NUM_THREADS" in name else "10.1.2.3" for name in given}
         assert container["args"][1:] == ["--config", "/etc/baton/config.yaml"]
         config = load_config(CONFIGS[container["args"][0]], path, environ=environment)
-        assert config.server.host == config.server.id == "10.1.2.3"  # type: ignore[attr-defined]
+        server: ServerConfig = config.server  # type: ignore[attr-defined]
+        assert server.id == "10.1.2.3"
+        if container["name"] == "router":
+            assert (server.host, server.advertise) == ("0.0.0.0", "10.1.2.3"), "kubectl port-forward asks the loopback"
+        else:
+            assert (server.host, server.advertise) == ("10.1.2.3", "")
 
 
 @names
@@ -213,6 +222,19 @@ def test_a_worker_of_several_gpus_has_a_rank_on_each() -> None:
     assert "engine" not in config_of(objects, "rel-qwen3-32b-prefill")
 
 
+def test_ranks_have_shared_memory_for_nccl() -> None:
+    def shm(*sets: str) -> list[Object]:
+        pod = pod_of(workloads(render(example("one-gpu-node"), *sets))["rel-qwen3-8b-decode"])
+        mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        found = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]
+        assert mounts.get("shm") == ("/dev/shm" if found else None)
+        return found
+
+    assert shm("worker.gpus=2") == [{"medium": "Memory", "sizeLimit": "2Gi"}]
+    assert shm("worker.gpus=2", "worker.shm=16Gi") == [{"medium": "Memory", "sizeLimit": "16Gi"}]
+    assert not shm(), "one GPU needs none"
+
+
 def test_several_masters_are_found_by_etcd_and_one_by_its_service() -> None:
     one, several = rendered("cpu-demo"), rendered("rdma-fleet")
     assert config_of(one, "rel-demo-decode")["pool"]["master"] == "rel-demo-kvstore:50051"
@@ -250,8 +272,18 @@ def test_a_pool_that_somebody_else_scales_has_no_number_of_its_own() -> None:
 def test_keda_asks_for_the_pods_of_one_pool() -> None:
     objects = by_key(rendered("keda"))
     (trigger,) = objects["ScaledObject", "rel-qwen3-8b-prefill"]["spec"]["triggers"]
-    assert trigger["metadata"]["query"] == 'sum(baton:num_requests_waiting{namespace="prod",worker=~"rel-qwen3-8b-prefill-.*"})'
+    assert trigger["metadata"]["query"] == 'sum(baton:num_requests_waiting{namespace="prod",worker=~"rel-qwen3-8b-prefill-.*"} or ' + (
+        'baton:num_requests_queued{namespace="prod",model_name="qwen3-8b"})'
+    ), "a router that holds requests back leaves none waiting at the workers"
     assert trigger["metadata"]["threshold"] == "2"
+    (trigger,) = objects["ScaledObject", "rel-qwen3-8b-decode"]["spec"]["triggers"]
+    assert trigger["metadata"]["query"] == 'sum(baton:kv_cache_usage_perc{namespace="prod",worker=~"rel-qwen3-8b-decode-.*"})'
+
+
+def test_everybody_logs_in_the_same_form() -> None:
+    objects = render(example("cpu-demo"), "logFormat=json")
+    names = [thing["metadata"]["name"] for thing in objects if thing["kind"] == "ConfigMap"]
+    assert {config_of(objects, name)["server"]["log_format"] for name in names} == {"json"}
 
 
 def test_https_for_clients() -> None:
@@ -262,6 +294,51 @@ def test_https_for_clients() -> None:
     assert route["rules"][0]["backendRefs"] == [{"name": "rel-qwen3-8b-router", "port": 8000}]
     service = objects["Service", "rel-qwen3-8b-router"]["spec"]["ports"]
     assert {"name": "http", "port": 8000, "targetPort": "http", "appProtocol": "http"} in service
+
+
+def ask(environment: dict[str, str], status: int) -> tuple[int, str, str | None]:
+    """The test's pod against a router that answers `status`: its exit code, what it says, and who it says that it is."""
+    (pod,) = [thing for thing in rendered("keys") if thing["kind"] == "Pod"]
+    (container,) = pod["spec"]["containers"]
+    seen: list[str | None] = []
+
+    class Router(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(self.headers["Authorization"])
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Router) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        command = [sys.executable, *container["command"][1:3], f"127.0.0.1:{server.server_port}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        thread.join()
+    return done.returncode, done.stderr, seen[0]
+
+
+def test_the_test_shows_a_key() -> None:
+    (pod,) = [thing for thing in rendered("keys") if thing["kind"] == "Pod"]
+    (entry,) = pod["spec"]["containers"][0]["env"]
+    assert entry == {"name": "KEYS", "valueFrom": {"secretKeyRef": {"name": "baton-keys", "key": "product"}}}
+    assert ask({"KEYS": "# rotated in May\nnew\nold\n"}, 200) == (0, "", "Bearer new")
+    code, said, shown = ask({}, 401)
+    assert (code, shown) == (1, None)
+    assert "router.testKeySecret" in said
+
+
+def test_keys_come_from_a_secret_that_is_named() -> None:
+    objects = rendered("keys")
+    router = workloads(objects)["rel-qwen3-8b-router"]
+    (mount,) = [mount for mount in container_of(router)["volumeMounts"] if mount["name"] == "keys"]
+    (volume,) = [volume for volume in pod_of(router)["volumes"] if volume["name"] == "keys"]
+    assert volume["secret"]["secretName"] == "baton-keys"
+    files = [tenant["key_file"] for tenant in config_of(objects, "rel-qwen3-8b-router")["tenants"]]
+    assert files == [f"{mount['mountPath']}/product", f"{mount['mountPath']}/batch"]
 
 
 def test_weights_come_by_a_job_and_workers_wait_for_them() -> None:
@@ -288,12 +365,16 @@ def test_an_etcd_that_is_there_is_used() -> None:
         ("worker.settings.server.host=0.0.0.0", "server"),
         ("worker.settings.pool.master=elsewhere", "master"),
         ("etcd.replicas=2", "etcd.replicas"),
+        ("etcd.replicas=3", "give etcd.storage.size"),
+        ("router.settings.tls.cert=/tls/tls.crt", "tls"),
+        ("router.settings.tenants[0].key_file=/keys/a", "name"),
         ("models.Demo.path=/x", "Demo"),
         ("kvstore.node.memory=lots", "memory"),
         ("prefill.enabled=false", "enable prefill and decode, or unified"),
         ("decode.settings.engine.block_size=32", "block_size"),
         ("decode.gpus=1", "set worker.settings.engine.block_size"),
         ("kvstore.node.rdma.resource=rdma/hca", "give both rdma.resource"),
+        ("worker.settings.pool.near=/x,kvstore.node.settings.pool.near=/x,worker.rdma.resource=rdma/hca", "the same user"),
         ("decode.fileTier.bytes=10Gi,decode.fileTier.shared=true", "fileTier.volume"),
         ("kvstore.node.autoscaling.by=hpa", "cannot be scaled by itself"),
         ("models.demo.fetch.repository=a/b", "a place to write to"),
@@ -306,13 +387,38 @@ def test_what_is_wrong_is_refused_with_its_name(setting: str, said: str) -> None
         render(example("cpu-demo"), setting)
 
 
-def test_a_layer_can_take_a_key_away(tmp_path: Path) -> None:
-    values = tmp_path / "values.yaml"
-    values.write_text(yaml.safe_dump({"models": {"a": {"path": "/x", "router": {"disruptionBudget": None, "topologySpread": []}}}}))
-    objects = by_key(render(values))
-    assert ("PodDisruptionBudget", "rel-a-router") not in objects
-    assert "topologySpreadConstraints" not in pod_of(objects["Deployment", "rel-a-router"])
-    assert ("PodDisruptionBudget", "rel-a-decode") in objects
+def both(tmp_path: Path, values: Object) -> list[dict[tuple[str, str], Object]]:
+    """What Helm 3 and 4 make of it."""
+    path = tmp_path / "values.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return [by_key(render(path)), by_key(render4(path)[0])]
+
+
+def test_a_layer_can_take_a_budget_a_resource_and_a_setting_away(tmp_path: Path) -> None:
+    router = {"disruptionBudget": None, "topologySpread": [], "resources": {"limits": {"memory": None}}}
+    decode = {"settings": {"engine": {"max_num_seqs": None}}}
+    worker = {"settings": {"engine": {"max_num_seqs": 8}}}
+    for objects in both(tmp_path, {"models": {"a": {"path": "/x", "router": router, "decode": decode}}, "worker": worker}):
+        assert ("PodDisruptionBudget", "rel-a-router") not in objects
+        assert ("PodDisruptionBudget", "rel-a-decode") in objects
+        assert "topologySpreadConstraints" not in pod_of(objects["Deployment", "rel-a-router"])
+        assert container_of(objects["Deployment", "rel-a-router"])["resources"]["limits"] == {}
+        configs = {name: yaml.safe_load(thing["data"]["config.yaml"]) for (kind, name), thing in objects.items() if kind == "ConfigMap"}
+        assert configs["rel-a-prefill"]["engine"] == {"max_num_seqs": 8}
+        assert configs["rel-a-decode"]["engine"] == {}
+
+
+def test_nothing_else_can_be_taken_away() -> None:
+    with pytest.raises(Refused, match="drainSeconds"):
+        render(example("cpu-demo"), "models.demo.decode.drainSeconds=null")
+
+
+def test_a_budget_says_one_thing(tmp_path: Path) -> None:
+    for objects in both(tmp_path, {"models": {"a": {"path": "/x"}}, "decode": {"disruptionBudget": {"minAvailable": "50%"}}}):
+        budgets = {name: thing["spec"] for (kind, name), thing in objects.items() if kind == "PodDisruptionBudget"}
+        assert budgets["rel-a-decode"]["minAvailable"] == "50%"
+        assert "maxUnavailable" not in budgets["rel-a-decode"], "Kubernetes refuses both"
+        assert budgets["rel-a-prefill"]["maxUnavailable"] == 1
 
 
 def test_the_job_gives_the_weights_their_name_when_they_are_whole(tmp_path: Path) -> None:

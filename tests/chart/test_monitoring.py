@@ -11,7 +11,9 @@ from scripts.dashboards import build, exported, unknown
 from scripts.dashboards import main as write_dashboards
 from tests.chart.rendering import CHART, ROOT, by_key, example, in_tools, render, rendered
 
-LABELS = {"model_name", "worker", "way", "finished_reason", "code", "tier", "le", "namespace", "app_kubernetes_io_component"}
+OF_THE_SCRAPE = {"namespace", "app_kubernetes_io_component"}
+LABELS = OF_THE_SCRAPE | {"model_name", "worker", "way", "finished_reason", "code", "tier", "reason", "tenant", "le"}
+STATES = ("num_requests_queued", "degraded", "breakers_open")  # of a router that serves, and not as it should
 
 
 def expressions() -> list[str]:
@@ -35,6 +37,13 @@ def test_every_metric_has_a_panel() -> None:
     named = {name for text in expressions() for name in re.findall(r"baton:\w+", text)}
     missing = {name for name in exported() if not name.endswith(("_sum", "_count"))} - named
     assert not missing
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_router_in_trouble_is_seen_and_told(name: str) -> None:
+    texts = build()
+    assert f"baton:{name}" in texts["overview.json"]
+    assert f"baton:{name}" in texts["rules.json"]
 
 
 def test_labels_are_those_that_there_are() -> None:

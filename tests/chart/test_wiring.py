@@ -1,8 +1,10 @@
 """The chart's wiring, run: each rendered container is started as it stands, as a process in a network namespace of its own, with its
 command, environment, configuration, user, rights and read-only root. It serves, is scaled and upgraded under load, and loses nothing."""
 
+import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +25,23 @@ from tests.faults.traffic import Prompt
 pytestmark = [pytest.mark.chart, pytest.mark.slow, pytest.mark.timeout(600)]
 DEMO = ROOT / "examples/demo-model"
 # Nothing has failed, and there is no file tier.
-NOT_HERE = {"request_failures", "kv_tier_evictions", "kv_tier_damaged", "kv_tier_used_bytes", "kv_tier_capacity_bytes"}
+NOT_HERE = {"request_failures", "requests_refused", "kv_tier_evictions", "kv_tier_damaged", "kv_tier_used_bytes", "kv_tier_capacity_bytes"}
 SMALL = (
     "kvstore.node.memory=128Mi",
     "worker.settings.engine.kv_memory=32MiB",
     "worker.drainSeconds=20",
+    "logFormat=json",
+    *(
+        f"{block}.{setting}"
+        for block in ("worker", "kvstore.node")
+        for setting in (
+            "volumes[0].name=near",
+            "volumes[0].hostPath.path=/run/baton",
+            "volumeMounts[0].name=near",
+            "volumeMounts[0].mountPath=/near",
+            "settings.pool.near=/near",
+        )
+    ),
 )
 
 
@@ -35,14 +49,17 @@ def wanted(*sets: str) -> list[Object]:
     return [thing for thing in render(example("cpu-demo"), *SMALL, *sets) if "helm.sh/hook" not in thing["metadata"].get("annotations", {})]
 
 
-def make_cache(folder: Path) -> Path:
-    """One for all pods, so that kernels are compiled once; not at all, where this machine has them."""
-    folder.mkdir()
+def shared(folder: Path) -> dict[str, Path]:
+    """What all pods have. A cache, so that kernels are compiled once; not at all, where this machine has them. And where nodes of the pool
+    and workers meet."""
+    cache, near = folder / "cache", folder / "near"
+    cache.mkdir()
+    near.mkdir()
     if cache_folder().is_dir():
-        shutil.copytree(cache_folder(), folder / "baton/kernels")
-    for path in (folder, *folder.rglob("*")):
+        shutil.copytree(cache_folder(), cache / "baton/kernels")
+    for path in (near, cache, *cache.rglob("*")):
         path.chmod(0o777)
-    return folder
+    return {"cache": cache, "near": near}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +71,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]:
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     (other / "model.safetensors").chmod(0o644)
     images = {"/opt/baton/demo-model": DEMO, "/opt/baton/another-version": other}
-    with Kubernetes(folder, images, {"cache": make_cache(folder / "cache")}) as running:
+    with Kubernetes(folder, images, shared(folder)) as running:
         running.apply(wanted())
         yield running
     assert not running.failures
@@ -92,9 +109,8 @@ def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 # The first, since it has a cluster of its own: the others' begins with their first one.
 def test_three_members_of_etcd_and_two_masters_of_the_pool(tmp_path: Path) -> None:
-    fleet = ("etcd.replicas=3", "kvstore.master.replicas=2", "kvstore.node.replicas=2")
-    cache = tmp_path / "cache"
-    with Kubernetes(tmp_path, {"/opt/baton/demo-model": DEMO}, {"cache": make_cache(cache)}) as running:
+    fleet = ("etcd.replicas=3", "etcd.storage.size=1Gi", "kvstore.master.replicas=2", "kvstore.node.replicas=2")
+    with Kubernetes(tmp_path, {"/opt/baton/demo-model": DEMO}, shared(tmp_path)) as running:
         running.apply(wanted(*fleet))
         masters, nodes = running.pods["rel-demo-kvstore-master"], running.pods["rel-demo-kvstore-node"]
         (prefill,) = running.pods["rel-demo-prefill"]
@@ -107,9 +123,28 @@ def test_three_members_of_etcd_and_two_masters_of_the_pool(tmp_path: Path) -> No
     assert not running.failures
 
 
-def test_a_router_became_ready_after_a_pair_of_workers(cluster: Kubernetes) -> None:
-    order = cluster.became_ready
-    assert order.index("router") > max(order.index("prefill"), order.index("decode"))
+def test_a_router_is_ready_with_a_decode_worker_and_degraded_without_a_prefill_worker(cluster: Kubernetes) -> None:
+    pod = router(cluster)
+
+    def said() -> tuple[int, str]:
+        answer = httpx.get(f"http://{pod.address}:8000/ready")
+        return answer.status_code, answer.json()["status"]
+
+    until(lambda: said() == (200, "ready"))
+    cluster.apply(wanted("prefill.replicas=0"))
+    until(lambda: said() == (200, "degraded"))
+    assert pod.ready
+    assert metric(pod, "baton:degraded") == 1
+    cluster.apply(wanted("prefill.replicas=0", "decode.replicas=0"))
+    until(lambda: said() == (503, "not ready"))
+    until(lambda: not pod.ready)
+    cluster.apply(wanted())
+    until(lambda: said() == (200, "ready") and pod.ready)
+
+
+def test_a_forwarded_port_reaches_the_router(cluster: Kubernetes) -> None:
+    ask = "import httpx; print(httpx.get('http://127.0.0.1:8000/ready').status_code)"
+    assert router(cluster).run(sys.executable, "-c", ask) == "200\n"
 
 
 def test_a_request_goes_the_whole_way(cluster: Kubernetes) -> None:
@@ -129,6 +164,19 @@ def test_a_request_goes_the_whole_way(cluster: Kubernetes) -> None:
     until(lambda: metric(prefill, "baton:kv_pool_saved_blocks_total") > 0)
     others = {other["id"] for other in httpx.get(f"{url(cluster)}/cluster").json()["others"]}
     assert {"rel-demo-kvstore-node-0", "rel-demo-kvstore-master-0"} <= others
+
+
+def test_workers_map_the_memory_of_a_node_in_another_pod(cluster: Kubernetes) -> None:
+    quiet(url(cluster), count=4)
+    for component in ("prefill", "decode"):
+        (pod,) = cluster.pods[f"rel-demo-{component}"]
+        until(lambda log=pod.log: "are copied from its memory" in log.read_text())
+
+
+def test_a_log_is_an_object_a_line(cluster: Kubernetes) -> None:
+    lines = [json.loads(line) for line in router(cluster).log.read_text().splitlines()]
+    assert {line["service"] for line in lines} == {"router"}
+    assert any("joined at" in line["message"] for line in lines)
 
 
 def test_dashboards_go_by_what_is_exported(cluster: Kubernetes) -> None:
@@ -190,5 +238,7 @@ def test_policies_let_through_what_is_used_and_nothing_else_listens(cluster: Kub
     for pod in cluster.everybody():
         declared = set(pod.ports.values())
         for address, port in listeners(pod):
-            mooncakes = pod.labels["app.kubernetes.io/component"] not in ("router", "etcd")
-            assert (address == pod.address and port in declared) or (mooncakes and 12000 <= port <= 17000), (pod.name, address, port)
+            component = pod.labels["app.kubernetes.io/component"]
+            mooncakes = component not in ("router", "etcd") and 12000 <= port <= 17000
+            bound = "0.0.0.0" if component == "router" else pod.address
+            assert (address == bound and port in declared) or mooncakes, (pod.name, address, port)

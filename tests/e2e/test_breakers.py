@@ -83,7 +83,7 @@ async def test_where_all_are_broken_anybody_is_asked() -> None:
         assert made.placer.breakers.open() == []
 
 
-async def test_a_prefill_worker_that_fails_is_not_asked_for_each_prompt() -> None:
+async def test_a_prefill_worker_that_fails_is_not_asked_for_each_prompt(caplog: pytest.LogCaptureFixture) -> None:
     async with (
         worker(Role.PREFILL, {}, name="p") as p,
         worker(Role.DECODE, {}, name="d") as d,
@@ -93,6 +93,8 @@ async def test_a_prefill_worker_that_fails_is_not_asked_for_each_prompt() -> Non
         for i in range(3):
             route = await ask(made, f"bad-{i}")
             assert "no prefill worker managed it" in route.reason
+        told = [record.__dict__["request_id"] for record in caplog.records if "prefill of" in record.getMessage()]
+        assert told == ["bad-0", "bad-1", "bad-2"], "a log in JSON can be asked for one request"
         assert made.placer.breakers.open() == ["p"]
         assert "degraded" in (await ask(made, "here")).reason
         assert "p: left alone" in made.placer.degraded()

@@ -4,11 +4,12 @@
 {{- $root := .root }}{{ $w := .workload }}{{ $block := .workload.block }}
 {{- $spec := get $root.Values.models ($w.model | default "") | default dict }}
 {{- $rdma := $block.rdma | default dict }}
-{{- $asRoot := and (not (empty $rdma.resource)) $rdma.root }}
+{{- $asRoot := not (empty (include "baton.asRoot" $block)) }}
 {{- $files := $block.fileTier | default dict }}
 {{- $limits := $block.resources.limits | default dict | deepCopy }}
 {{- if gt (int ($block.gpus | default 0)) 0 }}{{ $_ := set $limits $block.gpuResource (int $block.gpus) }}{{ end }}
 {{- if $rdma.resource }}{{ $_ := set $limits $rdma.resource (int $rdma.count) }}{{ end }}
+{{- $shm := $block.shm | default (ternary "2Gi" "" (gt (int ($block.gpus | default 0)) 1)) }}
 {{- $version := $w.weights | default dict }}{{ $storage := $w.storage | default dict }}
 {{- $weights := and $version (or $spec.volume $spec.claim) -}}
 metadata:
@@ -123,7 +124,7 @@ spec:
         {{- if $files.bytes }}
         - {name: kv, mountPath: /kv}
         {{- end }}
-        {{- if $block.shm }}
+        {{- if $shm }}
         - {name: shm, mountPath: /dev/shm}
         {{- end }}
         {{- if $storage }}
@@ -142,13 +143,18 @@ spec:
     {{- if $files.bytes }}
     - {{ mergeOverwrite (dict "name" "kv") (include "baton.fileVolume" (dict "files" $files "model" $w.model) | fromYaml) | toJson }}
     {{- end }}
-    {{- with $block.shm }}
+    {{- with $shm }}
     - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ . }}}}
     {{- end }}
     {{- if and $storage (not $storage.size) }}
     - {name: data, emptyDir: {}}
     {{- end }}
     {{- with $block.volumes }}{{ toYaml . | nindent 4 }}{{ end }}
+{{- end }}
+
+{{- define "baton.asRoot" -}}{{/* a workload's block: something, where its pods are root's, which RDMA may need */}}
+{{- $rdma := .rdma | default dict }}
+{{- if and $rdma.resource $rdma.root }}root{{ end }}
 {{- end }}
 
 {{- define "baton.weights" -}}{{/* root, model: the volume source of its weights */}}

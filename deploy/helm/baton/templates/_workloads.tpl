@@ -86,7 +86,7 @@ liveness: {grpc: {port: 9100}}
 {{- $served := .spec.servedName | default .model }}
 {{- $own := dict "model" .version.path "served_model_name" $served "http_port" 8000 "drain_grace_s" .block.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
-{{- $_ := set $own "server" (dict "grpc_port" 9000 "metrics_port" 9101) -}}
+{{- $_ := set $own "server" (dict "host" "0.0.0.0" "grpc_port" 9000 "metrics_port" 9101 "log_format" .root.Values.logFormat) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" "" "component" "router") }}
   component: router
   model: {{ .model | quote }}
@@ -102,6 +102,7 @@ liveness: {grpc: {port: 9100}}
     readiness: {httpGet: {path: /ready, port: http}}
     liveness: {httpGet: {path: /health, port: http}}
   preStopSeconds: 10
+  addressKeys: [BATON_SERVER__ADVERTISE]
   weights: {{ toJson .version }}
   config: {{ include "baton.merge" (list .block.settings $own) }}
   block: {{ toJson .block }}
@@ -115,6 +116,11 @@ liveness: {grpc: {port: 9100}}
 {{- if and .node.rdma.resource (not .block.rdma.resource) }}
 {{- fail (printf "models.%s: kvstore.node has RDMA and %s has not: give both rdma.resource, or none" .model .role) }}
 {{- end }}
+{{- $near := (.block.settings.pool | default dict).near }}
+{{- $same := eq $near ((.node.settings.pool | default dict).near) }}
+{{- if and $near $same (ne (include "baton.asRoot" .block) (include "baton.asRoot" .node)) }}
+{{- fail (printf "models.%s: %s and kvstore.node share pool.near, and one of them is root, by rdma.root: memory is lent to the same user alone" .model .role) }}
+{{- end }}
 {{- end }}
 {{- $push := dict }}
 {{- if .block.rdma.resource }}
@@ -123,7 +129,7 @@ liveness: {grpc: {port: 9100}}
 {{- end }}
 {{- $own := dict "role" .role "model" .version.path "served_model_name" (.spec.servedName | default .model) "drain_grace_s" .block.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
-{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101) }}
+{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) }}
 {{- if .block.fileTier.bytes }}
 {{- $_ := set $own "files" (dict "path" "/kv" "bytes" .block.fileTier.bytes "shared" .block.fileTier.shared) }}
 {{- end }}
@@ -153,7 +159,7 @@ liveness: {grpc: {port: 9100}}
 {{- define "baton.workload.master" -}}
 {{- $own := dict "mode" "master" "ha" .ha "master_port" 50051 "master_metrics_port" 9003 "drain_grace_s" .master.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
-{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101) -}}
+{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" "" "component" "kvstore-master") }}
   component: kvstore-master
   model: {{ .model | quote }}
@@ -187,7 +193,7 @@ liveness: {grpc: {port: 9100}}
 {{- end }}
 {{- $own := dict "mode" "node" "memory" .node.memory "masters" $admins "pool" $pool "drain_grace_s" .node.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
-{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101) }}
+{{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) }}
 {{- $memory := printf "%dMi" (add (include "baton.mebibytes" .node.memory | int64) 1024) }}
 {{- $sizes := dict "requests" (dict "memory" $memory) "limits" (dict "memory" $memory) }}
 {{- $block := include "baton.merge" (list .node (dict "resources" $sizes)) -}}
@@ -210,6 +216,9 @@ liveness: {grpc: {port: 9100}}
 {{- $name := include "baton.name" (dict "root" . "model" "" "version" "" "component" "etcd") }}
 {{- $peers := list }}
 {{- range $i := until (int .Values.etcd.replicas) }}{{ $peers = append $peers (printf "%s-%d=http://%s-%d.%s:2380" $name $i $name $i $name) }}{{ end }}
+{{- if and (gt (int .Values.etcd.replicas) 1) (not .Values.etcd.storage.size) }}
+{{- fail "etcd: a member of several that restarts without its data cannot join again: give etcd.storage.size, or etcd.replicas=1" }}
+{{- end }}
 {{- $block := include "baton.merge" (list .Values.pod .Values.etcd) -}}
 - name: {{ $name }}
   component: etcd
