@@ -70,8 +70,8 @@ def share_checksum(layout: KVLayout, share: Share, buffer: Buffer) -> int:
 
 
 class Joint:
-    """Several pushes that are told of as one: when the last has ended, and when the last has settled. `of` gives each its own pair of
-    functions; thread-safe."""
+    """Several pushes that are told of as one: when the last has ended, and when the last has settled.
+    Thread-safe."""
 
     def __init__(self, count: int, done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
         self._done, self._settled = done, settled

@@ -57,7 +57,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
     loaded = load(model, config.engine, team)
     kv = connect_kv(config, loaded.pool, loaded.layout, Share(0, size), loaded.fingerprint)
     team.ready()
-    sender = TeamSender(kv.sender, team) if kv.sender is not None else None
+    sender = TeamSender(kv.sender, team, config.push.limit_s) if kv.sender is not None else None
     receiver = TeamReceiver(kv, team) if kv.receiver is not None else None
     tiers = kv.tiers
     engine = build_engine(

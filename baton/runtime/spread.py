@@ -3,7 +3,9 @@
 Each class here has rank 0's own part, and calls the other ranks, whose side of the calls is `Handlers`.
 """
 
+import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,14 +21,65 @@ from baton.types import PushShard, PushTarget
 
 Answer = Callable[..., None]
 """(value, last=True)"""
+_ANSWER_S = 1.0  # that a rank has to tell of a push beyond the push's own limit
+
+
+class _Part:
+    """One rank's part of a push: it ends once, and settles after that. Thread-safe."""
+
+    def __init__(self, rank: int, joint: Joint) -> None:
+        self._rank, self._joint, self._start = rank, joint, time.monotonic()
+        self._lock, self._ended = threading.Lock(), False
+
+    def done(self, result: PushResult) -> None:
+        with self._lock:
+            if not self._ended:
+                self._ended = True
+                self._joint.done(result)
+
+    def settled(self) -> None:
+        with self._lock:
+            self._joint.settled()
+
+    def give_up(self) -> None:
+        """It has said nothing in its time. What it sends may still arrive; its sources are taken until it says so, or ends."""
+        seconds = time.monotonic() - self._start
+        self.done(PushResult(PushStatus.UNKNOWN, 0, seconds, f"rank {self._rank} has not answered for {seconds:.1f} s", lands_late=True))
+
+
+class _Patience:
+    """Gives up what has not ended `limit_s` after it was handed over. One thread, since all have the same time."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s, self._closed = limit_s, threading.Event()
+        self._parts: queue.SimpleQueue[tuple[float, _Part] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="patience", daemon=True)
+        self._thread.start()
+
+    def add(self, part: _Part) -> None:
+        self._parts.put((time.monotonic() + self._limit_s, part))
+
+    def close(self) -> None:
+        """Gives up what is left at once."""
+        self._closed.set()
+        self._parts.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._parts.get()) is not None:
+            deadline, part = item
+            self._closed.wait(max(deadline - time.monotonic(), 0.0))
+            part.give_up()
 
 
 class TeamSender:
     """See `pushing.Sender`."""
 
-    def __init__(self, own: ShareSender, team: Team) -> None:
+    def __init__(self, own: ShareSender, team: Team, limit_s: float) -> None:
+        """`limit_s`: see `MooncakeSender`. What another rank has not told of within it, and a second, is UNKNOWN."""
         self._own, self._team = own, team
         self._theirs: dict[int, Mapping[str, float]] = {}  # what other ranks have counted
+        self._patience = _Patience(limit_s + _ANSWER_S)
 
     @property
     def values(self) -> dict[str, float]:
@@ -44,22 +97,27 @@ class TeamSender:
         joint = Joint(1 + len(self._team.others), done, settled)
         last = first + len(block_ids)
         shards = [PushShard(shard.machine, shard.sessions, shard.addresses[first:last]) for shard in target.shards]
+        arguments = {"shards": [_shard_to_json(shard) for shard in shards], "block_ids": list(block_ids)}
         for rank in self._team.others:
-            arguments = {"shards": [_shard_to_json(shard) for shard in shards], "block_ids": list(block_ids)}
-            self._team.call(rank, "push", arguments, lambda value, error, rank=rank: self._heard(rank, joint, value))
+            part = _Part(rank, joint)
+            self._patience.add(part)
+            self._team.call(rank, "push", arguments, lambda value, error, rank=rank, part=part: self._heard(rank, part, value))
         self._own.push(shards, block_ids, joint.done, joint.settled)
 
     def close(self) -> None:
-        self._team.ask("close_sender")
-        self._own.close()
+        try:
+            self._team.ask("close_sender")
+        finally:
+            self._patience.close()
+            self._own.close()
 
-    def _heard(self, rank: int, joint: Joint, value: Any) -> None:
+    def _heard(self, rank: int, part: _Part, value: Any) -> None:
         if value is None:
-            joint.settled()
+            part.settled()
             return
         self._theirs[rank] = value["values"]
         status, nbytes, seconds, reason, lands_late = value["result"]
-        joint.done(PushResult(PushStatus(status), nbytes, seconds, reason and f"rank {rank}: {reason}", lands_late))
+        part.done(PushResult(PushStatus(status), nbytes, seconds, reason and f"rank {rank}: {reason}", lands_late))
 
 
 class TeamReceiver:
@@ -68,6 +126,7 @@ class TeamReceiver:
     def __init__(self, kv: RankKV, team: Team) -> None:
         assert kv.receiver is not None
         self._kv, self._own, self._team = kv, kv.receiver, team
+        self._advanced = False
         self.doors = self._doors()
 
     @property
@@ -75,17 +134,23 @@ class TeamReceiver:
         return self._own.revocable
 
     def advance(self) -> None:
-        self._team.ask("advance")
-        self._own.advance()
-        self.doors = self._doors()
+        """Nothing, if the generation before is not fenced on every rank yet: some would have one more than others, and doors of which a
+        part is still open would look old."""
+        if not self._advanced:
+            self._team.ask("advance")
+            self._own.advance()
+            self.doors, self._advanced = self._doors(), True
 
     def fence(self) -> None:
         self._team.ask("fence")
         self._own.fence()
+        self._advanced = False
 
     def close(self) -> None:
-        self._team.ask("close_receiver")
-        self._own.close()
+        try:
+            self._team.ask("close_receiver")
+        finally:
+            self._own.close()
 
     def _doors(self) -> tuple[Door, ...]:
         return (self._kv.door(), *(_door_from_json(door) for door in self._team.ask("door")))
@@ -119,8 +184,10 @@ class TeamTier:
         self._own.save(self._keys(keys), buffers, together)
 
     def close(self) -> None:
-        self._team.ask("close_tier", tier=self._number)
-        self._own.close()
+        try:
+            self._team.ask("close_tier", tier=self._number)
+        finally:
+            self._own.close()
 
     def _keys(self, keys: Sequence[str]) -> list[str]:
         return [self._kv.key(bytes.fromhex(key)) for key in keys]

@@ -73,14 +73,18 @@ class Leases:
             if not self._dirty:
                 return
             ending = tuple(self._dirty)
-            try:
-                await self._leases.fence(GRACE_S)
-            except Exception:
-                logger.exception("sessions cannot be fenced; their blocks stay reserved, and it is tried again")
+            while not await self._fenced():  # who comes meanwhile may hold sessions that this fence does not end
                 await asyncio.sleep(self._lease_s)
-            else:
-                for lease in ending:
-                    self._leases.settle(lease)
+            for lease in ending:
+                self._leases.settle(lease)
+
+    async def _fenced(self) -> bool:
+        try:
+            await self._leases.fence(GRACE_S)
+        except Exception:
+            logger.exception("sessions cannot be fenced; their blocks stay reserved, and it is tried again")
+            return False
+        return True
 
     async def close(self) -> None:
         tasks = [*self._tasks, *([self._fence] if self._fence is not None else [])]

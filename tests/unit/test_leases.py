@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from baton.errors import InternalError
 from baton.kv.push import PushResult, PushStatus
 from baton.rpc.channel import Channels
 from baton.rpc.v1.decode_pb2 import PrefillCandidate
@@ -91,12 +92,13 @@ def test_a_target_that_does_not_fit_the_prompt_is_not_waited_for() -> None:
 
 
 class Decoder:
-    """The engine's side of leases: a fence ends all that there were when it began."""
+    """The engine's side of leases: a fence ends all that there were when it began; one that has failed goes on where it was."""
 
     def __init__(self) -> None:
         self.leases: set[str] = set()
-        self.num_fences = 0
+        self.num_fences = self.num_failures = 0
         self.revocable = True
+        self._before: set[str] | None = None  # leases of the generation that is to end
 
     async def reserved(self, lease: str) -> bool:
         await asyncio.sleep(0.005)  # as long as a step takes
@@ -106,9 +108,12 @@ class Decoder:
         self.leases.discard(lease)
 
     async def fence(self, grace_s: float) -> None:
-        before = set(self.leases)
+        self._before = before = set(self.leases) if self._before is None else self._before
         await asyncio.sleep(grace_s)
-        self.num_fences += 1
+        if self.num_failures:
+            self.num_failures -= 1
+            raise InternalError("not certain")
+        self.num_fences, self._before = self.num_fences + 1, None
         if self.revocable:
             self.leases -= before
 
@@ -159,6 +164,21 @@ async def test_leases_that_end_together_all_end(monkeypatch: Any) -> None:
             made.end(str(number), NOBODY, well=False, broken=True)
             await asyncio.sleep(0.001 * (number % 3))
         await until(lambda: not engine.leases)
+
+
+async def test_a_fence_that_has_failed_ends_no_later_lease(monkeypatch: Any) -> None:
+    """What was reserved meanwhile has sessions that the fence leaves open: it takes the next one."""
+    monkeypatch.setattr(leases, "GRACE_S", 0.05)
+    engine = Decoder()
+    engine.num_failures = 2
+    async with ending(engine, lease_s=0.1) as made:
+        engine.leases.add("a")
+        made.end("a", NOBODY, well=False, broken=True)
+        await until(lambda: engine.num_failures == 1)
+        engine.leases.add("later")
+        made.end("later", NOBODY, well=False, broken=True)
+        await until(lambda: not engine.leases)
+        assert engine.num_fences == 2
 
 
 async def test_what_no_fence_ends_waits_for_its_sender(monkeypatch: Any) -> None:

@@ -1,0 +1,152 @@
+"""What moves KV on two ranks at once, when one of them fails or says nothing: real Transfer Engines, both ranks in this process."""
+
+import json
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from baton.errors import BatonError, InternalError, TransferError
+from baton.kv.direct import DirectReceiver, DirectSender
+from baton.kv.layout import KVLayout
+from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
+from baton.kv.pool import KVPool
+from baton.kv.push import PushResult, PushStatus
+from baton.kv.shards import Share, ShareSender
+from baton.kv.transfer_engine import describe
+from baton.runtime.crew import Solo
+from baton.runtime.rank_kv import RankKV
+from baton.runtime.spread import Handlers, TeamReceiver, TeamSender
+from baton.types import PushTarget
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=4, head_dim=2, block_size=4, dtype="float32")
+LIMIT_S = 0.5
+
+
+class Ranks(Solo):
+    """Rank 1, whose answers can be kept back, as those of a stopped process are."""
+
+    others = range(1, 2)  # type: ignore[assignment]
+
+    def __init__(self, kv: RankKV) -> None:
+        self._handlers, self.stopped = Handlers(kv), False
+        self._kept: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def call(self, rank: int, name: str, arguments: Mapping[str, Any], heard: Callable[[Any, BatonError | None], None]) -> None:
+        def answer(value: Any, last: bool = True) -> None:
+            failed = isinstance(value, BatonError)
+            self._kept.put(lambda: heard(None if failed else value, value if failed else None))
+            if not self.stopped:
+                self.go_on()
+
+        self._handlers.serve(name, json.loads(json.dumps(arguments)), answer)
+
+    def ask(self, name: str, **arguments: Any) -> list[Any]:
+        answers: queue.SimpleQueue[tuple[Any, BatonError | None]] = queue.SimpleQueue()
+        self.call(1, name, arguments, lambda value, error: answers.put((value, error)))
+        value, error = answers.get(timeout=10)
+        if error is not None:
+            raise error
+        return [value]
+
+    def go_on(self) -> None:
+        while not self._kept.empty():
+            self._kept.get()()
+
+
+def kv(rank: int, *, sends: bool) -> RankKV:
+    share = Share(rank, 2)
+    pool = KVPool(LAYOUT.share(2), 4, torch.device("cpu"))
+    sender = receiver = None
+    if sends:
+        direct = DirectSender({"tcp": MooncakeSender(pool.region, host="127.0.0.1", protocol="tcp", limit_s=LIMIT_S)})
+        sender = ShareSender(direct, LAYOUT, share, pool.buffer)
+    else:
+        receiver = DirectReceiver({"tcp": MooncakeReceiver(pool.region, host="127.0.0.1", protocol="tcp")})
+    return RankKV(pool=pool, layout=LAYOUT, share=share, fingerprint="f", sender=sender, receiver=receiver, tiers=())
+
+
+@contextmanager
+def receiving() -> Iterator[tuple[TeamReceiver, list[RankKV]]]:
+    ranks = [kv(rank, sends=False) for rank in range(2)]
+    made = TeamReceiver(ranks[0], Ranks(ranks[1]))
+    try:
+        yield made, ranks
+    finally:
+        made.close()
+
+
+def open_sessions(receiver: TeamReceiver) -> list[str]:
+    return [session for door in receiver.doors for _, session in door.sessions if _is_open(session)]
+
+
+def _is_open(session: str) -> bool:
+    try:
+        return bool(describe(session, 1.0))
+    except TransferError:
+        return False
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_fence_that_has_failed_part_way_is_tried_again_for_the_same_generation(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one rank would be a generation ahead, and doors that are open on the other would look like old ones."""
+    with receiving() as (receiver, ranks):
+        first = receiver.doors
+        own = ranks[failing].receiver
+        assert own is not None
+
+        def fail() -> None:
+            raise InternalError("not certain")
+
+        receiver.advance()
+        second = receiver.doors
+        assert all(new.sessions != old.sessions for new, old in zip(second, first, strict=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(own, "fence", fail)
+            with pytest.raises(InternalError):
+                receiver.fence()
+        receiver.advance()
+        receiver.fence()
+        assert receiver.doors == second
+        assert len(open_sessions(receiver)) == 2
+        assert not any(_is_open(session) for door in first for _, session in door.sessions)
+        receiver.advance()  # the next fence is one of its own
+        assert all(new.sessions != old.sessions for new, old in zip(receiver.doors, second, strict=True))
+        receiver.fence()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_push_of_which_a_rank_says_nothing_ends_all_the_same(stopped: bool) -> None:
+    """And settles when the rank goes on: until then it may read the sources."""
+    told: queue.SimpleQueue[PushResult | str] = queue.SimpleQueue()
+    ranks = [kv(rank, sends=True) for rank in range(2)]
+    team = Ranks(ranks[1])
+    assert ranks[0].sender is not None
+    sender = TeamSender(ranks[0].sender, team, LIMIT_S)
+    try:
+        with receiving() as (receiver, theirs):
+            team.stopped = stopped
+            shards = tuple(door.shard([1, 2]) for door in receiver.doors)
+            for number, rank in enumerate(ranks):
+                rank.pool.tensor[:2] = number + 1
+            sender.push(PushTarget(lease="a", first_block=0, shards=shards), 0, [0, 1], told.put, lambda: told.put("settled"))
+            result = told.get(timeout=10)
+            assert isinstance(result, PushResult)
+            if stopped:
+                assert (result.status, result.lands_late) == (PushStatus.UNKNOWN, True)
+                assert "rank 1 has not answered" in result.reason
+                with pytest.raises(queue.Empty):
+                    told.get(timeout=0.2)
+            else:
+                assert result.status is PushStatus.GOOD
+                assert [rank.pool.tensor[1:3].unique().tolist() for rank in theirs] == [[1], [2]]
+            team.stopped = False
+            team.go_on()
+            assert told.get(timeout=10) == "settled"
+            assert sender.values["push_bytes"] == 2 * LAYOUT.block_bytes
+    finally:
+        sender.close()
+    assert told.empty()
