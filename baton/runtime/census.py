@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from baton.runtime.entry import Entry
 from baton.scheduling.backlog import Backlog
 from baton.scheduling.plan import StepPlan
+from baton.scheduling.request import RequestStatus
 from baton.scheduling.scheduler import Scheduler
 from baton.types import Load, Pace
 
@@ -40,9 +41,10 @@ class Census:
         return [self._arrived.get_nowait() for _ in range(self._arrived.qsize())]
 
     def measure(self) -> Load:
-        running, pool = self._scheduler.running, self._scheduler.cache.pool
+        pool = self._scheduler.cache.pool
         inside = [*(entry for entry in self._entries.values() if not entry.is_computed), *self._arriving]
         own = [entry.request for entry in inside if not entry.is_held]
+        running = [request for request in own if request.status in (RequestStatus.RUNNING, RequestStatus.ENDING)]
         tokens, pairs = self._backlog.measure(own)
         for item in (item for plan in self._in_flight() for item in plan.scheduled if item.num_new_tokens > 1):
             if item.request.finish_reason is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from baton.scheduling.cache import KVCache
 from baton.scheduling.request import Request, RequestStatus
+from baton.types import FinishReason
 
 
 class Backlog:
@@ -18,20 +19,19 @@ class Backlog:
 
     def measure(self, requests: Iterable[Request]) -> tuple[int, int]:
         """Tokens to compute, and pairs of tokens, one of them not computed yet, that attend to each other. `requests`: all that are not
-        computed elsewhere, in the order of their coming. A request's blocks are looked up once."""
+        computed elsewhere, in the order of their coming. A request's blocks are looked up once, or again where one that was to compute
+        some of them has been cancelled."""
         tokens = pairs = 0
-        left = set(self._given)
+        requests = tuple(requests)
+        self._drop_but({request for request in requests if request.num_tokens - request.num_computed_tokens > 1})
         for request in requests:
             known, computed = request.num_tokens, request.num_computed_tokens
             if known - computed > 1:
-                left.discard(request)
                 given = self._given[request] if request in self._given else self._add(request)
                 if request.status is not RequestStatus.RUNNING:
                     computed = max(computed, given)
             tokens += known - computed
             pairs += known * known - computed * computed
-        for request in left:
-            self._drop(request)
         return tokens, pairs // 2
 
     def _add(self, request: Request) -> int:
@@ -44,9 +44,13 @@ class Backlog:
         self._given[request] = given * self._cache.block_size
         return self._given[request]
 
-    def _drop(self, request: Request) -> None:
-        del self._given[request]
-        for key in self._blocks.pop(request):
-            self._coming[key] -= 1
-            if not self._coming[key]:
-                del self._coming[key]
+    def _drop_but(self, kept: set[Request]) -> None:
+        left = self._given.keys() - kept
+        if any(request.finish_reason is FinishReason.ABORT for request in left):
+            left = set(self._given)  # others may have counted on what it was to compute
+        for request in left:
+            del self._given[request]
+            for key in self._blocks.pop(request):
+                self._coming[key] -= 1
+                if not self._coming[key]:
+                    del self._coming[key]

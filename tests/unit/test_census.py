@@ -129,6 +129,31 @@ def test_who_leaves_before_it_is_computed_is_not_counted_on() -> None:
     assert first.request.num_computed_tokens == 0
 
 
+def test_who_counted_on_one_that_was_cancelled_is_counted_whole() -> None:
+    worker = Worker()
+    entries = [worker.submit(name) for name in "abc"]
+    for entry in entries:
+        worker.take_in(entry)
+    shared = (LENGTH - 1) // 4 * 4
+    assert worker.census.measure().num_waiting_tokens == LENGTH + 2 * (LENGTH - shared)
+    del worker.entries["a"]
+    entries[0].request.finish_reason = FinishReason.ABORT
+    for _ in range(2):
+        assert worker.census.measure().num_waiting_tokens == LENGTH + LENGTH - shared
+
+
+def test_a_request_whose_last_step_is_in_flight_still_runs() -> None:
+    worker = Worker()
+    entry = worker.submit("a")
+    worker.take_in(entry)
+    worker.scheduler.add(entry.request)
+    while entry.request.status is not RequestStatus.ENDING:
+        plan = worker.scheduler.schedule()
+        worker.scheduler.advance(plan)
+        load = worker.census.measure()
+        assert (load.num_running, load.num_waiting, load.num_context_tokens) == (1, 0, plan.scheduled[0].end)
+
+
 def test_a_step_that_has_not_ended_is_still_to_be_computed() -> None:
     """Though the scheduler counts it as computed, so that the next one can be decided."""
     worker = Worker()
