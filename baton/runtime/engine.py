@@ -28,24 +28,16 @@ from baton.runtime.feed import Feed
 from baton.runtime.flights import Flights, Runner
 from baton.runtime.leases import EngineLeases, asked
 from baton.runtime.loading import Loader, Tier
+from baton.runtime.outputs import Outputs
 from baton.runtime.pace import PaceLearner, Stopwatch
 from baton.runtime.pushing import Checksums, Pusher, Receiver, Reservations, Sender
-from baton.runtime.sequence import Delivery, EngineSequence
+from baton.runtime.sequence import EngineSequence
 from baton.runtime.state import StatePublisher
 from baton.runtime.validation import Limits, validate
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import Request, RequestStatus
 from baton.scheduling.scheduler import Scheduler
-from baton.types import (
-    CacheReport,
-    FinishReason,
-    GenerateOutput,
-    GenerateRequest,
-    Load,
-    OutputToken,
-    PushTarget,
-    StateUpdate,
-)
+from baton.types import CacheReport, FinishReason, GenerateRequest, Load, OutputToken, PushTarget, StateUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +93,12 @@ class Engine:
         self._tiers, self._eos_token_ids = tiers, eos_token_ids
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._entries: dict[str, Entry] = {}
-        self._outbox: list[tuple[EngineSequence, Delivery]] = []
+        self._outputs = Outputs(await_saves=self.loader.await_saves, end=self.abort)
         self._live: dict[str, EngineSequence] = {}  # the event loop's
         self._census = Census(
             scheduler, self._entries, lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s), self._flights.plans
         )
         self._publisher = StatePublisher(self._census, cache.pool)
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._stalled = True
@@ -116,7 +107,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread. Called once, on the event loop that will use the engine."""
-        self._loop = asyncio.get_running_loop()
+        self._outputs.open(asyncio.get_running_loop())
         self._thread.start()
 
     def submit(
@@ -172,9 +163,9 @@ class Engine:
             sequence.deliver(Draining("this worker is stopping; send the request to another one"))
         for part in (self._sender, self._receiver, *reversed(self._tiers)):  # a tier may read from a faster one
             if part is not None:
-                await asyncio.to_thread(part.close)
+                await _end(part.close)
         self.pusher.stop()  # the thread has ended: nobody else touches it
-        await asyncio.to_thread(self.on_stopped)
+        await _end(self.on_stopped)
 
     def forget(self, request_id: str) -> None:
         self._live.pop(request_id, None)
@@ -214,7 +205,7 @@ class Engine:
             return
         request.append(token.token_id)
         if not told:
-            self._emit(entry, GenerateOutput(tokens=(token,), num_computed_tokens=0, num_saved_blocks=entry.num_saved_blocks))
+            self._outputs.pushed(entry, token)
 
     def abort(self, entry: Entry) -> None:
         self.scheduler.remove(entry.request)
@@ -224,7 +215,7 @@ class Engine:
         self._entries[entry.request.request_id] = entry
         self._census.taken_in(entry)
         if push is not None:
-            entry.shipment = self.pusher.open(push, entry.request.num_tokens, lambda: self._progressed(entry))
+            entry.shipment = self.pusher.open(push, entry.request.num_tokens, lambda: self._outputs.progressed(entry))
         self._guard(entry, lambda entry: self.loader.start(entry.feed))
 
     def _guard(self, entry: Entry, action: Callable[[Entry], None]) -> None:
@@ -252,7 +243,8 @@ class Engine:
             logger.critical("the engine has crashed", exc_info=True)
             self._stopping = True
             self.on_crash()
-            self._outbox += [(entry.sequence, WorkerLost("the engine has crashed")) for entry in self._entries.values()]
+            for entry in self._entries.values():
+                self._outputs.tell(entry, WorkerLost("the engine has crashed"))
             self._flush()
 
     def _work_inbox(self) -> bool:
@@ -353,51 +345,17 @@ class Engine:
             self.pusher.send(entry.shipment, request.block_ids, min(item.start, entry.shipment.num_tokens - 1))
 
     def _computed(self, item: ScheduledRequest, result: StepResult, *, save: bool) -> None:
-        request = item.request
-        entry = self._entries[request.request_id]
-        first = item.end == request.num_prompt_tokens
-        for offset, logprobs in enumerate(result.prompt_logprobs.get(request.request_id, ())):
-            entry.prompt_logprobs[item.start + 1 + offset] = logprobs
+        entry = self._entries[item.request.request_id]
         if save:
             self.loader.save_new(entry.feed, item.block_ids, item.start, item.end)
             if entry.shipment is not None:
                 self.pusher.send(entry.shipment, item.block_ids, item.end)
-        token = result.tokens.get(request.request_id) if item.samples else None
-        output = GenerateOutput(
-            tokens=(token,) if token is not None else (),
-            prompt_logprobs=entry.take_prompt_logprobs() if token is not None and first else (),
-            num_computed_tokens=item.end,
-            num_saved_blocks=entry.num_saved_blocks,
-            num_pushed_blocks=entry.num_pushed_blocks,
-            pushed_sums=entry.pushed_sums,
-            cache=request.cache,
-        )
-        self._emit(entry, output)
-
-    def _emit(self, entry: Entry, output: GenerateOutput) -> None:
-        """Queues an output; adds the finish reason, and ends the request, when it has one and nothing is awaited any more."""
-        request = entry.request
-        if request.finish_reason is not None:
-            last = replace(output, finish_reason=request.finish_reason, stop_token_id=request.stop_token_id, cache=request.cache)
-            if not entry.awaits:
-                self._finish(entry, last)
-                return
-            entry.finish = replace(last, tokens=(), prompt_logprobs=())
-            if entry.feed.await_saves:
-                self.loader.await_saves(entry.feed)
-        self._outbox.append((entry.sequence, output))
-
-    def _finish(self, entry: Entry, last: GenerateOutput) -> None:
-        pushed = entry.num_pushed_blocks
-        last = replace(last, num_saved_blocks=entry.num_saved_blocks, num_pushed_blocks=pushed, pushed_sums=entry.pushed_sums)
-        self._outbox.append((entry.sequence, last))
-        self.scheduler.remove(entry.request)
-        self._drop(entry)
+        self._outputs.computed(entry, item, result)
 
     def _matched(self, feed: Feed) -> None:
         entry = self._entries[feed.request.request_id]
         size = self.scheduler.cache.block_size
-        self._outbox.append((entry.sequence, (feed.num_matched * size, (feed.num_found - feed.num_matched) * size)))
+        self._outputs.tell(entry, (feed.num_matched * size, (feed.num_found - feed.num_matched) * size))
         self._run_waiting(entry)
 
     def _num_missing(self, feed: Feed) -> int:
@@ -415,24 +373,11 @@ class Engine:
     def _saved(self, feed: Feed) -> None:
         entry = self._entries.get(feed.request.request_id)
         if entry is not None and feed.await_saves:
-            self._progressed(entry)
-
-    def _progressed(self, entry: Entry) -> None:
-        """Some of its KV is where it was asked to be."""
-        progress = GenerateOutput(
-            num_computed_tokens=entry.request.num_computed_tokens,
-            num_saved_blocks=entry.num_saved_blocks,
-            num_pushed_blocks=entry.num_pushed_blocks,
-            pushed_sums=entry.pushed_sums,
-        )
-        if entry.finish is not None and not entry.awaits:
-            self._finish(entry, entry.finish)
-        else:
-            self._outbox.append((entry.sequence, progress))
+            self._outputs.progressed(entry)
 
     def _fail(self, request: Request, error: BatonError) -> None:
         entry = self._entries[request.request_id]
-        self._outbox.append((entry.sequence, error))
+        self._outputs.tell(entry, error)
         self.abort(entry)
 
     def _drop(self, entry: Entry) -> None:
@@ -445,12 +390,8 @@ class Engine:
             entry.request.finish_reason = FinishReason.ABORT
 
     def _flush(self) -> None:
-        if self._outbox and self._loop is not None:
-            batch, self._outbox = self._outbox, []
-            try:
-                self._loop.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:  # the loop is closed: nobody listens any more
-                self._stopping = True
+        if not self._outputs.flush():
+            self._stopping = True
 
     def _check_integrity(self) -> list[str]:
         self._publisher.measure()  # who asks wants to know of this moment
@@ -463,6 +404,9 @@ class Engine:
         return problems
 
 
-def _deliver(batch: list[tuple[EngineSequence, Delivery]]) -> None:
-    for sequence, output in batch:
-        sequence.deliver(output)
+async def _end(part: Callable[[], None]) -> None:
+    """One that fails to end leaves the others to end."""
+    try:
+        await asyncio.to_thread(part)
+    except Exception:
+        logger.exception("a part of the engine has not ended well")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from baton.errors import Draining, InvalidRequest, TransferError
+from baton.errors import Draining, InternalError, InvalidRequest, TransferError
 from baton.rpc import convert
 from baton.rpc.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
 from baton.types import FinishReason, GenerateOutput, GenerateRequest, MemberState, OutputToken, PushShard, PushTarget, Role
 from tests.properties.toy import BLOCK_SIZE, reference
-from tests.workers import LEASE_S, Pool, Script, call, drained, failure, generate, prompt, scripted, worker
+from tests.workers import LEASE_S, Pool, PromptTransfer, Script, call, drained, failure, generate, prompt, scripted, worker
 
 # -- what should happen
 
@@ -288,6 +288,22 @@ async def test_a_draining_worker_finishes_what_it_has_and_takes_nothing_new() ->
         assert convert.member_from_proto(await stub.GetMember(worker_pb2.GetMemberRequest())).state is MemberState.DRAINING
         assert (await stub.Drain(worker_pb2.DrainRequest(grace_seconds=10))).num_unfinished == 0
         assert (await running).tokens == reference(prompt(8, max_tokens=60))
+
+
+async def test_a_part_that_does_not_end_leaves_the_others_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    def fail() -> None:
+        raise InternalError("a rank has not answered")
+
+    async with worker(Role.DECODE, {}) as d:
+        tier = d.engine._tiers[0]
+        d.engine._tiers = (tier, PromptTransfer(d.runner, {}, "files"))
+        monkeypatch.setattr(d.engine._tiers[1], "close", fail)  # the first to be closed
+        monkeypatch.setattr(tier, "close", lambda: ended.append("tier"))
+        d.engine.on_stopped = lambda: ended.append("all")
+        await d.engine.stop()
+    assert ended == ["tier", "all"]
 
 
 async def test_the_state_stream_starts_with_a_snapshot_and_is_never_silent() -> None:

@@ -285,8 +285,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.flush()
 
     def flush(self) -> None:
-        outbox, self.engine._outbox = self.engine._outbox, []
-        for sink, output in outbox:
+        outputs = self.engine._outputs
+        queued, outputs._queued = outputs._queued, []
+        for sink, output in queued:
             sink.deliver(output)
 
 
