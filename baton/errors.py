@@ -126,6 +126,15 @@ class InternalError(BatonError):
     pass
 
 
+EXIT_CONFIG = 2  # what was given can't be served, and starting again would change nothing
+EXIT_SOFTWARE = 70  # starting again may help, which is a supervisor's business
+
+
+def exit_code(error: BatonError) -> int:
+    """Of a process that `error` has ended."""
+    return EXIT_CONFIG if isinstance(error, ConfigError | ModelError) else EXIT_SOFTWARE
+
+
 def error_classes() -> dict[str, type[BatonError]]:
     """Every class of the tree by its `code`; how a wire code becomes an exception again."""
     found: dict[str, type[BatonError]] = {}

@@ -30,8 +30,7 @@ import yaml
 
 from baton.cluster.machine import die_with_parent
 from baton.config import check_policy
-from baton.errors import BatonError, ConfigError
-from baton.hosting.process import EXIT_CONFIG
+from baton.errors import EXIT_CONFIG, BatonError, ConfigError
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 180.0

@@ -9,15 +9,15 @@ from typing import TypeVar
 
 from baton.cluster.machine import die_with_parent
 from baton.config import KVStoreConfig, RouterConfig, WorkerConfig, load_config
-from baton.errors import BatonError
+from baton.errors import BatonError, exit_code
 from baton.hosting.logs import LogFormat, start_logging
 
 C = TypeVar("C", bound=RouterConfig | WorkerConfig | KVStoreConfig)
-EXIT_CONFIG = 2  # the configuration is wrong: starting again would change nothing
 
 
 def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable[None]]) -> None:
-    """Parses `--config FILE key=value …`, runs `serve` until it returns, and exits: 0, or 2 after one clear line where it can't start."""
+    """Parses `--config FILE key=value …`, runs `serve` until it returns, and exits: 0, or with an error's `exit_code` after one
+    clear line where it can't start."""
     import asyncio
 
     parser = argparse.ArgumentParser(prog=f"services.{name}", description=f"Baton's {name} service")
@@ -40,7 +40,7 @@ def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable
             logging.critical(error.message)
         else:
             print(f"{name}: {error.message}", file=sys.stderr)
-        raise SystemExit(EXIT_CONFIG) from error
+        raise SystemExit(exit_code(error)) from error
     logging.shutdown()
     os._exit(0)  # all is done: what foreign libraries do at an interpreter's end takes up to 30 s (Mooncake with several masters)
 

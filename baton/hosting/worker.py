@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from baton.config import WorkerConfig
-from baton.errors import BatonError, Draining, InternalError
+from baton.errors import EXIT_SOFTWARE, BatonError, Draining, InternalError
 from baton.hosting.engine import Engine, Sequence
 from baton.hosting.heartbeat import with_heartbeat
 from baton.hosting.server import Host
@@ -23,7 +23,6 @@ from baton.types import GenerateRequest, Member, MemberState, PushTarget, StateU
 
 logger = logging.getLogger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Worker"].full_name
-_EX_SOFTWARE = 70
 Context = Any  # grpc.aio.ServicerContext, whose type parameters nobody can name
 
 
@@ -139,7 +138,7 @@ async def end_if_stuck(engine: Engine, limit_s: float) -> None:
     finally:
         pending.cancel()
     logger.critical("the engine has been stuck in a step for %g s (engine.step_timeout_s); ending this process", limit_s)
-    os._exit(_EX_SOFTWARE)
+    os._exit(EXIT_SOFTWARE)
 
 
 async def _next(updates: AsyncIterator[StateUpdate]) -> StateUpdate:

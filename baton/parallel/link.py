@@ -11,6 +11,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -103,11 +104,15 @@ class Listener:
         self.address = f"{host}:{self._server.getsockname()[1]}"
         self.token = secrets.token_hex(16)
 
-    def accept(self, wanted: set[tuple[int, Channel]], check: Callable[[], None]) -> dict[tuple[int, Channel], Link]:
-        """Until all are there. `check` is called now and then, and may raise."""
+    def accept(self, wanted: set[tuple[int, Channel]], check: Callable[[], None], limit_s: float) -> dict[tuple[int, Channel], Link]:
+        """Until all are there. `check` is called now and then, and may raise. Raises InternalError after `limit_s`."""
         links: dict[tuple[int, Channel], Link] = {}
+        deadline = time.monotonic() + limit_s
         while len(links) < len(wanted):
             check()
+            if time.monotonic() > deadline:
+                missing = ", ".join(map(str, sorted({rank for rank, _ in wanted - links.keys()})))
+                raise InternalError(f"ranks {missing} have not connected within {limit_s:g} s; see what they say, if they run")
             try:
                 connection, _ = self._server.accept()
             except TimeoutError:
@@ -126,12 +131,13 @@ class Listener:
         link = Link(connection)
         connection.settimeout(_HELLO_S)
         try:
-            hello = json.loads(link.receive(_HELLO) or b"{}")
-        except (ValueError, InternalError):
-            hello = {}
+            hello = json.loads(link.receive(_HELLO) or b"")
+            known = secrets.compare_digest(hello["token"].encode(), self.token.encode())
+            name = hello["rank"], hello["channel"]
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, InternalError):  # whoever it is, it is no rank
+            return None, None
         connection.settimeout(None)
-        known = secrets.compare_digest(str(hello.get("token", "")), self.token)
-        return (hello.get("rank"), hello.get("channel")), link if known else None
+        return name, link if known else None
 
 
 def pack_step(arrays: Mapping[str, np.ndarray], graphed: bool) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from baton.cluster.machine import these_cores
 from baton.config import WorkerConfig, member_id
-from baton.errors import ConfigError
+from baton.errors import EXIT_SOFTWARE, ConfigError
 from baton.kv.layout import block_key
 from baton.kv.shards import Share
 from baton.kv.transfer import TransferStats
@@ -90,7 +90,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         name, member.id, lambda: engine.load, pool_stats.values, lambda: engine.reservations.values if sender is None else sender.values
     )
     metrics.tiers({tier.name: tier.values for tier in tiers})
-    engine.on_crash = lambda: os._exit(70)  # peers see broken streams at once, and a supervisor starts the worker again
+    engine.on_crash = lambda: os._exit(EXIT_SOFTWARE)  # peers see broken streams at once, and a supervisor starts the worker again
     engine.on_stopped = team.close
     engine.on_step = lambda plan, seconds: metrics.step_seconds.observe(seconds)
     return BuiltWorker(

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 from baton.config import WorkerConfig
-from baton.errors import BatonError, ConfigError, InternalError, ModelError, error_classes
+from baton.errors import EXIT_SOFTWARE, BatonError, InternalError, error_classes, exit_code
 from baton.parallel.group import ALONE, Group, TorchGroup
 from baton.parallel.link import Channel, Link, Listener, pack_step
 from baton.runtime.launch import Launcher
 
 logger = logging.getLogger(__name__)
 ASK_S = 30.0  # that a rank has to answer
-_EX_SOFTWARE, _EX_CONFIG = 70, 2
+START_S = 300.0  # that ranks have to connect: what imports torch for the first time may take minutes
 Heard = Callable[[Any, BatonError | None], None]
 
 
@@ -85,7 +85,8 @@ class Solo:
 
 class Crew:
     def __init__(self, config: WorkerConfig, launcher: Launcher) -> None:
-        """Starts `config.engine.tensor_parallel_size` - 1 ranks and waits until they are connected. Raises ConfigError."""
+        """Starts `config.engine.tensor_parallel_size` - 1 ranks and waits until they are connected. Raises InternalError where one
+        ends before, or takes too long: it has been told nothing that it could refuse."""
         size = config.engine.tensor_parallel_size
         self.others = range(1, size)
         self._size, self._closing = size, False
@@ -93,7 +94,7 @@ class Crew:
         self._ranks = {rank: launcher.start(rank, listener.address, listener.token) for rank in self.others}
         channels: tuple[Channel, ...] = ("steps", "calls")
         try:
-            links = listener.accept({(rank, channel) for rank in self.others for channel in channels}, self._check)
+            links = listener.accept({(rank, channel) for rank in self.others for channel in channels}, self._check, START_S)
         finally:
             listener.close()
         self._steps = [links[rank, "steps"] for rank in self.others]
@@ -154,7 +155,9 @@ class Crew:
         for number, rank in self._ranks.items():
             code = rank.exit_code()
             if code is not None:
-                raise ConfigError(f"rank {number} of {self._size} cannot start (exit code {code}); what it says stands above")
+                raise InternalError(
+                    f"rank {number} of {self._size} has ended before it connected (exit code {code}); what it says stands above"
+                )
 
     def _listen(self, rank: int, link: Link) -> None:
         """What one rank says, until its end."""
@@ -183,11 +186,11 @@ class Crew:
         error = _error(message)
         assert error is not None
         print(f"rank {rank} of {self._size}: {error.message}", file=sys.stderr, flush=True)
-        os._exit(_EX_CONFIG if isinstance(error, ConfigError | ModelError) else _EX_SOFTWARE)
+        os._exit(exit_code(error))
 
     def _end(self, why: str) -> None:
         logger.critical("%s; this worker ends, with all its ranks", why)
-        os._exit(_EX_SOFTWARE)
+        os._exit(EXIT_SOFTWARE)
 
 
 def _error(message: Mapping[str, Any]) -> BatonError | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from baton.config import WorkerConfig
-from baton.errors import BatonError
+from baton.errors import EXIT_SOFTWARE, BatonError, exit_code
 from baton.kv.shards import Share
 from baton.parallel.group import Group, TorchGroup
 from baton.parallel.link import Link, connect, unpack_step
@@ -30,10 +30,9 @@ from baton.runtime.rank_kv import connect_kv
 from baton.runtime.spread import Handlers
 
 logger = logging.getLogger(__name__)
-_EX_SOFTWARE, _EX_CONFIG = 70, 2
 
 
-class Member(Solo):
+class Follower(Solo):
     """One rank's place in the group: it leads nobody."""
 
     def __init__(self, rank: int, size: int, address: str) -> None:
@@ -65,7 +64,7 @@ class Office:
                 self._handlers.serve(message["name"], message["arguments"], self._answer(message["call"]))
         except Exception:
             logger.critical("a call of rank 0 has failed", exc_info=True)
-            os._exit(_EX_SOFTWARE)
+            os._exit(EXIT_SOFTWARE)
         os._exit(0)
 
     def _answer(self, call: int) -> Callable[..., None]:
@@ -91,11 +90,11 @@ def run(address: str, token: str, rank: int) -> None:
     office = Office(calls)
     office.start()
     try:
-        loaded = load(Path(config.model), config.engine, Member(rank, size, setup["group"]))
+        loaded = load(Path(config.model), config.engine, Follower(rank, size, setup["group"]))
         kv = connect_kv(config, loaded.pool, loaded.layout, Share(rank, size), loaded.fingerprint)
     except BatonError as error:
         calls.send_json({"error": [error.code, error.message]})
-        os._exit(_EX_CONFIG)
+        os._exit(exit_code(error))
     office.open(Handlers(kv))
     gc.collect()
     gc.freeze()
@@ -115,7 +114,7 @@ def main() -> None:
         run(arguments.address, os.environ[TOKEN], arguments.rank)
     except Exception:
         logger.critical("this rank has failed", exc_info=True)
-    os._exit(_EX_SOFTWARE)
+    os._exit(EXIT_SOFTWARE)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ async def test_greedy_tokens_are_those_of_transformers(family: Family, tmp_path:
 @pytest.mark.parametrize("budget", [1024, 4096], ids=["captured between attentions", "called"])
 async def test_large_steps_give_the_tokens_of_small_ones(budget: int, tmp_path: Path) -> None:
     FAMILIES[0].make(tmp_path)
-    requests = [request(length) for length in (*LENGTHS, 900)]
+    requests = [request(length) for length in (*LENGTHS, 1100)]  # one step of the larger budget holds it whole, which no graph does
     small = await generate(tmp_path, requests, max_num_batched_tokens=64)
     assert await generate(tmp_path, requests, max_num_batched_tokens=budget) == small
 

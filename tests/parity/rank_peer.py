@@ -1,5 +1,5 @@
-"""One rank of test_ranks.py: rank, size, address of the group's store (rank 0: file descriptor of its listener), then model folders. Rank 0
-answers with a line of JSON for each: the logits of a prompt, in two chunks."""
+"""One rank of test_ranks.py: rank, size, address of the group's store (rank 0: file descriptor of its listener), then models, each
+as folder:load_format:dtype. Rank 0 answers with a line of JSON for each: the logits of a prompt, in two chunks."""
 
 import json
 import socket
@@ -48,18 +48,19 @@ def chunk(loaded: LoadedModel, start: int, end: int) -> torch.Tensor:
     return found
 
 
-def settings(size: int, load_format: str) -> EngineConfig:
-    values = {"device": "cpu", "num_blocks": 16, "num_threads": 1, "tensor_parallel_size": size, "load_format": load_format}
-    return EngineConfig.model_validate(values)
+def load_named(name: str, size: int, team: Solo | None = None) -> LoadedModel:
+    """`name`: folder:load_format:dtype."""
+    path, load_format, dtype = name.rsplit(":", 2)
+    values = {"device": "cpu", "num_blocks": 16, "num_threads": 1, "tensor_parallel_size": size}
+    return load(Path(path), EngineConfig.model_validate({**values, "load_format": load_format, "dtype": dtype}), team)
 
 
 def main() -> None:
     rank, size, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     server = socket.socket(fileno=int(sys.argv[4])) if rank == 0 else None
     group = Joined(TorchGroup(rank, size, address, torch.device("cpu"), server))
-    for folder in sys.argv[5:]:
-        path, _, load_format = folder.partition(":")
-        found = logits(load(Path(path), settings(size, load_format), group))
+    for name in sys.argv[5:]:
+        found = logits(load_named(name, size, group))
         if rank == 0:
             print(json.dumps(found), flush=True)
 

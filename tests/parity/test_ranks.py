@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from baton.models.create import create_model
-from baton.runtime.loaded import load
 from tests.parity import rank_peer
 from tests.parity.models import FAMILIES, Family
 
@@ -17,13 +16,13 @@ from tests.parity.models import FAMILIES, Family
 ODD = Family("odd", "Llama", {"num_key_value_heads": 4, "vocab_size": 319, "attention_bias": True, "mlp_bias": True})
 
 
-def run(size: int, folders: list[str]) -> list[torch.Tensor]:
-    """For each folder, rank 0's logits."""
+def run(size: int, names: list[str]) -> list[torch.Tensor]:
+    """For each model (see `rank_peer.load_named`), rank 0's logits."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         command = [sys.executable, "-m", "tests.parity.rank_peer"]
         ranks = [
-            subprocess.Popen([*command, str(rank), str(size), address, str(server.fileno()), *folders], stdout=subprocess.PIPE,
+            subprocess.Popen([*command, str(rank), str(size), address, str(server.fileno()), *names], stdout=subprocess.PIPE,
                              pass_fds=[server.fileno()] if rank == 0 else [])
             for rank in range(size)
         ]  # fmt: skip
@@ -36,17 +35,23 @@ def run(size: int, folders: list[str]) -> list[torch.Tensor]:
     return [torch.tensor(json.loads(line)) for line in answers[0].splitlines()]
 
 
+def alone(name: str) -> torch.Tensor:
+    return torch.tensor(rank_peer.logits(rank_peer.load_named(name, 1)))
+
+
 def test_logits_are_those_of_one_rank(tmp_path: Path) -> None:
-    folders: list[str] = []
+    names: list[str] = []
     for family in [*FAMILIES, ODD]:
         family.make(tmp_path / family.name, shard="40KB")
-        folders.append(f"{tmp_path / family.name}:safetensors")
+        names.append(f"{tmp_path / family.name}:safetensors:float32")
     create_model(tmp_path / "dummy", "qwen2", num_kv_heads=4)
-    folders.append(f"{tmp_path / 'dummy'}:dummy")
-    found = run(2, folders)
-    assert len(found) == len(folders)
-    for folder, logits in zip(folders, found, strict=True):
-        path, _, load_format = folder.partition(":")
-        whole = torch.tensor(rank_peer.logits(load(Path(path), rank_peer.settings(1, load_format))))
-        assert logits.shape == whole.shape
-        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4, msg=lambda text, folder=folder: f"{folder}: {text}")
+    names.append(f"{tmp_path / 'dummy'}:dummy:float32")
+    rounded = [f"{tmp_path / family.name}:safetensors:bfloat16" for family in (FAMILIES[0], ODD)]
+    found = dict(zip([*names, *rounded], run(2, [*names, *rounded]), strict=True))
+    for name in names:
+        whole = alone(name)
+        assert found[name].shape == whole.shape
+        torch.testing.assert_close(found[name], whole, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    for name in rounded:  # sums of rounded parts are others, and no worse
+        exact = alone(name.replace("bfloat16", "float32"))
+        assert (found[name] - exact).abs().mean() <= 1.5 * (alone(name) - exact).abs().mean(), name

@@ -1,6 +1,7 @@
 """A block's way from the ranks of one worker to those of another: the same bytes, whatever the numbers of ranks."""
 
 import ctypes
+import socket
 import threading
 from collections.abc import Callable
 from random import Random
@@ -8,7 +9,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from baton.errors import ConfigError
+from baton.config import WorkerConfig
+from baton.errors import EXIT_SOFTWARE, ConfigError, InternalError, exit_code
 from baton.kv.layout import KVLayout
 from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.shards import Joint, Share, share_checksum, share_copies
@@ -16,6 +18,7 @@ from baton.kv.store import Buffer
 from baton.models.config import ModelConfig
 from baton.models.registry import read_config
 from baton.parallel.link import Link, Listener, connect, pack_step, unpack_step
+from baton.runtime.crew import Crew
 from baton.runtime.launch import _devices
 from baton.runtime.loaded import check_degree
 
@@ -160,7 +163,7 @@ def test_a_step_travels_as_it_is() -> None:
 
 def listening(listener: Listener, check: Callable[[], None] = lambda: None) -> tuple[threading.Thread, dict[tuple[int, str], Link]]:
     found: dict[tuple[int, str], Link] = {}
-    thread = threading.Thread(target=lambda: found.update(listener.accept({(1, "calls"), (1, "steps")}, check)))
+    thread = threading.Thread(target=lambda: found.update(listener.accept({(1, "calls"), (1, "steps")}, check, 10.0)))
     thread.start()
     return thread, found
 
@@ -179,3 +182,49 @@ def test_who_does_not_know_the_token_is_turned_away() -> None:
     for link in (stranger, wrong, calls, *found.values()):
         link.close()
     listener.close()
+
+
+@pytest.mark.parametrize("hello", ["[]", "{}", "7", "nothing", "[" * 4000, '{"token": "é"}', '{"token": ["a"]}', '{"token": "\\ud800"}'])
+def test_a_stranger_does_not_end_the_start(hello: str) -> None:
+    listener = Listener("127.0.0.1")
+    thread, found = listening(listener)
+    host, _, port = listener.address.rpartition(":")
+    stranger = Link(socket.create_connection((host, int(port))))
+    stranger.send(hello.encode())
+    assert stranger.receive() is None
+    links = [connect(listener.address, listener.token, 1, channel) for channel in ("calls", "steps")]
+    thread.join(10)
+    assert len(found) == 2
+    for link in (stranger, *links, *found.values()):
+        link.close()
+    listener.close()
+
+
+def test_ranks_that_do_not_connect_are_not_waited_for_without_end() -> None:
+    listener = Listener("127.0.0.1")
+    with pytest.raises(InternalError, match=r"ranks 1, 2 have not connected within 0\.2 s"):
+        listener.accept({(1, "calls"), (2, "calls"), (2, "steps")}, lambda: None, 0.2)
+    listener.close()
+
+
+class Died:
+    def exit_code(self) -> int | None:
+        return -9
+
+    def end(self) -> None:
+        pass
+
+
+class Launcher:
+    host = "127.0.0.1"
+
+    def start(self, rank: int, address: str, token: str) -> Died:
+        return Died()
+
+
+def test_a_rank_that_dies_before_it_connects_is_no_wrong_configuration() -> None:
+    """So the worker is started again."""
+    config = WorkerConfig.model_validate({"model": "m", "engine": {"tensor_parallel_size": 2}})
+    with pytest.raises(InternalError, match=r"rank 1 of 2 has ended before it connected \(exit code -9\)") as caught:
+        Crew(config, Launcher())
+    assert exit_code(caught.value) == EXIT_SOFTWARE
