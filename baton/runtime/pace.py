@@ -6,8 +6,10 @@ and without prompts fade apart, so that an hour of decoding does not wash out wh
 expected (a stopped process, a collection) the excess does not count.
 
 Where a step is computed on cores that other processes use as well, the clock tells more of them than of it: a worker beside a busy one
-takes twice as long. So its seconds are those for which its threads had the cores (`Stopwatch`), and what it waited beside them is learned
-apart, as one factor.
+takes twice as long. So its seconds are those for which its threads had the cores: the process's CPU seconds over the cores, since threads
+share the work, or the engine's thread's own where they are more, since there is work that none can share (much of a step that decodes on
+many cores). What the clock adds is learned apart, as one factor. Where a thread was kept from its core the engine's does some of its share,
+which then looks like work that none can share: a little of the waiting counts as the step's own.
 """
 
 import contextlib
@@ -30,21 +32,22 @@ Array = NDArray[np.float64]
 
 
 class Stopwatch:
-    """Times steps that follow each other, by the clock and in seconds of their device."""
+    """Times steps that follow each other, by the clock and in seconds of their device. Belongs to the thread that makes them."""
 
     def __init__(self, cores: int) -> None:
         """`cores`: those that this process's threads compute a step on; 0: a device of its own does."""
-        self._cores, self._since, self._used_s = cores, 0.0, 0.0
+        self._cores, self._since, self._used_s, self._own_s = cores, 0.0, 0.0, 0.0
 
     def start(self) -> None:
-        self._since, self._used_s = time.monotonic(), time.process_time()
+        self._since, self._used_s, self._own_s = time.monotonic(), time.process_time(), time.thread_time()
 
     def lap(self) -> tuple[float, float]:
         """Seconds since the last `start` or `lap`: by the clock, and of the device."""
-        since, used_s = self._since, self._used_s
+        since, used_s, own_s = self._since, self._used_s, self._own_s
         self.start()
         elapsed = self._since - since
-        return elapsed, min(elapsed, (self._used_s - used_s) / self._cores) if self._cores else elapsed
+        computed = max((self._used_s - used_s) / self._cores, self._own_s - own_s) if self._cores else elapsed
+        return elapsed, min(elapsed, computed)
 
 
 class _Memory:

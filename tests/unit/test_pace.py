@@ -153,6 +153,16 @@ def test_a_stopwatch_leaves_out_what_the_cores_did_for_others() -> None:
     assert elapsed_s == own_s
 
 
+def test_what_one_thread_computes_alone_is_no_waiting_for_others() -> None:
+    """However many cores are idle meanwhile."""
+    watch = Stopwatch(cores=64)
+    watch.start()
+    began = time.thread_time()
+    while time.thread_time() < began + 0.02:
+        pass
+    assert watch.lap()[1] >= 0.02
+
+
 def test_workers_share_cores_where_they_may_use_the_same_ones_and_use_all_of_them() -> None:
     code = "import os; from baton.cluster.machine import these_cores as t; os.sched_setaffinity(0, {0}); print([t(1), t(2)])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "['0', '0']"
