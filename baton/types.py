@@ -172,7 +172,7 @@ class Pace:
     row_s: float = 0.0  # of a request that gets a token
     context_s: float = 0.0  # of a token that such a request reads
     push_token_s: float = 0.0  # of a token's KV on its way to a decode worker, by the clock
-    crowded: float = 0.0  # seconds that its steps wait for others who use the device, for each second of their own
+    crowded: float = 0.0  # seconds by the clock beyond those, for each of them: that its steps wait for others who use the device
 
     def prompt_s(self, tokens: float, start: float = 0.0) -> float:
         """What `tokens` of a prompt, from position `start` on, add to the steps that compute them."""

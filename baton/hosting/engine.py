@@ -68,7 +68,8 @@ class Leases(Protocol):
 
     async def fence(self, grace_s: float) -> None:
         """Ends, by force, all writes that can be ended from here, for when nobody can say that a lease is over; others have `grace_s` to
-        end well. Where that is all of them, all leases that there were are settled."""
+        end well. Where that is all of them, all leases that there were are settled. One that has failed goes on where it was when it is
+        called again, and ends nothing that began since."""
         ...
 
 
