@@ -37,7 +37,7 @@ from baton.runtime.validation import Limits, validate
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import Request, RequestStatus
 from baton.scheduling.scheduler import Scheduler
-from baton.types import CacheReport, FinishReason, GenerateRequest, Load, OutputToken, PushTarget, StateUpdate
+from baton.types import FinishReason, GenerateRequest, Load, OutputToken, PushTarget, StateUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -330,17 +330,8 @@ class Engine:
         if request.cache is not None:
             return
         entry = self._entries[request.request_id]
-        feed, size = entry.feed, self.scheduler.cache.block_size
-        cached = min(item.start, request.num_prompt_tokens)
-        local = min(cached, feed.num_matched * size)
-        pool = min(cached, feed.num_found * size) - local
-        request.cache = CacheReport(
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_local_tokens=local,
-            num_pool_tokens=pool,
-            num_prefill_tokens=cached - local - pool,
-        )
-        self.loader.save_matched(feed)
+        request.cache = entry.cache_report(item.start, self.scheduler.cache.block_size)
+        self.loader.save_matched(entry.feed)
         if entry.shipment is not None:
             self.pusher.send(entry.shipment, request.block_ids, min(item.start, entry.shipment.num_tokens - 1))
 
@@ -356,16 +347,11 @@ class Engine:
         entry = self._entries[feed.request.request_id]
         size = self.scheduler.cache.block_size
         self._outputs.tell(entry, (feed.num_matched * size, (feed.num_found - feed.num_matched) * size))
-        self._run_waiting(entry)
+        entry.run_waiting()
 
     def _num_missing(self, feed: Feed) -> int:
         """Tokens that were nowhere to be found when the request was looked up."""
         return feed.num_tokens - feed.num_found * self.scheduler.cache.block_size
-
-    def _run_waiting(self, entry: Entry) -> None:
-        waiting, entry.when_looked_up = entry.when_looked_up, []
-        for action in waiting:
-            action()
 
     def _ready(self, feed: Feed) -> None:
         self.scheduler.add(feed.request)
@@ -385,7 +371,7 @@ class Engine:
         if entry.shipment is not None:
             self.pusher.close(entry.shipment)
         self._entries.pop(entry.request.request_id, None)
-        self._run_waiting(entry)
+        entry.run_waiting()
         if entry.request.finish_reason is None:
             entry.request.finish_reason = FinishReason.ABORT
 

@@ -7,7 +7,7 @@ from baton.runtime.feed import Feed
 from baton.runtime.pushing import Shipment
 from baton.runtime.sequence import EngineSequence
 from baton.scheduling.request import Request, RequestStatus
-from baton.types import GenerateOutput, TokenLogprobs
+from baton.types import CacheReport, GenerateOutput, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +50,20 @@ class Entry:
     def pushed_sums(self) -> tuple[int, ...]:
         shipment = self.shipment
         return () if shipment is None else tuple(shipment.sums[: shipment.num_arrived - shipment.target.first_block])
+
+    def cache_report(self, num_cached: int, block_size: int) -> CacheReport:
+        """Of a request that is scheduled for the first time, with so many tokens computed."""
+        prompt, feed = self.request.num_prompt_tokens, self.feed
+        cached = min(num_cached, prompt)
+        local = min(cached, feed.num_matched * block_size)
+        pool = min(cached, feed.num_found * block_size) - local
+        return CacheReport(num_prompt_tokens=prompt, num_local_tokens=local, num_pool_tokens=pool, num_prefill_tokens=cached - local - pool)
+
+    def run_waiting(self) -> None:
+        """What waited until it was looked up, or had ended."""
+        waiting, self.when_looked_up = self.when_looked_up, []
+        for action in waiting:
+            action()
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         if self.request.sampling.prompt_logprobs is None:
