@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from baton.cli.trace import Scaling, play, read_trace
-from baton.errors import ConfigError
+from baton.errors import ConfigError, InternalError
 from baton.hashing import block_hashes
 from baton.runtime.engine import Engine
 from baton.runtime.pace import PaceLearner
@@ -73,6 +73,12 @@ def test_in_the_end_everything_was_answered_and_nothing_is_left(layout: dict[str
         assert held == set(engine.scheduler.cache.pool.hashes())  # what the router believes in the end is so
         worker = cluster.fleet.workers[name]
         assert (worker.load.num_running, worker.load.num_waiting, worker.load.num_waiting_tokens, worker.routed) == (0, 0, 0, {})
+
+
+def test_a_request_that_is_never_answered_does_not_count_as_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedEngine, "submit", lambda self, request: None)
+    with pytest.raises(InternalError, match=r"1 simulated requests were never answered, among them 0 \(100 tokens\)"):
+        SimulatedCluster(small({"unified": 1}), POLICIES["predicted"]).run([Ask(0.0, 100, 4, block_hashes(range(104), 16))])
 
 
 class Stepwise(SimulatedEngine):

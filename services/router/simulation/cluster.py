@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from baton.cli.bench import Sample
-from baton.errors import Overloaded
+from baton.errors import InternalError, Overloaded
 from baton.scheduling.plan import StepPlan
 from baton.scheduling.request import Request
 from baton.types import CacheReport, Member, MemberState, Pace, Role, SamplingParams, StateUpdate
@@ -68,11 +68,15 @@ class SimulatedCluster:
                 self._add(role, f"{role}-{number:04}")
 
     def run(self, asks: Sequence[Ask]) -> list[Sample]:
-        """Until the last one is answered. One sample each; a refused one's has an error."""
+        """Until the last one is answered. One sample each; a refused one's has an error. Raises InternalError where one never is: it would
+        count as answered at once."""
         samples = [Sample(prompt_tokens=ask.num_prompt_tokens) for ask in asks]
         for number, (ask, sample) in enumerate(zip(asks, samples, strict=True)):
             self.clock.at(ask.at, lambda n=number, a=ask, s=sample: self._arrived(n, a, s))
         self.clock.run()
+        if self._journeys:
+            some = ", ".join(f"{name} ({journey.request.num_prompt_tokens} tokens)" for name, journey in list(self._journeys.items())[:3])
+            raise InternalError(f"{len(self._journeys)} simulated requests were never answered, among them {some}: a bug")
         return samples
 
     def _add(self, role: Role, name: str) -> None:
