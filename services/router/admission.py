@@ -15,6 +15,7 @@ How long the queue takes is learned: tokens per second that left it, lately. Wha
 
 import asyncio
 import contextlib
+import functools
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -45,8 +46,9 @@ class Claim:
 
     tenant: Tenant = EVERYBODY
     priority: int | None = None  # lower is served earlier; None: the tenant's
-    ttft_slo_s: float | None = None
+    ttft_slo_s: float | None = None  # None: what is configured
     itl_slo_s: float | None = None
+    deadline_s: float | None = None  # of a caller who is gone then: a first token after that is worth nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,24 +103,25 @@ class Admission:
         self._broken_since: float | None = None
         self._left_at: float | None = None  # when the last one left a queue that has not been empty since
         self._left_tokens = self._left_s = 0.0
-        metrics.queued = lambda: len(self._queue)
+        metrics.queued = self._queue.__len__
 
     @contextlib.asynccontextmanager
     async def enter(self, claim: Claim, work: Work) -> AsyncGenerator[Ticket]:
         """Inside, the request is at the workers. Raises Overloaded, RateLimited or NoWorkers where it never gets there; whoever is
         cancelled meanwhile is out of the queue at once."""
-        arrived, tenant = time.monotonic(), claim.tenant
+        arrived, tenant, ttft_slo_s = time.monotonic(), claim.tenant, self._ttft_slo_s(claim)
         queued = _Queued(
             tenant=tenant.name,
             cost=work.cost,
             weight=tenant.weight,
             priority=tenant.allowed(claim.priority),
-            deadline=arrived + min(self._ttft_slo_s(claim) or math.inf, self._config.max_wait_s),
+            deadline=arrived + min(math.inf if ttft_slo_s is None else ttft_slo_s, self._config.max_wait_s),
             work=work,
         )
         self.check_rates(tenant)
-        free = not self._queue and self._room(work)
-        self._check_slo(claim, work, 0.0, 0.0 if free else self._takes_s(self._queue.ahead(queued) + queued.cost))
+        forecast = functools.cache(work.forecast)
+        free = not self._queue and self._room(forecast)
+        self._check_slo(claim, work, forecast, 0.0, 0.0 if free else self._takes_s(self._queue.ahead(queued) + queued.cost))
         tenant.take(requests=1, tokens=work.num_prompt_tokens)
         ticket, served = Ticket(self._pump, arrived), False
         try:
@@ -129,7 +132,7 @@ class Admission:
                 await self._wait(queued, queued.deadline - arrived)
                 ticket.queued_s = time.monotonic() - arrived
                 self._metrics.queue_seconds.observe(ticket.queued_s)
-                self._check_slo(claim, work, ticket.queued_s, 0.0)
+                self._check_slo(claim, work, work.forecast, ticket.queued_s, 0.0)
             served = True
             yield ticket
         finally:
@@ -149,6 +152,9 @@ class Admission:
 
     async def _wait(self, queued: _Queued, limit_s: float) -> None:
         """For its turn."""
+        if len(self._queue) >= self._config.max_waiting:
+            for other in [each for each in self._queue if each.turn.done()]:  # cancelled, and will be out in a moment
+                self._queue.remove(other)
         if len(self._queue) >= self._config.max_waiting:
             last = self._queue.last(queued)
             full = self._refusal("full", last.tenant, f"{self._config.max_waiting} requests wait already", self._takes_s(self._cost()))
@@ -177,7 +183,7 @@ class Admission:
     def _pump(self) -> None:
         """Lets the next one go, if there is room; and looks again when it has been placed, and counts where it went."""
         queued = self._queue.first()
-        if queued is None or not self._room(queued.work):
+        if queued is None or not self._room(queued.work.forecast):
             return
         if queued.turn.done():  # and will be out in a moment
             self._queue.remove(queued)
@@ -186,11 +192,11 @@ class Admission:
             self._go(queued)
         asyncio.get_running_loop().call_soon(self._pump)
 
-    def _room(self, work: Work) -> bool:
+    def _room(self, forecast: Callable[[], Forecast]) -> bool:
         config = self._config
         if config.max_running is not None and self._running >= config.max_running:
             return False
-        return config.backlog_s is None or not self._running or work.forecast().waits_s <= config.backlog_s
+        return config.backlog_s is None or not self._running or forecast().waits_s <= config.backlog_s
 
     def _tick_soon(self) -> None:
         if not self._ticking:
@@ -224,21 +230,22 @@ class Admission:
     # -- times
 
     def _ttft_slo_s(self, claim: Claim) -> float | None:
-        return self._config.ttft_slo_s if claim.ttft_slo_s is None else claim.ttft_slo_s
+        asked = self._config.ttft_slo_s if claim.ttft_slo_s is None else claim.ttft_slo_s
+        return min((limit for limit in (asked, claim.deadline_s) if limit is not None), default=None)
 
-    def _check_slo(self, claim: Claim, work: Work, waited_s: float, queue_s: float) -> None:
+    def _check_slo(self, claim: Claim, work: Work, forecast: Callable[[], Forecast], waited_s: float, queue_s: float) -> None:
         """Raises Overloaded where the request is not expected to be served as it asks."""
         ttft_slo_s, itl_slo_s = self._ttft_slo_s(claim), self._config.itl_slo_s if claim.itl_slo_s is None else claim.itl_slo_s
         if ttft_slo_s is None and itl_slo_s is None:
             return
-        forecast = work.forecast()
-        ttft_s = waited_s + queue_s + (forecast.ttft_s or 0.0)
+        expected = forecast()
+        ttft_s = waited_s + queue_s + (expected.ttft_s or 0.0)
         if ttft_slo_s is not None and ttft_s > ttft_slo_s:
             told = f"its first token is expected after {ttft_s:.2f} s ({waited_s + queue_s:.2f} s queued); asked for: {ttft_slo_s:g} s"
             raise self._refusal("ttft", claim.tenant.name, told, ttft_s - ttft_slo_s)
-        if itl_slo_s is not None and forecast.itl_s is not None and forecast.itl_s > itl_slo_s:
-            told = f"a token is expected every {forecast.itl_s * 1000:.1f} ms; asked for: {itl_slo_s * 1000:g} ms"
-            raise self._refusal("itl", claim.tenant.name, told, work.num_output_tokens * forecast.itl_s)
+        if itl_slo_s is not None and expected.itl_s is not None and expected.itl_s > itl_slo_s:
+            told = f"a token is expected every {expected.itl_s * 1000:.1f} ms; asked for: {itl_slo_s * 1000:g} ms"
+            raise self._refusal("itl", claim.tenant.name, told, work.num_output_tokens * expected.itl_s)
 
     def _refusal(self, reason: str, tenant: str, told: str, retry_after_s: float) -> Overloaded:
         self._metrics.refused(reason, tenant)

@@ -82,16 +82,16 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
 
 
 def _claim(request: pb.RouterGenerateRequest, context: Context, tenant: Tenant) -> Claim:
-    """A call that has a deadline wants its first token before."""
+    """A call that has a deadline wants its first token before, whatever else it wants."""
     for name in ("ttft_slo_s", "itl_slo_s"):
         if request.HasField(name) and not getattr(request, name) > 0:
             raise InvalidRequest(f"{name} must be a number of seconds above 0", param=name)
-    limits = [request.ttft_slo_s if request.HasField("ttft_slo_s") else None, context.time_remaining()]
     return Claim(
         tenant=tenant,
         priority=request.priority if request.HasField("priority") else None,
-        ttft_slo_s=min((limit for limit in limits if limit is not None), default=None),
+        ttft_slo_s=request.ttft_slo_s if request.HasField("ttft_slo_s") else None,
         itl_slo_s=request.itl_slo_s if request.HasField("itl_slo_s") else None,
+        deadline_s=context.time_remaining(),
     )
 
 

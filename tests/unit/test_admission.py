@@ -123,6 +123,22 @@ async def test_a_full_queue_lets_the_least_urgent_go() -> None:
     assert gate.inside[:2] == ["in", "urgent"]
 
 
+async def test_who_is_on_the_way_out_is_not_sent_out_again() -> None:
+    gate = Gate(max_running=1, max_waiting=2)
+    for name in ("in", "gone", "waits"):
+        await gate.come(name, Claim(priority=1 if name == "gone" else 0))
+    for name in ("newcomer", "refused"):
+        coming = asyncio.ensure_future(gate.come(name))  # runs before the one that is cancelled hears of it
+        await asyncio.sleep(0)
+        gate.tasks["gone"].cancel()
+        await coming
+    assert isinstance(await failure(gate.tasks["refused"]), Overloaded)
+    assert gate.refusals() == {("full", ""): 1.0}
+    await gate.end(*gate.ends)
+    await gate.is_empty()
+    assert gate.inside == ["in", "waits", "newcomer"]
+
+
 async def test_no_queue_at_all() -> None:
     gate = Gate(max_running=1, max_waiting=0)
     await gate.come("in")
@@ -159,6 +175,31 @@ async def test_who_cannot_be_in_time_is_refused_at_once_and_told_when_to_come_ag
     assert gate.inside == ["patient", "nobody knows", "does not ask"]
     assert gate.refusals() == {("ttft", ""): 1.0, ("itl", ""): 1.0}
     await gate.end(*gate.inside)
+    await gate.is_empty()
+
+
+async def test_a_callers_deadline_makes_no_promise_of_the_routers_longer() -> None:
+    gate, slow = Gate(ttft_slo_s=1.0), {"forecast": lambda: Forecast(ttft_s=3.5)}
+    assert "asked for: 1 s" in (await failure(await gate.come("configured", Claim(deadline_s=60.0), **slow))).message
+    assert "asked for: 2 s" in (await failure(await gate.come("gone by then", Claim(ttft_slo_s=5.0, deadline_s=2.0), **slow))).message
+    await gate.come("asks for less", Claim(ttft_slo_s=5.0, deadline_s=60.0), **slow)
+    assert gate.inside == ["asks for less"]
+    await gate.end("asks for less")
+    await gate.is_empty()
+
+
+async def test_what_is_forecast_is_asked_once_for_whoever_comes() -> None:
+    gate, asked = Gate(backlog_s=1.0), list[str]()
+
+    def forecast() -> Forecast:
+        asked.append("")
+        return Forecast(ttft_s=0.5, waits_s=0.5)
+
+    for name in ("1", "2"):
+        await gate.come(name, Claim(ttft_slo_s=1.0), forecast=forecast)
+    assert gate.inside == ["1", "2"]
+    assert len(asked) == 2
+    await gate.end("1", "2")
     await gate.is_empty()
 
 
