@@ -100,8 +100,8 @@ class Fleet:
             self._lay_out()
         layout, table, places = self._layout, self._table, self._places
         if exclude:
-            rows = [row for row, name in enumerate(layout.ids) if name not in exclude]
-            layout, table, places = self._laid_out([self.workers[layout.ids[row]] for row in rows]), table[:, rows], places[rows]
+            layout, rows = layout.without(frozenset(exclude))
+            table, places = table[:, rows], places[rows]
         matched, expected = np.zeros(len(places)), np.zeros(len(places))
         for size in layout.block_sizes:
             held, coming = self.index.depths(hashes(size))

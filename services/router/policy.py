@@ -34,30 +34,23 @@ class Placement:
     missing_tokens: int  # of the prompt, where it is computed, when that is done which was sent there before
     reason: str  # for people
     ttft_s: float | None = None  # predicted
+    waits_s: float | None = None  # predicted: until that prompt's computing begins, where it is computed
+    itl_s: float | None = None  # predicted: a step of `decode` with it
     cost_s: float | None = None  # seconds that it adds to anybody's waiting, where the policy counts in those
 
 
 Policy = Callable[[Facts, Sequence[WorkerView]], Placement]
 
 
-def place(
-    facts: Facts,
-    view: View,
-    entrance: int,
-    ranked: Sequence[int],
-    reason: str,
-    ttft_s: float | None = None,
-    cost_s: float | None = None,
-) -> Placement:
-    """The placement at these rows; `ranked` prefill workers, best first, or none."""
+def place(facts: Facts, view: View, entrance: int, ranked: Sequence[int], reason: str, **seconds: float | None) -> Placement:
+    """The placement at these rows; `ranked` prefill workers, best first, or none. `seconds`: what a `Placement` has of them."""
     computes = ranked[0] if len(ranked) else entrance
     return Placement(
         decode=view.layout.ids[entrance],
         prefills=tuple(view.layout.ids[row] for row in ranked[:_MAX_PREFILLS]),
         missing_tokens=facts.num_prompt_tokens - int(view.expected_tokens[computes]),
         reason=reason,
-        ttft_s=ttft_s,
-        cost_s=cost_s,
+        **seconds,
     )
 
 

@@ -45,15 +45,18 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     known, pace = _complete(view)
     ttft, harm = _prompts(facts, view, pace)
     (step, decoding), handing_over = _decode(facts, view, pace), _step(view, pace)
+    limit = (known and facts.ttft_slo_s) or np.inf
     if known:
-        harm = np.where(ttft > (facts.ttft_slo_s or np.inf), np.inf, harm)
+        harm = np.where(ttft > limit, np.inf, harm)
         decoding = np.where(step > (facts.itl_slo_s or np.inf), np.inf, decoding)
     options: list[Option] = []
     for decodes in view.layout.decodes.values():
         if len(decodes):
             fitting = view.layout.fitting(int(decodes[0]))
-            options.append(_best_pair(facts, view, decodes, fitting, ttft, harm, decoding, handing_over, pace))
-            options += _best_alone(_who_may_compute(facts, view, decodes, fitting), ttft, ttft + harm + decoding)
+            pair = _best_pair(facts, view, decodes, fitting, ttft, harm, decoding, handing_over, pace, limit)
+            late = pair[0] == np.inf and facts.local_prefill
+            alone = decodes if late else _who_may_compute(facts, view, decodes, fitting)
+            options += [pair, *_best_alone(alone, ttft, ttft + harm + decoding)]
     options += _best_alone(view.layout.unified, ttft, ttft + harm + decoding)
     cost, here, decode, first = min(options)
     if cost == np.inf:
@@ -63,9 +66,13 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     if not here:
         fitting = view.layout.fitting(decode)
         to_push = facts.num_prompt_tokens - view.matched_tokens[decode]
-        ranked = ranking(fitting, np.maximum(ttft, to_push * pace.push_token_s) + harm)
-    reason = f"{first:.3f} s to the first token expected" if known else "nothing learned yet"
-    return place(facts, view, decode, ranked, reason, *((first, cost) if known else ()))
+        ready = np.maximum(ttft, to_push * pace.push_token_s)
+        ranked = ranking(fitting, np.where(ready + handing_over[decode] > limit, np.inf, ready + harm))
+    if not known:
+        return place(facts, view, decode, ranked, "nothing learned yet")
+    waits = _waits(view, pace)[ranked[0] if ranked else decode]
+    seconds = {"ttft_s": first, "waits_s": float(waits), "itl_s": float(step[decode]), "cost_s": cost}
+    return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", **seconds)
 
 
 def _best_pair(
@@ -78,9 +85,10 @@ def _best_pair(
     decoding: Column,
     handing_over: Column,
     pace: Paces,
+    limit: float,
 ) -> Option:
-    """The best (P, D). Only pairs that may be it are looked at: no P is better with any D than `ttft + harm`, and pushes are seldom what
-    takes longest."""
+    """The best (P, D) of those that have the first token within `limit`. Only pairs that may be it are looked at: no P is better with any D
+    than `ttft + harm`, and pushes are seldom what takes longest."""
     least = float((ttft[fitting] + harm[fitting]).min())
     at_decode = handing_over + decoding
     by_cost = decodes[at_decode[decodes].argsort(kind="stable")]
@@ -91,7 +99,7 @@ def _best_pair(
             break
         to_push = facts.num_prompt_tokens - view.matched_tokens[chunk, None]
         first = np.maximum(ttft[fitting], to_push * pace.push_token_s[fitting]) + handing_over[chunk, None]
-        costs = first + harm[fitting] + decoding[chunk, None]
+        costs = np.where(first > limit, np.inf, first + harm[fitting] + decoding[chunk, None])
         d, p = divmod(int(costs.argmin()), len(fitting))
         best = min(best, (float(costs[d, p]), False, int(chunk[d]), float(first[d, p])))
     return best
@@ -147,6 +155,19 @@ def _queued(view: View, pace: Paces) -> Column:
     return pace.token_s * view.pending_tokens + pace.pair_s * view.pending_pairs
 
 
+def _waits(view: View, pace: Paces) -> Column:
+    """Seconds until each has computed what was sent there before."""
+    pending = view.pending_tokens
+    steps = np.ceil(pending / np.where(view.batched_tokens > 0, view.batched_tokens, np.maximum(pending, 1.0)))
+    return (_queued(view, pace) + steps * (pace.base_s + _beside(view, pace))) * (1 + pace.crowded)
+
+
+def _beside(view: View, pace: Paces) -> Column:
+    """Seconds that those who decode add to a step with prompts; at a prefill worker nobody does."""
+    rows = np.where(view.layout.is_prefill, 0.0, view.num_requests - view.num_waiting)
+    return np.where(rows > 0, pace.decode_s(rows, view.context_tokens), 0.0)
+
+
 def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     """Seconds of its device until it has computed the prompt, and those of them that the prompt itself takes."""
     matched = np.minimum(view.expected_tokens, facts.num_prompt_tokens - 1)  # the last token is always computed
@@ -154,11 +175,10 @@ def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     work = view.pending_tokens + missing
     at_most = np.where(view.batched_tokens > 0, view.batched_tokens, work)
     steps = np.ceil(work / at_most)
-    rows = np.where(view.layout.is_prefill, 0.0, view.num_requests - view.num_waiting)
-    beside = steps * (pace.base_s + np.where(rows > 0, pace.decode_s(rows, view.context_tokens), 0.0))
+    decodes = ~view.layout.is_prefill & (view.num_requests > view.num_waiting)
     own = pace.prompt_s(missing, matched)
-    steps_s = np.where(rows > 0, 0.0, pace.base_s * missing / at_most)  # who decodes makes the steps anyway
-    return beside + _queued(view, pace) + own, own + steps_s
+    steps_s = np.where(decodes, 0.0, pace.base_s * missing / at_most)  # who decodes makes the steps anyway
+    return steps * (pace.base_s + _beside(view, pace)) + _queued(view, pace) + own, own + steps_s
 
 
 def _decode(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:

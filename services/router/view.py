@@ -6,6 +6,7 @@ and tests; `View.of` makes columns of rows.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,11 @@ LOAD_COLUMNS = (
 )  # fmt: skip
 
 
+_KEPT = 8  # layouts without some, of each layout
+
+
 class Layout:
-    """Who the workers are; made anew when one comes or goes."""
+    """Who the workers are; made anew when one comes or goes. What is made of it is kept: a breaker stays open for many decisions."""
 
     def __init__(
         self, ids: Sequence[str], roles: Sequence[Role], fingerprints: Sequence[str], block_sizes: Sequence[int], devices: Sequence[str]
@@ -100,6 +104,37 @@ class Layout:
             for name in self._fitting
         }
         self.unified = np.array([row for row in rows if roles[row] is Role.UNIFIED], dtype=np.intp)
+        self._without: dict[frozenset[str], tuple[Layout, Rows]] = {}
+
+    def only(self, rows: Sequence[int], role: Role | None = None) -> "Layout":
+        """Those of these rows; all with this role, if it is given."""
+        return Layout(
+            [self.ids[row] for row in rows],
+            [role or self.roles[row] for row in rows],
+            [self.fingerprints[row] for row in rows],
+            [int(self.block_size[row]) for row in rows],
+            [self.devices[row] for row in rows],
+        )
+
+    def without(self, names: frozenset[str]) -> "tuple[Layout, Rows]":
+        """All others, and which rows they are here."""
+        if names not in self._without:
+            if len(self._without) == _KEPT:
+                self._without.clear()
+            rows = [row for row, name in enumerate(self.ids) if name not in names]
+            self._without[names] = self.only(rows), np.array(rows, dtype=np.intp)
+        return self._without[names]
+
+    @cached_property
+    def alone(self) -> "tuple[Layout, Rows]":
+        """The decode workers, taken for unified ones, and which rows they are here."""
+        rows = np.flatnonzero(self.is_decode)
+        return self.only(rows.tolist(), Role.UNIFIED), rows
+
+    @cached_property
+    def problem(self) -> str:
+        """Why there is no entrance, where there is none."""
+        return _explain(self)
 
     def fitting(self, entrance: int) -> Rows:
         """The prefill workers of its KV fingerprint; none for a unified worker, which needs none."""
@@ -140,6 +175,16 @@ class View(Sequence[WorkerView]):
         matched = np.array([w.matched_tokens for w in ordered], dtype=np.float64)
         return View(layout, table, matched, np.maximum(matched, [w.expected_tokens for w in ordered]))
 
+    def only(self, rows: Rows) -> "View":
+        return self._of(self.layout.only(rows.tolist()), rows)
+
+    def alone(self) -> "View":
+        """The decode workers, taken for unified ones."""
+        return self._of(*self.layout.alone)
+
+    def _of(self, layout: Layout, rows: Rows) -> "View":
+        return View(layout, self._table[:, rows], self.matched_tokens[rows], self.expected_tokens[rows])
+
     def worker(self, name: str) -> WorkerView:
         """Of the one with this id. Raises ValueError where there is none."""
         return self._row(self.layout.ids.index(name))
@@ -148,7 +193,7 @@ class View(Sequence[WorkerView]):
         """Rows of the workers that a request may be sent to: unified ones, and decode workers that a prefill worker fits. Raises NoWorkers
         where there is none."""
         if not len(self.layout.entrances):
-            raise NoWorkers(_explain(self.layout))
+            raise NoWorkers(self.layout.problem)
         return self.layout.entrances
 
     def __len__(self) -> int:

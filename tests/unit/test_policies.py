@@ -1,5 +1,6 @@
 """Policies on cases that were worked out by hand; what they take a burst for."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,23 @@ def test_predicted_refuses_what_nobody_is_expected_to_keep() -> None:
     assert placed("predicted", unknown, ttft_slo_s=1.5).decode == "u0"  # nobody knows
 
 
+def test_predicted_refuses_a_push_that_would_be_late() -> None:
+    """Not a prompt that D computes in time itself, though that costs the others there more."""
+    slow_link = worker("p0", Role.PREFILL, pace=replace(PACE, push_token_s=0.005))  # 5 s
+    busy_path = worker("p1", Role.PREFILL, pending_tokens=500, num_waiting=40, num_requests=40)  # 1.5 s, and delays forty
+    decodes = worker("d0", Role.DECODE, num_requests=20)
+    assert placed("predicted", [slow_link, decodes]).prefills == ("p0",)
+    assert placed("predicted", [slow_link, decodes], ttft_slo_s=4.0).prefills == ()
+    with pytest.raises(Overloaded, match=r"promised, 4 s to the first token"):
+        placed("predicted", [slow_link, decodes], ttft_slo_s=4.0, local_prefill=False)
+    either = [slow_link, busy_path, decodes]
+    assert placed("predicted", either, local_prefill=False).prefills == ("p0", "p1")
+    kept = placed("predicted", either, local_prefill=False, ttft_slo_s=4.0)
+    assert kept.prefills == ("p1", "p0")
+    assert kept.ttft_s is not None
+    assert kept.ttft_s < 4.0
+
+
 # -- bursts
 
 HASHES = block_hashes(range(1000), 10)
@@ -186,6 +204,24 @@ def test_views_follow_who_is_there_and_leave_out_whom_they_are_told_to() -> None
     made.is_member(d0, d0.member)
     made.update(p0, StateUpdate(sequence=2, state=MemberState.DRAINING, load=Load()))
     assert [w.id for w in made.view(lambda size: [])] == ["d0", "p1"]
+
+
+def test_what_is_laid_out_without_some_is_kept_until_somebody_comes_or_goes() -> None:
+    made, (p0, _, _) = fleet("p0", "p1", "d0")
+    without = made.view(lambda size: [], exclude=["p1"])
+    say(made, p0, 1, num_waiting_tokens=7)
+    again = made.view(lambda size: [], exclude=["p1"])
+    assert again.layout is without.layout
+    assert [(w.id, w.pending_tokens) for w in again] == [("d0", 0), ("p0", 7)]
+    made.silent(p0)
+    assert [w.id for w in made.view(lambda size: [], exclude=["p1"])] == ["d0"]
+    alone = made.view(lambda size: HASHES, exclude=["p1"]).alone()
+    assert [(w.id, w.role) for w in alone] == [("d0", Role.UNIFIED)]
+    assert made.view(lambda size: [], exclude=["p1"]).alone().layout is alone.layout
+    assert [w.role for w in made.view(lambda size: [])] == [Role.DECODE, Role.PREFILL]
+    for number in range(20):
+        made.view(lambda size: [], exclude=[f"x{number}"])
+    assert len(made._layout._without) <= 8
 
 
 def test_columns_of_rows_and_rows_of_columns_are_the_same() -> None:
