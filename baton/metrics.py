@@ -213,12 +213,12 @@ class RouterMetrics(Metrics):
         self._failures = self.counter("request_failures", "Failed requests", "code")
         self.queue_seconds = self.histogram("request_queue_seconds", "Time that requests had to wait in the router's queue, if any")
         self._refused = self.counter("requests_refused", "Requests that were not let in, by reason and tenant", "reason", "tenant")
-        self.queued: Callable[[], int] = lambda: 0  # these three are set by who knows
-        self.degraded: Callable[[], bool] = lambda: False
-        self.breakers_open: Callable[[], int] = lambda: 0
+        self.queued: Callable[[], int] = lambda: 0  # called on any thread; the two below are set now and then by who knows
+        self.degraded = False
+        self.num_breakers_open = 0
         self.gauge("num_requests_queued", "Requests that wait in the router's queue", lambda: self.queued())
-        self.gauge("degraded", "1 while decode workers compute all prompts: no prefill worker is there", lambda: self.degraded())
-        self.gauge("breakers_open", "Workers left alone, having failed request after request", lambda: self.breakers_open())
+        self.gauge("degraded", "1 while decode workers compute all prompts: no prefill worker is there", lambda: self.degraded)
+        self.gauge("breakers_open", "Workers left alone, having failed request after request", lambda: self.num_breakers_open)
 
     def predicted(self, predicted_s: float, actual_s: float) -> None:
         self._prediction.observe(abs(predicted_s - actual_s) / actual_s if actual_s > 0 else 0.0)

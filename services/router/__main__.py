@@ -59,10 +59,7 @@ def build(config: RouterConfig, workers: Workers, channels: Channels) -> Gateway
         on_migration=metrics.migrations.inc,
         on_first_token=metrics.predicted,
     )
-    placer = dispatcher.placer
-    metrics.degraded = lambda: bool(placer.degraded())
-    metrics.breakers_open = lambda: len(placer.breakers.open())
-    admission = Admission(config.admission, metrics, lease_s=config.cluster.lease_s, problem=placer.problem)
+    admission = Admission(config.admission, metrics, lease_s=config.cluster.lease_s, problem=dispatcher.placer.problem)
     return Gateway(
         model=name,
         tokenizer=tokenizer,
@@ -99,6 +96,7 @@ async def serve(config: RouterConfig) -> None:
     )
     workers.start()
     http = asyncio.create_task(server.serve([listener]), name="http")
+    gauges = asyncio.create_task(gateway.keep_gauges(), name="gauges")
 
     async def drain() -> None:
         server.should_exit = True
@@ -111,7 +109,8 @@ async def serve(config: RouterConfig) -> None:
         await host.run([router_pb2.DESCRIPTOR.services_by_name["Router"].full_name], drain, on_draining=start_draining)
     finally:
         server.should_exit = True
-        await asyncio.gather(http, return_exceptions=True)
+        gauges.cancel()
+        await asyncio.gather(http, gauges, return_exceptions=True)
         await workers.close()
         await membership.close()
         await channels.close()

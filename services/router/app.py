@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Stream = AsyncGenerator[tuple[Choice, Piece]]
 ROUTE_HEADER, TTFT_HEADER, TPOT_HEADER = "x-baton-route", "x-slo-ttft-ms", "x-slo-tpot-ms"
+_GAUGES_S = 1.0
 
 
 @dataclass(slots=True)
@@ -63,6 +64,19 @@ class Gateway:
             return "the router is draining"
         problem = self.dispatcher.placer.problem()
         return None if problem is None else problem.message
+
+    async def keep_gauges(self) -> None:
+        """So that they are right within a second, and threads that read them run nothing of ours."""
+        while True:
+            try:
+                self.set_gauges()
+            except Exception:
+                logger.exception("gauges cannot be set")
+            await self.dispatcher.workers.wait_change(_GAUGES_S)
+
+    def set_gauges(self) -> None:
+        placer = self.dispatcher.placer
+        self.metrics.degraded, self.metrics.num_breakers_open = bool(placer.degraded()), len(placer.breakers.open())
 
     def tenant(self, authorization: str | None) -> Tenant:
         """Raises Unauthorized."""
@@ -167,6 +181,7 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        gateway.set_gauges()
         return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
     @app.get("/cluster")
@@ -174,11 +189,12 @@ def make_app(gateway: Gateway) -> FastAPI:
         return describe(gateway)
 
     @app.get("/debug/routes/{request_id}")
-    async def route(request: Request, request_id: str) -> dict[str, Any]:
-        routes = gateway.generator.records.find(request_id, _tenant(request, gateway).name)
-        if routes is None:
+    async def route(request: Request, request_id: str) -> Response:
+        record = gateway.generator.records.find(request_id, _tenant(request, gateway).name)
+        if record is None:
             raise HTTPException(404, f"nothing is known of a request {request_id!r}: give the x-request-id of one of the latest")
-        return {"request_id": request_id, "sequences": [explain(route, gateway.dispatcher.placer.policy) for route in routes]}
+        known, policy = record.copy(), gateway.dispatcher.placer.policy
+        return await asyncio.to_thread(lambda: JSONResponse({"request_id": request_id, **explain(known, policy)}))
 
     return app
 

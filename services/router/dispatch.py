@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from baton.errors import InternalError, NoWorkers, Overloaded, Unavailable, WorkerLost
+from baton.errors import BatonError, InternalError, NoWorkers, Overloaded, Unavailable, WorkerLost
 from baton.rpc import convert
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import decode_pb2
@@ -26,6 +26,10 @@ from services.router.sessions import Sessions
 from services.router.workers import HashesBySize, Workers
 
 logger = logging.getLogger(__name__)
+
+
+def not_kept(decision: Decision) -> None:
+    """Nobody will ask for it."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,7 +45,8 @@ class Route:
     predicted_s: float | None = None  # until the first token
     queued_s: float = 0.0  # before it was placed
     moves: list[str] = dataclasses.field(default_factory=list[str])  # why it left each earlier worker
-    decisions: list[Decision] = dataclasses.field(default_factory=list[Decision], repr=False)  # of each placement
+    decisions: list[Decision] = dataclasses.field(default_factory=list[Decision], repr=False)  # of each placement, where they are kept
+    on_decision: Callable[[Decision], None] = dataclasses.field(default=not_kept, repr=False)  # who may keep it
 
     def __str__(self) -> str:
         parts = [
@@ -84,55 +89,63 @@ class Dispatcher:
     def route(self) -> Route:
         return Route(self.policy_name)
 
-    async def generate(self, request: GenerateRequest, route: Route) -> AsyncGenerator[GenerateOutput]:
-        """Outputs until the one with a finish reason, from as many workers as it takes. Leaving early cancels the call.
+    async def generate(self, request: GenerateRequest, route: Route, hashes: HashesBySize | None = None) -> AsyncGenerator[GenerateOutput]:
+        """Outputs until the one with a finish reason, from as many workers as it takes. Leaving early cancels the call. `hashes`: of the
+        prompt, where its siblings share them.
 
         Raises NoWorkers, Overloaded, WorkerLost (too often), or what a worker says of a wrong request.
         """
-        hashes = HashesBySize(request.prompt_token_ids, request.salt)
-        left = request.sampling.max_tokens - len(request.output_token_ids)
-        facts = self.placer.facts(len(request.prompt_token_ids) + len(request.output_token_ids), left, next(self._turns))
-        route.num_prompt_tokens = facts.num_prompt_tokens
-        output = list(request.output_token_ids)
-        refused: list[str] = []
-        for attempt in itertools.count():
-            decision = await self._place(facts, hashes, refused)
-            placement, instance = decision.placement, self.workers.member(decision.placement.decode).instance
-            route.decisions.append(decision)
-            self.placer.breakers.asked(placement.decode, instance)
-            route.decode, route.prefill, route.reason, route.predicted_s = placement.decode, "", placement.reason, placement.ttft_s
-            placed = time.monotonic()
-            name = request.request_id if attempt == 0 else f"{request.request_id}~{attempt}"
-            part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
-            try:
-                async with aclosing(self._call(part, placement, route, hashes)) as items:
-                    async for item in items:
-                        if decision.ttft_s is None:
-                            decision.ttft_s = time.monotonic() - placed
-                            self.placer.breakers.succeeded(placement.decode, instance)
-                            if not output and placement.ttft_s is not None:
-                                self._on_first_token(placement.ttft_s, decision.ttft_s)
-                        output += [token.token_id for token in item.tokens]
-                        yield item
-                        if item.finish_reason is not None:
-                            self.placer.learn_output(len(output))
-                            return
-                raise WorkerLost(f"{placement.decode} ended the stream too early")
-            except InternalError:
-                self.placer.breakers.failed(placement.decode, instance)
-                raise
-            except Unavailable as error:
-                if isinstance(error, WorkerLost):
-                    self.placer.breakers.failed(placement.decode, instance)
-                    self.workers.lost(placement.decode)
-                else:
-                    refused.append(placement.decode)
-                if attempt >= self._max_migrations or (isinstance(error, Overloaded) and not self._others(facts, hashes, refused)):
-                    raise
-                told = (request.request_id, placement.decode, len(output), error.message)
-                logger.warning("%s moves from %s after %d tokens: %s", *told, extra={"request_id": request.request_id})
-                route.moves.append(f"{placement.decode}: {error.message}")
-                self._on_migration()
+        output, hashes = list(request.output_token_ids), hashes or HashesBySize(request.prompt_token_ids, request.salt)
+        route.num_prompt_tokens = len(request.prompt_token_ids) + len(output)
+        turn, refused = next(self._turns), list[str]()
+        try:
+            for attempt in itertools.count():
+                if output:  # must be computed as well, wherever it goes on
+                    hashes = HashesBySize((*request.prompt_token_ids, *output), request.salt)
+                num_known, left = len(request.prompt_token_ids) + len(output), request.sampling.max_tokens - len(output)
+                facts = self.placer.facts(num_known, left, turn)
+                decision = await self._place(facts, hashes, refused)
+                route.on_decision(decision)
+                placement, instance = decision.placement, self.workers.member(decision.placement.decode).instance
+                self.placer.breakers.asked(placement.decode, instance)
+                route.decode, route.prefill, route.reason, route.predicted_s = placement.decode, "", placement.reason, placement.ttft_s
+                placed = time.monotonic()
+                name = request.request_id if attempt == 0 else f"{request.request_id}~{attempt}"
+                part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
+                try:
+                    async with aclosing(self._call(part, placement, route, hashes)) as items:
+                        async for item in items:
+                            if decision.ttft_s is None:
+                                decision.ttft_s = time.monotonic() - placed
+                                self.placer.breakers.succeeded(placement.decode, instance)
+                                if not output and placement.ttft_s is not None:
+                                    self._on_first_token(placement.ttft_s, decision.ttft_s)
+                            output += [token.token_id for token in item.tokens]
+                            yield item
+                            if item.finish_reason is not None:
+                                return
+                    raise WorkerLost(f"{placement.decode} ended the stream too early")
+                except (InternalError, Unavailable) as error:
+                    self._failed(error, placement.decode, instance, refused)
+                    full = isinstance(error, Overloaded) and not self._others(facts, hashes, refused)
+                    if isinstance(error, InternalError) or attempt >= self._max_migrations or full:
+                        raise
+                    told = (request.request_id, placement.decode, len(output), error.message)
+                    logger.warning("%s moves from %s after %d tokens: %s", *told, extra={"request_id": request.request_id})
+                    route.moves.append(f"{placement.decode}: {error.message}")
+                    self._on_migration()
+        finally:  # also where a stop string ended it, or nobody reads on
+            if len(output) > len(request.output_token_ids):
+                self.placer.learn_output(len(output))
+
+    def _failed(self, error: BatonError, decode: str, instance: str, refused: list[str]) -> None:
+        """What the next decisions are to know of it."""
+        if isinstance(error, InternalError | WorkerLost):
+            self.placer.breakers.failed(decode, instance)
+        if isinstance(error, WorkerLost):
+            self.workers.lost(decode)
+        elif isinstance(error, Unavailable):
+            refused.append(decode)
 
     async def _place(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> Decision:
         """Waits up to a lease for a worker that can take it."""

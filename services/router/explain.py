@@ -6,16 +6,36 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from baton.errors import NoWorkers
-from baton.types import Role
-from services.router.dispatch import Route
+import numpy as np
+
+from baton.errors import NoWorkers, Overloaded
+from services.router.dispatch import Route, not_kept
 from services.router.placer import Decision
 from services.router.policy import Facts, Placement, Policy
 from services.router.view import View, WorkerView
 
 _MOST_ROWS = 65_536  # workers' rows kept, in all decisions
+_MOST_SEQUENCES = 8  # kept, of a request
 _MOST_OPTIONS = 8  # told, of entrances and of prefill workers
 Json = dict[str, Any]
+
+
+@dataclasses.dataclass(slots=True)
+class Record:
+    """What is known of a request."""
+
+    routes: list[Route] = dataclasses.field(default_factory=list[Route])  # of its first sequences
+    num_sequences: int = 0
+    num_rows: int = 0  # of its decisions
+    kept: bool = True
+
+    def copy(self) -> "Record":
+        """As it stands, for another thread."""
+        routes = [
+            dataclasses.replace(route, moves=list(route.moves), decisions=[dataclasses.replace(each) for each in route.decisions])
+            for route in self.routes
+        ]
+        return dataclasses.replace(self, routes=routes)
 
 
 class Records:
@@ -23,28 +43,58 @@ class Records:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._records: OrderedDict[tuple[str, str], list[Route]] = OrderedDict()  # by tenant and id
-        self._latest: list[Route] = []
+        self._records: OrderedDict[tuple[str, str], Record] = OrderedDict()  # by tenant and id
+        self._num_rows = 0
 
-    def start(self, request_id: str, tenant: str) -> list[Route]:
-        """Where to put the routes of its sequences. An id that is used again means the later request."""
-        routes: list[Route] = []
-        rows = len(self._latest[0].decisions[0].view) if self._latest and self._latest[0].decisions else 0
-        limit = min(self._limit, _MOST_ROWS // max(rows, 1))
-        self._records.pop((tenant, request_id), None)
-        self._records[tenant, request_id] = routes
-        while len(self._records) > limit:
-            self._records.popitem(last=False)
-        self._latest = routes
-        return routes
+    def start(self, request_id: str, tenant: str) -> Record:
+        """Where to `add` its sequences. An id that is used again means the later request."""
+        record, key = Record(kept=self._limit > 0), (tenant, request_id)
+        if key in self._records:
+            self._forget(self._records.pop(key))
+        if record.kept:
+            self._records[key] = record
+            if len(self._records) > self._limit:
+                self._forget_oldest()
+        return record
 
-    def find(self, request_id: str, tenant: str) -> list[Route] | None:
+    def add(self, record: Record, route: Route) -> None:
+        """One more of its sequences; of the first ones the decisions are kept, as they are made."""
+        record.num_sequences += 1
+        if record.kept and len(record.routes) < _MOST_SEQUENCES:
+            record.routes.append(route)
+            route.on_decision = lambda decision: self._decided(record, route, decision)
+
+    def find(self, request_id: str, tenant: str) -> Record | None:
         """None: not known (any more), or another tenant's."""
         return self._records.get((tenant, request_id))
 
+    def _decided(self, record: Record, route: Route, decision: Decision) -> None:
+        rows = len(decision.view)
+        while record.kept and self._num_rows + rows > _MOST_ROWS:
+            self._forget_oldest()
+        if record.kept:
+            route.decisions.append(decision)
+            record.num_rows += rows
+            self._num_rows += rows
 
-def explain(route: Route, policy: Policy) -> Json:
-    """One sequence's life, as JSON."""
+    def _forget_oldest(self) -> None:
+        self._forget(self._records.popitem(last=False)[1])
+
+    def _forget(self, record: Record) -> None:
+        """Also what a request that still runs would go on to hold."""
+        self._num_rows -= record.num_rows
+        record.kept, record.num_rows = False, 0
+        for route in record.routes:
+            route.decisions.clear()
+            route.on_decision = not_kept
+
+
+def explain(record: Record, policy: Policy) -> Json:
+    """A request's life, as JSON. Takes a while where there are many workers: nothing for an event loop."""
+    return {"num_sequences": record.num_sequences, "sequences": [_sequence(route, policy) for route in record.routes]}
+
+
+def _sequence(route: Route, policy: Policy) -> Json:
     return {
         "policy": route.policy,
         "decode": route.decode,
@@ -89,20 +139,22 @@ def _option(placement: Placement, view: Sequence[WorkerView]) -> Json:
 def ranking(policy: Policy, facts: Facts, view: Sequence[WorkerView]) -> list[Placement]:
     """What the policy chooses; what it would have chosen with the same entrance, each time without the prefill worker that was better, and
     with none that has time; then each time without the entrance that was better."""
+    view = View.of(view)
+    ids, is_prefill = np.array(view.layout.ids), view.layout.is_prefill
     first = policy(facts, view)
     found = [first]
-    entrance = [worker for worker in view if worker.id == first.decode]
-    prefills = [worker for worker in view if worker.role is Role.PREFILL]
+    entrance, prefills = ids == first.decode, is_prefill.copy()
     elsewhere = dataclasses.replace(facts, local_prefill=False)
-    for _ in range(min(len(prefills), _MOST_OPTIONS)):
-        option = _try(policy, elsewhere, [*entrance, *prefills])
+    for _ in range(min(int(prefills.sum()), _MOST_OPTIONS)):
+        option = _try(policy, elsewhere, view.only(np.flatnonzero(entrance | prefills)))
         best = option[0].prefills[:1] if option else ()
         found += option if best else []
-        prefills = [worker for worker in prefills if worker.id not in best]
-    busy = [dataclasses.replace(worker, pending_tokens=10**12) for worker in view if worker.role is Role.PREFILL]
-    found += [option for option in _try(policy, facts, [*entrance, *busy]) if not option.prefills]
+        prefills &= ~np.isin(ids, best)
+    busy = view.only(np.flatnonzero(entrance | is_prefill))
+    busy.pending_tokens[busy.layout.is_prefill] = 1e12
+    found += [option for option in _try(policy, facts, busy) if not option.prefills]
     gone = {first.decode}
-    while len(gone) < _MOST_OPTIONS and (option := _try(policy, facts, [worker for worker in view if worker.id not in gone])):
+    while len(gone) < _MOST_OPTIONS and (option := _try(policy, facts, view.only(np.flatnonzero(~np.isin(ids, list(gone)))))):
         found += option
         gone.add(option[0].decode)
     distinct: dict[tuple[str, tuple[str, ...]], Placement] = {}
@@ -114,5 +166,5 @@ def ranking(policy: Policy, facts: Facts, view: Sequence[WorkerView]) -> list[Pl
 def _try(policy: Policy, facts: Facts, view: Sequence[WorkerView]) -> list[Placement]:
     try:
         return [policy(facts, view)]
-    except NoWorkers:
+    except (NoWorkers, Overloaded):
         return []

@@ -41,9 +41,11 @@ class FairQueue(Generic[W]):
         self._levels: dict[int, dict[str, list[W]]] = {}  # priority → tenant → by deadline; nothing in it is empty
         self._served: dict[str, float] = {}  # tenant → tokens / weight
         self._last = ""  # tenant served
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(len(queue) for level in self._levels.values() for queue in level.values())
+        """Also on another thread."""
+        return self._count
 
     def __iter__(self) -> Iterator[W]:
         return (waiting for level in self._levels.values() for queue in level.values() for waiting in queue)
@@ -52,6 +54,7 @@ class FairQueue(Generic[W]):
         self._served[waiting.tenant] = self._lifted(waiting.tenant)
         queue = self._levels.setdefault(waiting.priority, {}).setdefault(waiting.tenant, [])
         bisect.insort(queue, waiting, key=lambda each: each.key)
+        self._count += 1
 
     def first(self) -> W | None:
         """Whose turn it is."""
@@ -74,6 +77,7 @@ class FairQueue(Generic[W]):
         if place == len(queue) or queue[place] is not waiting:
             return False
         del queue[place]
+        self._count -= 1
         if not queue:
             del level[waiting.tenant]
         if not level:

@@ -16,8 +16,9 @@ from baton.tokenizer import Tokenizer
 from baton.types import CacheReport, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 from services.router.admission import Admission, Claim, Ticket, Work
 from services.router.dispatch import Dispatcher, Route
-from services.router.explain import Records
+from services.router.explain import Record, Records
 from services.router.text import Piece, TextStream
+from services.router.workers import HashesBySize
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,17 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Prompt:
+    ask: Ask
+    hashes: HashesBySize
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Run:
     """What a request's sequences share."""
 
     ticket: Ticket
-    routes: list[Route]
+    record: Record
 
 
 class Generator:
@@ -93,34 +100,35 @@ class Generator:
     async def run(self, request_id: str, asks: Sequence[Ask], claim: Claim) -> AsyncGenerator[tuple[Choice, Piece]]:
         """Pieces of all sequences as they come, once the request is let in; sequence i of prompt p has index p * n + i. Leaving early
         cancels them all. `request_id`: what the client knows it by."""
-        async with self.admission.enter(claim, self._work(asks)) as ticket:
+        prompts = [_Prompt(ask, HashesBySize(ask.prompt_token_ids, ask.salt)) for ask in asks]
+        async with self.admission.enter(claim, self._work(prompts)) as ticket:
             run = _Run(ticket, self.records.start(request_id, claim.tenant.name))
             if len(asks) == 1 and asks[0].n == 1:  # nearly always: without a task and a queue, which cost a step of 32 half a millisecond
-                async with aclosing(self._sequence(asks[0], 0, _drawn(asks[0].seed), run)) as items:
+                async with aclosing(self._sequence(prompts[0], 0, _drawn(asks[0].seed), run)) as items:
                     async for item in items:
                         ticket.told(len(item[1].tokens))
                         yield item
                 return
-            async with aclosing(self._several(asks, run)) as items:
+            async with aclosing(self._several(prompts, run)) as items:
                 async for item in items:
                     ticket.told(len(item[1].tokens))
                     yield item
 
-    def _work(self, asks: Sequence[Ask]) -> Work:
+    def _work(self, prompts: Sequence[_Prompt]) -> Work:
         """What is asked for, in all; forecasts are those of the longest prompt."""
-        longest = max(asks, key=lambda ask: len(ask.prompt_token_ids))
-        placer, max_tokens = self._dispatcher.placer, longest.sampling.max_tokens
+        asks, placer = [prompt.ask for prompt in prompts], self._dispatcher.placer
+        longest = max(prompts, key=lambda prompt: len(prompt.ask.prompt_token_ids))
         return Work(
             num_prompt_tokens=sum(len(ask.prompt_token_ids) for ask in asks),
             num_output_tokens=sum(ask.n * placer.expected_tokens(ask.sampling.max_tokens) for ask in asks),
             num_sequences=sum(ask.n for ask in asks),
-            forecast=placer.forecast(longest.prompt_token_ids, longest.salt, max_tokens),
+            forecast=placer.forecast(len(longest.ask.prompt_token_ids), longest.hashes, longest.ask.sampling.max_tokens),
         )
 
-    async def _several(self, asks: Sequence[Ask], run: "_Run") -> AsyncGenerator[tuple[Choice, Piece]]:
+    async def _several(self, prompts: Sequence[_Prompt], run: "_Run") -> AsyncGenerator[tuple[Choice, Piece]]:
         """The first sequence of a prompt starts at once, its siblings with its first token: they find the prompt cached."""
         pieces: asyncio.Queue[tuple[Choice, Piece] | BatonError | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._run_ask(ask, place * ask.n, pieces, run)) for place, ask in enumerate(asks)]
+        tasks = [asyncio.create_task(self._run_ask(prompt, place * prompt.ask.n, pieces, run)) for place, prompt in enumerate(prompts)]
         left = len(tasks)
         try:
             while left:
@@ -137,19 +145,19 @@ class Generator:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run_ask(
-        self, ask: Ask, first_index: int, pieces: "asyncio.Queue[tuple[Choice, Piece] | BatonError | None]", run: "_Run"
+        self, prompt: _Prompt, first_index: int, pieces: "asyncio.Queue[tuple[Choice, Piece] | BatonError | None]", run: "_Run"
     ) -> None:
-        seed, started = _drawn(ask.seed), asyncio.Event()
+        seed, started = _drawn(prompt.ask.seed), asyncio.Event()
 
         async def run_one(i: int) -> None:
-            async with aclosing(self._sequence(ask, first_index + i, _sibling_seed(seed, i), run)) as items:
+            async with aclosing(self._sequence(prompt, first_index + i, _sibling_seed(seed, i), run)) as items:
                 async for item in items:
                     started.set()
                     pieces.put_nowait(item)
 
         try:
             async with asyncio.TaskGroup() as group:
-                for i in range(ask.n):
+                for i in range(prompt.ask.n):
                     if i == 1:
                         await started.wait()
                     group.create_task(run_one(i))
@@ -157,12 +165,13 @@ class Generator:
             pieces.put_nowait(cast(BatonError, errors.exceptions[0]))
         pieces.put_nowait(None)
 
-    async def _sequence(self, ask: Ask, index: int, seed: int, run: "_Run") -> AsyncGenerator[tuple[Choice, Piece]]:
+    async def _sequence(self, prompt: _Prompt, index: int, seed: int, run: "_Run") -> AsyncGenerator[tuple[Choice, Piece]]:
         """One sequence as it grows. Raises BatonErrors alone."""
+        ask = prompt.ask
         try:
             choice = Choice(index, self._dispatcher.route())
             choice.route.queued_s = run.ticket.queued_s
-            run.routes.append(choice.route)
+            self.records.add(run.record, choice.route)
             request = GenerateRequest(
                 request_id=f"{ask.request_id}-{index}-{secrets.token_hex(4)}",  # clients may use an id twice; workers must not
                 prompt_token_ids=ask.prompt_token_ids,
@@ -178,7 +187,7 @@ class Generator:
                 eos=self._eos,
             )
             begun = last = run.ticket.arrived
-            async with aclosing(self._dispatcher.generate(request, choice.route)) as outputs:
+            async with aclosing(self._dispatcher.generate(request, choice.route, prompt.hashes)) as outputs:
                 async for output in outputs:
                     piece = text.push(output)
                     choice.pieces.append(piece)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 
 from baton.errors import NoWorkers
-from baton.types import Role
 from services.router.admission import Forecast
 from services.router.breakers import Breakers
 from services.router.policy import Facts, Placement, Policy
@@ -70,7 +69,7 @@ class Placer:
         try:
             return Decision(facts, view, self.policy(facts, view))
         except NoWorkers as error:
-            alone = [dataclasses.replace(worker, role=Role.UNIFIED) for worker in view if worker.role is Role.DECODE]
+            alone = View.of(view).alone()
             if not alone or not facts.local_prefill:
                 raise
             placement = self.policy(facts, alone)
@@ -93,30 +92,14 @@ class Placer:
         except NoWorkers:
             return ""
 
-    def forecast(self, prompt_token_ids: Sequence[int], salt: str, max_tokens: int) -> Callable[[], Forecast]:
+    def forecast(self, num_prompt_tokens: int, hashes: HashesBySize, max_tokens: int) -> Callable[[], Forecast]:
         """What would become of this prompt, whenever it is asked."""
-        hashes = HashesBySize(prompt_token_ids, salt)
 
         def now() -> Forecast:
             try:
-                return _forecast(self.decide(self.facts(len(prompt_token_ids), max_tokens), hashes))
+                placement = self.decide(self.facts(num_prompt_tokens, max_tokens), hashes).placement
             except NoWorkers:
                 return Forecast()
+            return Forecast(ttft_s=placement.ttft_s, waits_s=placement.waits_s or 0.0, itl_s=placement.itl_s)
 
         return now
-
-
-def _forecast(decision: Decision) -> Forecast:
-    facts, placement = decision.facts, decision.placement
-    if placement.ttft_s is None:
-        return Forecast()
-    view = View.of(decision.view)
-    decode = view.worker(placement.decode)
-    computes = view.worker(placement.prefills[0]) if placement.prefills else decode
-    missing = placement.missing_tokens
-    own_s = computes.pace.prompt_s(missing, facts.num_prompt_tokens - missing) + computes.pace.base_s
-    if computes is not decode:
-        own_s = max(own_s, (facts.num_prompt_tokens - decode.matched_tokens) * computes.pace.push_token_s)
-    rows = decode.num_requests - decode.num_waiting + 1
-    itl_s = decode.pace.base_s + decode.pace.decode_s(rows, decode.context_tokens + facts.num_prompt_tokens) if decode.pace.base_s else None
-    return Forecast(ttft_s=placement.ttft_s, waits_s=max(placement.ttft_s - own_s, 0.0), itl_s=itl_s)

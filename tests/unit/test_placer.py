@@ -1,14 +1,16 @@
 """What is predicted of requests that only want to know, when decode workers stand alone, and what a decision is explained by."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
 from baton.errors import NoWorkers
 from baton.types import Pace, Role
+from services.router.admission import Forecast
 from services.router.dispatch import Route
-from services.router.explain import Records, explain, ranking
+from services.router.explain import Record, Records, explain, ranking
 from services.router.placer import Placer
 from services.router.policies import POLICIES
 from services.router.policy import WorkerView
@@ -37,26 +39,42 @@ def placer(*workers: WorkerView, policy: str = "predicted", **options: Any) -> P
     return Placer(cast(Any, Seen(*workers)), POLICIES[policy], **options)
 
 
+def forecast(num_tokens: int, *workers: WorkerView, **options: Any) -> Forecast:
+    return placer(*workers, **options).forecast(num_tokens, NOTHING, 10)()
+
+
 def test_a_forecast_tells_the_wait_from_the_prompts_own_time() -> None:
-    prompt = list(range(1000))
-    idle = placer(worker("u", Role.UNIFIED)).forecast(prompt, "", 10)()
+    idle = forecast(1000, worker("u", Role.UNIFIED))
     assert idle.ttft_s == pytest.approx(1.01)
-    assert idle.waits_s == pytest.approx(0)
-    assert idle.itl_s == pytest.approx(0.01 + 0.0005 + 1e-6 * 1000)
-    queued = placer(worker("u", Role.UNIFIED, num_requests=3, num_waiting=2, pending_tokens=4000, context_tokens=500)).forecast(
-        prompt, "", 10
-    )()
-    assert queued.waits_s == pytest.approx(4.0 + 0.0005 + 1e-6 * 500)  # and what decodes beside
-    assert queued.itl_s == pytest.approx(0.01 + 2 * 0.0005 + 1e-6 * 1500)
+    assert idle.waits_s == 0
+    assert idle.itl_s == pytest.approx(0.01 + 0.0005 + 1e-6 * 1005)
+    queued = forecast(1000, worker("u", Role.UNIFIED, num_requests=3, num_waiting=2, pending_tokens=4000, context_tokens=500))
+    assert queued.waits_s == pytest.approx(4.0 + 0.01 + 0.0005 + 1e-6 * 500)  # and what decodes beside
+    assert queued.itl_s == pytest.approx(0.01 + 4 * 0.0005 + 1e-6 * 1505)  # who waits will decode too
     pushes = worker("p", Role.PREFILL, pace=Pace(base_s=0.01, token_s=0.001, push_token_s=0.005))
-    slow_link = placer(pushes, worker("d", Role.DECODE), local_prefill=False).forecast(prompt, "", 10)()
-    assert (slow_link.ttft_s, slow_link.waits_s) == (pytest.approx(5.0), pytest.approx(0))
+    slow_link = forecast(1000, pushes, worker("d", Role.DECODE), local_prefill=False)
+    assert (slow_link.ttft_s, slow_link.waits_s) == (pytest.approx(5.0), 0)
+
+
+def test_nobody_waits_at_an_idle_worker_whatever_the_prompt_takes_there() -> None:
+    busy = worker("a", Role.UNIFIED, num_requests=2, num_waiting=2, pending_tokens=50_000)
+    unlearned = forecast(8000, busy, worker("b", Role.UNIFIED, pace=Pace()))
+    assert (unlearned.ttft_s, unlearned.waits_s) == (pytest.approx(8.01), 0)
+    assert unlearned.itl_s == pytest.approx(0.01 + 0.0005 + 1e-6 * 8005)  # as the others do
+    chunks = forecast(100_000, worker("b", Role.UNIFIED, batched_tokens=2048))
+    assert (chunks.ttft_s, chunks.waits_s) == (pytest.approx(100 + 49 * 0.01), 0)
+    crowded = Pace(base_s=0.01, token_s=0.001, row_s=0.0005, crowded=1.0)
+    for device in ("", "m/0"):
+        mates = [worker(name, Role.UNIFIED, pace=crowded, device=device) for name in "ab"]
+        slower = forecast(1000, *mates)
+        assert (slower.waits_s, slower.itl_s) == (0, pytest.approx(2 * 0.0105))
+        behind = forecast(1000, *(replace(each, pending_tokens=3000, num_requests=1, num_waiting=1) for each in mates))
+        assert behind.waits_s == pytest.approx(2 * 3.01)
 
 
 def test_nobody_who_knows_nothing_is_forecast_anything() -> None:
     for unknown in (placer(worker("u", Role.UNIFIED, pace=Pace())), placer(worker("u", Role.UNIFIED), policy="least_load"), placer()):
-        forecast = unknown.forecast([1, 2, 3], "", 10)()
-        assert (forecast.ttft_s, forecast.waits_s, forecast.itl_s) == (None, 0.0, None)
+        assert unknown.forecast(3, NOTHING, 10)() == Forecast()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -102,10 +120,10 @@ def test_an_explanation_ranks_the_choice_and_who_would_have_been_next() -> None:
     assert [(o.decode, o.prefills[:1]) for o in here] == [("d0", ()), ("d0", ("p0",))]
     assert (here[0].cost_s or 0) < (here[1].cost_s or 0)
     decision.ttft_s = 1.5
-    route = Route("predicted", decode="d1", prefill="p1", num_prompt_tokens=1000, decisions=[decision])
-    page = explain(route, asked.policy)["decisions"][0]
-    assert page["ttft_s"] == {"predicted": pytest.approx(1.01), "actual": 1.5}
-    assert set(page["candidates"][0]["workers"]) == {"d1", "p1"}
+    page = explain(Record([Route("predicted", decode="d1", prefill="p1", num_prompt_tokens=1000, decisions=[decision])]), asked.policy)
+    [told] = page["sequences"][0]["decisions"]
+    assert told["ttft_s"] == {"predicted": pytest.approx(1.01), "actual": 1.5}
+    assert set(told["candidates"][0]["workers"]) == {"d1", "p1"}
 
 
 def test_records_are_bounded_and_each_tenants_own() -> None:
@@ -114,9 +132,35 @@ def test_records_are_bounded_and_each_tenants_own() -> None:
     assert records.find("1", "a") is None
     assert records.find("2", "a") is kept[2]
     assert records.find("2", "b") is None
-    assert Records(0).start("1", "a") == []
-    wide = Records(1000)
-    asked = placer(*(worker(f"u{i}", Role.UNIFIED) for i in range(1000)))
+    assert Records(0).start("1", "a").kept is False
+    wide, rows = Records(1000), 1000
+    asked = placer(*(worker(f"u{i:03}", Role.UNIFIED) for i in range(rows)))
+    decision, routes = asked.decide(asked.facts(10, 1), NOTHING), list[Route]()
+
+    def sequence(record: Record, moves: int) -> None:
+        route = Route("p")
+        wide.add(record, route)
+        routes.append(route)
+        for _ in range(moves + 1):
+            route.on_decision(decision)
+
     for i in range(100):
-        wide.start(str(i), "").append(Route("p", decisions=[asked.decide(asked.facts(10, 1), NOTHING)]))
-    assert sum(wide.find(str(i), "") is not None for i in range(100)) == 65
+        sequence(wide.start(str(i), ""), 0)
+    assert [i for i in range(100) if wide.find(str(i), "") is not None] == [*range(35, 100)]
+    many = wide.start("many", "")
+    for _ in range(64):
+        sequence(many, 3)
+    assert sum(len(route.decisions) for route in routes) * rows <= 65_536  # whoever still holds on to them
+    assert [len(route.decisions) for route in many.routes] == [4] * 8
+    assert many.copy().num_sequences == 64
+    late = routes[0]
+    late.on_decision(decision)  # of one that is forgotten
+    assert late.decisions == []
+
+
+def test_placements_that_would_be_late_are_no_options_of_an_explanation() -> None:
+    late = {"num_requests": 2, "num_waiting": 2, "pending_tokens": 2000}
+    asked = placer(worker("u0", Role.UNIFIED), worker("u1", Role.UNIFIED, **late))
+    facts = replace(asked.facts(1000, 10), ttft_slo_s=2.0)
+    decision = asked.decide(facts, NOTHING)
+    assert [option.decode for option in ranking(asked.policy, facts, decision.view)] == ["u0"]

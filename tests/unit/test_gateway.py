@@ -1,0 +1,80 @@
+"""What the router's pages ask of its parts, and on which thread."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from baton.cluster.membership import InMemoryMembership
+from baton.config import RouterConfig
+from baton.rpc.channel import Channels
+from baton.types import Load, Member, MemberState, Role, StateUpdate
+from services.router.__main__ import build
+from services.router.app import Gateway, make_app
+from services.router.policy import Facts, Placement
+from services.router.view import WorkerView
+from services.router.workers import HashesBySize, Workers
+
+NOTHING = HashesBySize((), "")
+
+
+def gateway(model: Path, *roles: Role) -> Gateway:
+    """Of a router whose workers are known, and never asked anything."""
+    channels = Channels(1.0)
+    workers = Workers(InMemoryMembership(), channels, lease_s=1.0)
+    for role in roles:
+        worker = workers._fleet.add(Member(id=str(role), role=role, address="", fingerprint="f", block_size=16))
+        workers._fleet.update(worker, StateUpdate(sequence=0, state=MemberState.READY, load=Load(), snapshot=True))
+    return build(RouterConfig(model=str(model)), workers, channels)
+
+
+async def test_an_explanation_does_not_hold_up_the_event_loop(demo_model: Path) -> None:
+    made, going_on = gateway(demo_model, Role.UNIFIED), threading.Event()
+    placer, records = made.dispatcher.placer, made.generator.records
+    record = records.start("why", "")
+    for _ in range(20):
+        route = made.dispatcher.route()
+        records.add(record, route)
+        route.on_decision(placer.decide(placer.facts(100, 10), NOTHING))
+    placed, heard = placer.policy, list[bool]()
+
+    def policy(facts: Facts, view: Sequence[WorkerView]) -> Placement:
+        heard.append(going_on.wait(5))  # what the loop does meanwhile
+        return placed(facts, view)
+
+    placer.policy = policy
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(made)), base_url="http://router") as client:
+        asked = asyncio.create_task(client.get("/debug/routes/why"))
+        while not (heard or asked.done() or going_on.is_set()):
+            await asyncio.sleep(0.01)
+            if record.routes[0].decisions:
+                going_on.set()
+        page = (await asked).json()
+    assert heard
+    assert all(heard)
+    assert (page["num_sequences"], len(page["sequences"])) == (20, 8)
+    assert page["sequences"][0]["decisions"][0]["chosen"]["decode"] == "unified"
+
+
+async def test_gauges_run_none_of_the_routers_code_on_other_threads(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gateway(demo_model, Role.DECODE)
+    view, threads = made.dispatcher.workers.view, set[threading.Thread]()
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        threads.add(threading.current_thread())
+        return view(*arguments, **more)
+
+    monkeypatch.setattr(made.dispatcher.workers, "view", watched)
+    for _ in range(3):
+        made.dispatcher.placer.breakers.failed("decode", "1")
+    keeping = asyncio.create_task(made.keep_gauges())
+    await asyncio.sleep(0)
+    page = (await asyncio.to_thread(made.metrics.exposition)).decode()
+    keeping.cancel()
+    values = {line.split("{")[0]: float(line.split()[-1]) for line in page.splitlines() if line.startswith("baton:")}
+    assert (values["baton:degraded"], values["baton:breakers_open"], values["baton:num_requests_queued"]) == (1.0, 1.0, 0.0)
+    assert threads == {threading.current_thread()}
