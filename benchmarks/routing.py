@@ -1,7 +1,7 @@
 """Routing policies on simulated workers: the table of benchmarks/results/routing-simulated.md; and what a decision takes.
 
     python -m benchmarks.routing --trace conversation_trace.jsonl --rows FOLDER [--limit-s 110] [--out FILE]
-    python -m benchmarks.routing --decision 1000
+    python -m benchmarks.routing --decision 1000 [--excluded 1]
 
 Rows that FOLDER has are not computed again; with --limit-s, it stops when so much time has gone by, and goes on in the next call.
 """
@@ -179,9 +179,9 @@ def verdict(found: dict[str, list[dict[str, Any]]]) -> str:
     )
 
 
-def decision(workers: int, blocks: int = 256, rounds: int = 2000) -> None:
+def decision(workers: int, excluded: int, blocks: int = 256, rounds: int = 2000) -> None:
     """CPU milliseconds from a prompt's hashes to a placement: the match, the view and the policy, in a fleet whose loads change in
-    between."""
+    between. `excluded`: workers that are left out, as while their breakers are open."""
     rng = random.Random(0)
     fleet, shared = Fleet(), [rng.randbytes(16) for _ in range(blocks // 8)]
     prompts = [[*shared, *(rng.randbytes(16) for _ in range(blocks - len(shared)))] for _ in range(200)]
@@ -192,7 +192,8 @@ def decision(workers: int, blocks: int = 256, rounds: int = 2000) -> None:
         everybody.append(fleet.add(Member(id=f"w{number:05}", role=role, address="", fingerprint="f", block_size=16)))
         held = tuple(key for prompt in rng.sample(prompts, 20) for key in prompt[: rng.randrange(blocks)])
         fleet.update(everybody[-1], update(rng, pace, BlocksStored(held)))
-    print(f"| policy, {workers} workers, {blocks} blocks | p50, ms | p99, ms |\n|---|---|---|")
+    left_out = [worker.member.id for worker in everybody[:excluded]]
+    print(f"| policy, {workers} workers, {excluded} of them left out, {blocks} blocks | p50, ms | p99, ms |\n|---|---|---|")
     for name, policy in POLICIES.items():
         times: list[float] = []
         for number in range(rounds):
@@ -200,7 +201,8 @@ def decision(workers: int, blocks: int = 256, rounds: int = 2000) -> None:
             fleet.routed(everybody[rng.randrange(workers // 2)].member.id, f"{name}-{number}", 1000, 10**6, prompt)
             fleet.update(rng.choice(everybody), update(rng, pace))
             begun = time.thread_time()
-            policy(Facts(num_prompt_tokens=16 * blocks + 4, turn=number, num_output_tokens=128), fleet.view(lambda size, p=prompt: p))
+            view = fleet.view(lambda size, p=prompt: p, left_out)
+            policy(Facts(num_prompt_tokens=16 * blocks + 4, turn=number, num_output_tokens=128), view)
             times.append(time.thread_time() - begun)
         print(f"| {name} | {1e3 * np.percentile(times, 50):.2f} | {1e3 * np.percentile(times, 99):.2f} |", flush=True)
 
@@ -226,9 +228,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--decision", type=int, metavar="WORKERS")
+    parser.add_argument("--excluded", type=int, default=0, metavar="WORKERS", help="of --decision's, left out")
     arguments = parser.parse_args()
     if arguments.decision:
-        decision(arguments.decision)
+        decision(arguments.decision, arguments.excluded)
         return
     if arguments.trace is None or arguments.rows is None:
         parser.error("give --trace and --rows, or --decision")

@@ -47,8 +47,7 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     (step, decoding), handing_over = _decode(facts, view, pace), _step(view, pace)
     limit = (known and facts.ttft_slo_s) or np.inf
     if known:
-        harm = np.where(ttft > limit, np.inf, harm)
-        decoding = np.where(step > (facts.itl_slo_s or np.inf), np.inf, decoding)
+        harm, decoding = _within(limit, ttft, harm), _within(facts.itl_slo_s or np.inf, step, decoding)
     options: list[Option] = []
     for decodes in view.layout.decodes.values():
         if len(decodes):
@@ -67,11 +66,11 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
         fitting = view.layout.fitting(decode)
         to_push = facts.num_prompt_tokens - view.matched_tokens[decode]
         ready = np.maximum(ttft, to_push * pace.push_token_s)
-        ranked = ranking(fitting, np.where(ready + handing_over[decode] > limit, np.inf, ready + harm))
+        ranked = ranking(fitting, _within(limit, ready + handing_over[decode], ready + harm))
     if not known:
         return place(facts, view, decode, ranked, "nothing learned yet")
-    waits = _waits(view, pace)[ranked[0] if ranked else decode]
-    seconds = {"ttft_s": first, "waits_s": float(waits), "itl_s": float(step[decode]), "cost_s": cost}
+    waits = _waits(view, pace, ranked[0] if ranked else decode)
+    seconds = {"ttft_s": first, "waits_s": waits, "itl_s": float(step[decode]), "cost_s": cost}
     return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", **seconds)
 
 
@@ -95,14 +94,19 @@ def _best_pair(
     best: Option = (float("inf"), False, int(decodes[0]), 0.0)
     for start in range(0, len(by_cost), _CHUNK):
         chunk = by_cost[start : start + _CHUNK]
-        if least + at_decode[chunk[0]] > best[0]:
+        if least == np.inf or least + at_decode[chunk[0]] > best[0]:
             break
         to_push = facts.num_prompt_tokens - view.matched_tokens[chunk, None]
         first = np.maximum(ttft[fitting], to_push * pace.push_token_s[fitting]) + handing_over[chunk, None]
-        costs = np.where(first > limit, np.inf, first + harm[fitting] + decoding[chunk, None])
+        costs = _within(limit, first, first + harm[fitting] + decoding[chunk, None])
         d, p = divmod(int(costs.argmin()), len(fitting))
         best = min(best, (float(costs[d, p]), False, int(chunk[d]), float(first[d, p])))
     return best
+
+
+def _within(limit: float, seconds: Column, costs: Column) -> Column:
+    """The costs, of those that are late infinite."""
+    return costs if limit == np.inf else np.where(seconds > limit, np.inf, costs)
 
 
 def _best_alone(rows: Rows, ttft: Column, costs: Column) -> list[Option]:
@@ -155,17 +159,14 @@ def _queued(view: View, pace: Paces) -> Column:
     return pace.token_s * view.pending_tokens + pace.pair_s * view.pending_pairs
 
 
-def _waits(view: View, pace: Paces) -> Column:
-    """Seconds until each has computed what was sent there before."""
-    pending = view.pending_tokens
-    steps = np.ceil(pending / np.where(view.batched_tokens > 0, view.batched_tokens, np.maximum(pending, 1.0)))
-    return (_queued(view, pace) + steps * (pace.base_s + _beside(view, pace))) * (1 + pace.crowded)
-
-
-def _beside(view: View, pace: Paces) -> Column:
-    """Seconds that those who decode add to a step with prompts; at a prefill worker nobody does."""
-    rows = np.where(view.layout.is_prefill, 0.0, view.num_requests - view.num_waiting)
-    return np.where(rows > 0, pace.decode_s(rows, view.context_tokens), 0.0)
+def _waits(view: View, pace: Paces, row: int) -> float:
+    """Seconds until it has computed what was sent there before."""
+    pending = view.pending_tokens[row]
+    steps = np.ceil(pending / (view.batched_tokens[row] or pending)) if pending else 0.0
+    rows = 0.0 if view.layout.is_prefill[row] else view.num_requests[row] - view.num_waiting[row]
+    beside = pace.row_s[row] * rows + pace.context_s[row] * view.context_tokens[row] if rows else 0.0
+    queued = pace.token_s[row] * pending + pace.pair_s[row] * view.pending_pairs[row]
+    return float((queued + steps * (pace.base_s[row] + beside)) * (1 + pace.crowded[row]))
 
 
 def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
@@ -175,10 +176,11 @@ def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     work = view.pending_tokens + missing
     at_most = np.where(view.batched_tokens > 0, view.batched_tokens, work)
     steps = np.ceil(work / at_most)
-    decodes = ~view.layout.is_prefill & (view.num_requests > view.num_waiting)
+    rows = np.where(view.layout.is_prefill, 0.0, view.num_requests - view.num_waiting)
+    beside = steps * (pace.base_s + np.where(rows > 0, pace.decode_s(rows, view.context_tokens), 0.0))
     own = pace.prompt_s(missing, matched)
-    steps_s = np.where(decodes, 0.0, pace.base_s * missing / at_most)  # who decodes makes the steps anyway
-    return steps * (pace.base_s + _beside(view, pace)) + _queued(view, pace) + own, own + steps_s
+    steps_s = np.where(rows > 0, 0.0, pace.base_s * missing / at_most)  # who decodes makes the steps anyway
+    return beside + _queued(view, pace) + own, own + steps_s
 
 
 def _decode(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
