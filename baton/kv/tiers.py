@@ -49,7 +49,7 @@ def connect_tiers(
     tiers: list[KVTransfer] = []
     beside = memory_beside(memory)
     if files.path:
-        store = FileStore(Path(files.path), files.bytes)
+        store = FileStore(Path(files.path), files.bytes, shared=files.shared)
         served = store if isinstance(beside, CpuMemory) else StagedStore(store, beside, block_bytes)
         direct = files.shared or not host.bytes  # who waits for what is shared does not wait for the host first
         tiers.append(KVTransfer(served, "files", shared=files.shared, direct=direct, usage=store.usage))
