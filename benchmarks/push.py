@@ -132,7 +132,7 @@ def main() -> None:
         def push(copies: list[Copy] = copies) -> None:
             results: list[PushResult] = []
             settled = threading.Event()
-            sender.push(session, copies, results.append, settled.set)
+            sender.push(session, lambda: copies, results.append, settled.set)
             settled.wait()
             assert results[0].status is PushStatus.GOOD
 

@@ -169,7 +169,7 @@ def main(given: Sequence[str]) -> None:
                 results.append(result)
                 told.set()
 
-            sender.push(whole, each, done, lambda: None)
+            sender.push(whole, lambda: each, done, lambda: None)
             assert told.wait(PATIENCE_S), "no answer"
             assert results[0].status is PushStatus.GOOD, results[0]
 

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from baton.cluster.machine import this_machine
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
@@ -13,7 +13,7 @@ from baton.types import PushShard
 
 logger = logging.getLogger(__name__)
 LEFT_ALONE_S = 30.0  # a path that has failed, where there is another
-_REMEMBERED = 1024  # failed paths
+_REMEMBERED = 1024  # failed paths, and paths that were told of
 
 
 class DirectReceiver:
@@ -60,7 +60,7 @@ class DirectSender:
         """`senders`: by protocol."""
         self._offer = Offer(this_machine(), tuple(senders))
         self._senders = dict(senders)
-        self._told: set[tuple[str, str]] = set()
+        self._told: OrderedDict[tuple[str, str], None] = OrderedDict()  # machines and protocols
         self._failed: OrderedDict[str, tuple[float, str]] = OrderedDict()  # sessions, until when they are left alone, and why
         self._lock = threading.Lock()  # of what is above and below: each session has a thread
         self.values = {"push_bytes": 0.0, "push_seconds": 0.0, "push_failures": 0.0, "push_fallbacks": 0.0}
@@ -80,15 +80,24 @@ class DirectSender:
         choice = choose(self._offer, peer, failed) if failed else best
         if not choice.protocol:
             choice = best
-        with self._lock:
-            new = (target.machine, choice.protocol) not in self._told
-            self._told.add((target.machine, choice.protocol))
-        if new:
-            logger.info("push to %s: %s (%s)", target.machine, choice.protocol or "not possible", choice.reason)
         return choice, choice.protocol != best.protocol
 
-    def push(self, target: PushShard, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
+    def _tell(self, machine: str, choice: Choice) -> None:
+        """Once for each machine and protocol."""
+        with self._lock:
+            new = (machine, choice.protocol) not in self._told
+            self._told[machine, choice.protocol] = None
+            if len(self._told) > _REMEMBERED:
+                self._told.popitem(last=False)
+        if new:
+            logger.info("push to %s: %s (%s)", machine, choice.protocol or "not possible", choice.reason)
+
+    def push(
+        self, target: PushShard, copies: Callable[[], Iterable[Copy]], done: Callable[[PushResult], None], settled: Callable[[], None]
+    ) -> None:
+        """See `kv.push.Sender`."""
         choice, stands_in = self._path(target)
+        self._tell(target.machine, choice)
         session = dict(target.sessions).get(choice.protocol, "")
 
         def counted(result: PushResult) -> None:

@@ -6,8 +6,9 @@
 
 Readers never see half a block: a file has its name only when it is complete, and what a crash of the machine left of it is caught by length
 and checksum, counts as a miss and is removed. There is no index beside the files: a new process finds what the last one left by their
-names, and its order of use by their times, which are set by each use. Several processes may write the same directory; each counts what the
-others added when it has itself written a sixteenth of the budget, so the budget may be passed by so much for each of them.
+names, and its order of use by their times, which are set by each use. Several processes may write the same directory, which each
+should know (`shared`): else it looks for nothing that it has not written or counted itself. It counts what is there when it has itself
+written a sixteenth of the budget, so the budget may be passed by so much for each of them.
 """
 
 import contextlib
@@ -44,9 +45,10 @@ _TOO_LARGE = errno.EFBIG
 class FileStore:
     """Thread-safe, as far as the load and the save thread need it."""
 
-    def __init__(self, root: Path, capacity: int) -> None:
-        """Creates the directory if it is not there, and lists what it holds. Raises ConfigError where it can't be used."""
-        self._root, self._capacity = root, capacity
+    def __init__(self, root: Path, capacity: int, *, shared: bool = False) -> None:
+        """Creates the directory if it is not there, and lists what it holds. `shared`: others save there, too, and what they have is looked
+        for. Raises ConfigError where it can't be used."""
+        self._root, self._capacity, self._shared = root, capacity, shared
         self._files = OrderedDict[str, int]()  # bytes by name, least recently used first
         self._used = self._written = self._evictions = self._damaged = 0
         self._numbers = itertools.count()
@@ -66,6 +68,9 @@ class FileStore:
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         self._check()
+        if not self._shared:
+            with self._lock:
+                return [_name(key) in self._files for key in keys]
         found: list[bool] = []
         missing = 0
         for key in keys:

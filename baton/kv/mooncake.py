@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from baton.errors import ConfigError, StoreError
-from baton.kv.neighbours import Neighbours
+from baton.kv.neighbours import Neighbours, Place
 from baton.kv.store import Buffer
 from baton.kv.transfer import TransferStats
 
@@ -109,6 +109,7 @@ class MooncakeStore:
         self._near = near
         self.stats = TransferStats()
         self._master, self._cluster, self._protocol = master, cluster, protocol
+        self._wave = WAVE if protocol == "tcp" else 0  # keys of one call; 0: any number
         self._store: Any = None
         self._closed = False
         self._regions: list[Buffer] = []
@@ -204,27 +205,35 @@ class MooncakeStore:
 
     def _get_near(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> dict[int, bool]:
         """Of the blocks that were copied from a node's memory on this machine: whether it is they. To ask where a key lies leases it, so it
-        is not evicted meanwhile; afterwards the pool is asked again, for a new master and who removes by force know no lease."""
+        is not evicted meanwhile; afterwards the pool is asked again whether it lies there, for a new master and who removes by force know
+        no lease."""
         assert self._near is not None
-        self.connect()
         names, asked = [self._object(key) for key in keys], time.monotonic()
-        replicas = self._store.batch_get_replica_desc(names)
-        if not replicas and time.monotonic() - asked > _SILENT_S:
-            raise StoreError("mooncake_master does not answer")
+        replicas = self._replicas(names)
         with self._near.held():
-            near: dict[int, Buffer] = {}
+            near: dict[int, tuple[Place, Buffer]] = {}
             for i, (name, buffer) in enumerate(zip(names, buffers, strict=True)):
                 size = buffer.nbytes + self._trailer
-                if (place := self._near.find(_places(replicas.get(name, ()), size), size)) is not None:
-                    near[i] = place
-            self._near.memory.copy([buffers[i] for i in near], [Buffer(place.address, buffers[i].nbytes) for i, place in near.items()])
-            trailers = {i: ctypes.string_at(place.address + buffers[i].nbytes, self._trailer) for i, place in near.items()}
-        still = self._call("batch_is_exist", [names[i] for i in near]) if near else []
+                if (found := self._near.find(_places(replicas.get(name, ()), size), size)) is not None:
+                    near[i] = found
+            sources = [Buffer(there.address, buffers[i].nbytes) for i, (_, there) in near.items()]
+            self._near.memory.copy([buffers[i] for i in near], sources)
+            trailers = {i: ctypes.string_at(there.address + buffers[i].nbytes, self._trailer) for i, (_, there) in near.items()}
+        still = self._replicas([names[i] for i in near]) if near else {}
         if time.monotonic() - asked > LEASE_S:
             return {}
-        kept = [i for i, code in zip(near, still, strict=True) if code == 1]
+        kept = [i for i, (place, _) in near.items() if place in _places(still.get(names[i], ()), buffers[i].nbytes + self._trailer)]
         self.stats.blocks_near += len(kept)
         return {i: self._intact(keys[i], buffers[i], trailers[i]) for i in kept}
+
+    def _replicas(self, names: list[str]) -> dict[str, Sequence[Any]]:
+        """As Mooncake describes them; of what the pool has. Leases it."""
+        self.connect()
+        asked = time.monotonic()
+        replicas: dict[str, Sequence[Any]] = self._store.batch_get_replica_desc(names)
+        if not replicas and time.monotonic() - asked > _SILENT_S:
+            raise StoreError("mooncake_master does not answer")
+        return replicas
 
     _trailer = 0  # bytes of an object behind the block
 
@@ -238,7 +247,7 @@ class MooncakeStore:
 
     def _transfer(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
         """A batch call's codes. After a wave in which a node did not answer nothing more is tried: it would wait for that node again."""
-        step = WAVE if self._protocol == "tcp" else max(len(keys), 1)
+        step = self._wave or max(len(keys), 1)
         codes: list[int] = []
         for start in range(0, len(keys), step):
             wave = slice(start, start + step)
@@ -281,9 +290,9 @@ class MooncakeStore:
             ctypes.c_int32.in_dll(ctypes.CDLL(sys.modules[self._make.__module__].__file__), _GLOG_LEVEL).value = _GLOG_FATAL
 
 
-def _places(replicas: Sequence[Any], nbytes: int) -> list[tuple[str, int]]:
-    """Endpoint and address of those replicas, as Mooncake describes them, that are whole, in memory, and of that size."""
-    found: list[tuple[str, int]] = []
+def _places(replicas: Sequence[Any], nbytes: int) -> list[Place]:
+    """Of those replicas, as Mooncake describes them, that are whole, in memory, and of that size."""
+    found: list[Place] = []
     for replica in replicas:
         if replica.is_memory_replica() and replica.status.name == "COMPLETE":
             place = replica.get_memory_descriptor().buffer_descriptor

@@ -3,6 +3,7 @@
 Mooncake cannot call a write off. What ends one for certain is the end of an engine, on either side, so both sides live in generations of
 one `Engine` each. A receiver that must have its memory back starts a new generation and ends the older ones. A sender whose write timed out
 lets new pushes use a new generation, and ends the old one when the pushes of other peers that are still under way there have ended too.
+Over NVLink the end of an engine ends nothing (`kv.in_order`): there the copies themselves are waited for.
 """
 
 import logging
@@ -10,11 +11,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from baton.errors import BatonError, TransferError
+from baton.kv.in_order import InOrder
 from baton.kv.push import ONE_MACHINE, Copy, PushResult, PushStatus, merge
 from baton.kv.store import Buffer
 from baton.kv.transfer_engine import Engine, describe
@@ -23,12 +25,14 @@ logger = logging.getLogger(__name__)
 
 TCP_PIECE = 1 << 20  # a connection carries one write at a time: whole runs of blocks would leave most connections idle
 WINDOW = 256  # writes handed to Mooncake at a time; it queues 1024 per peer
-BATCH = 16  # copies handed to Mooncake together over NVLink: the device copies while the next ones are handed over
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 50e-6, 1e-3
 NVLINK_BYTES_S = 900e9  # no link is faster
 SPIN_S = 5e-3  # a prompt of 8,192 tokens takes 3 ms over NVLink, a sleep in a virtual machine 0.1
 ANSWER_S = 1.0  # a receiver that does not describe itself within this is away
 IDLE_S = 60.0  # a peer that gets nothing for so long loses its thread
+LATE_PAUSE_S = 5e-3  # between questions after a push over NVLink whose time is up
+HANGS_S = 10.0  # for longer, somebody should know
+CLOSE_S = 5.0  # that the end of a sender waits for such pushes
 
 
 class MooncakeReceiver:
@@ -77,10 +81,20 @@ class _Generation:
 
 @dataclass(frozen=True, slots=True)
 class _Push:
-    copies: Sequence[Copy]
+    copies: Callable[[], Iterable[Copy]]
     done: Callable[[PushResult], None]
     settled: Callable[[], None]
     start: float
+
+
+@dataclass(slots=True, eq=False)
+class _Late:
+    """Over NVLink: an UNKNOWN push, whose copies may be under way."""
+
+    flight: InOrder
+    settled: Callable[[], None]
+    generation: _Generation  # is in use until then
+    complain_at: float
 
 
 class MooncakeSender:
@@ -94,10 +108,12 @@ class MooncakeSender:
         self._present: _Generation | None = _Generation(self._make())
         self._lanes: dict[str, queue.SimpleQueue[_Push | None]] = {}
         self._threads: dict[str, threading.Thread] = {}
-        self._closed = False
+        self._closed, self._closed_at = False, 0.0
 
-    def push(self, session: str, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
-        push = _Push(merge(copies, TCP_PIECE if self.protocol == "tcp" else None), done, settled, time.monotonic())
+    def push(
+        self, session: str, copies: Callable[[], Iterable[Copy]], done: Callable[[PushResult], None], settled: Callable[[], None]
+    ) -> None:
+        push = _Push(copies, done, settled, time.monotonic())
         with self._lock:
             if not self._closed:
                 if session not in self._lanes:
@@ -106,12 +122,12 @@ class MooncakeSender:
                     self._threads[session].start()
                 self._lanes[session].put(push)
                 return
-        self._tell(push, PushStatus.FAILED, "the sender was closed", begun=False)
+        self._tell(push, 0, PushStatus.FAILED, "the sender was closed", begun=False)
         _call(settled)
 
     def close(self) -> None:
         with self._lock:
-            self._closed = True
+            self._closed, self._closed_at = True, time.monotonic()
             threads = list(self._threads.values())
             for lane in self._lanes.values():
                 lane.put(None)
@@ -119,7 +135,9 @@ class MooncakeSender:
             if present is not None:
                 present.users += 1
         for thread in threads:
-            thread.join()
+            thread.join(max(self._closed_at + 2 * CLOSE_S - time.monotonic(), 0))
+            if thread.is_alive():
+                logger.critical("%s: a call of Mooncake's hangs; its thread is left behind, and sources stay fenced", thread.name)
         if present is not None:
             self._retire(present)
             self._leave(present)
@@ -127,48 +145,59 @@ class MooncakeSender:
     # -- one session's thread
 
     def _serve(self, session: str) -> None:
-        lane = self._lanes[session]
+        lane, late = self._lanes[session], list[_Late]()
         while True:
             try:
-                push = lane.get(timeout=IDLE_S)
+                push = lane.get(timeout=LATE_PAUSE_S if late else IDLE_S)
             except queue.Empty:
                 push = None
-            if push is not None:
-                try:
-                    self._run(session, push)
-                except Exception:  # nobody may wait for this lane in vain
-                    logger.exception("push to %s", session)
+            try:
+                late = [each for each in late if not self._is_over(each)]
+                if push is not None:
+                    late += self._run(session, push)
+            except Exception:  # nobody may wait for this lane in vain
+                logger.exception("push to %s", session)
+            if push is not None or late:
                 continue
             with self._lock:
                 if lane.empty():
                     del self._lanes[session], self._threads[session]
                     return
 
-    def _run(self, session: str, push: _Push) -> None:
-        deadline = push.start + self._limit_s
+    def _run(self, session: str, push: _Push) -> list[_Late]:
+        """What is left to be waited for."""
+        deadline, nbytes = push.start + self._limit_s, 0
         try:
+            copies = merge(push.copies(), TCP_PIECE if self.protocol == "tcp" else None)
+            nbytes = sum(copy.nbytes for copy in copies)
             generation = self._enter(session, deadline)
         except Exception as error:
             if not isinstance(error, BatonError):
                 logger.exception("push to %s", session)
-            self._tell(push, PushStatus.FAILED, str(error), begun=False)
+            self._tell(push, nbytes, PushStatus.FAILED, str(error), begun=False)
             _call(push.settled)
-            return
+            return []
+        flight = InOrder(generation.engine, session) if self.protocol == ONE_MACHINE else None
         try:
-            write = self._write_in_order if self.protocol == ONE_MACHINE else self._write
-            status, reason = write(generation.engine, session, push.copies, deadline)
+            if flight is not None:
+                status, reason = self._write_in_order(flight, copies, deadline)
+            else:
+                status, reason = self._write(generation.engine, session, copies, deadline)
         except Exception as error:
             logger.exception("push to %s", session)
             status, reason = PushStatus.UNKNOWN, str(error)  # what was begun goes on
         if status is not PushStatus.GOOD:
             generation.checked.discard(session)
-        self._tell(push, status, reason)
+        self._tell(push, nbytes, status, reason)
+        if status is PushStatus.UNKNOWN and flight is not None:
+            return [_Late(flight, push.settled, generation, time.monotonic() + HANGS_S)]
         if status is PushStatus.UNKNOWN:
             generation.unsettled.append(push.settled)
             self._retire(generation)
         else:
             _call(push.settled)
         self._leave(generation)
+        return []
 
     def _write(self, engine: Engine, session: str, copies: Sequence[Copy], deadline: float) -> tuple[PushStatus, str]:
         """Mooncake's own waiting calls spin, so writes are handed over one by one and asked about between sleeps."""
@@ -191,37 +220,44 @@ class MooncakeSender:
                 todo.clear()  # what is under way still reads its sources: wait for it
             now = time.monotonic()
             if under_way and (now >= deadline or self._closed):
-                return PushStatus.UNKNOWN, "the sender was closed" if self._closed else f"not ended after {self._limit_s:g} s"
+                return PushStatus.UNKNOWN, self._why_unknown()
             if under_way:
                 time.sleep(min(LONGEST_PAUSE_S, max(SHORTEST_PAUSE_S, (now - start) / 16)))
         return (PushStatus.FAILED, reason) if reason else (PushStatus.GOOD, "")
 
-    def _write_in_order(self, engine: Engine, session: str, copies: Sequence[Copy], deadline: float) -> tuple[PushStatus, str]:
-        """Over NVLink. What a thread hands over goes to one stream of its device, in order: when the last copy, which goes alone, has
-        ended, so have all, and what has become of them is asked once for each batch, not for each copy."""
-        if not copies:
-            return PushStatus.GOOD, ""
-        refused = "Mooncake did not take a write"
-        start, reason = time.monotonic(), ""
-        batches: list[int] = []
-        for at in range(0, len(copies) - 1, BATCH):
-            sources, targets, sizes = zip(*copies[at : min(at + BATCH, len(copies) - 1)], strict=True)
-            number = engine.submit_batch(session, sources, targets, sizes)
-            if not number:
-                reason = refused
-                break
-            batches.append(number)
-        last, code = engine.submit(session, *copies[-1]), 1
-        reason = reason if last else refused
+    def _write_in_order(self, flight: InOrder, copies: Sequence[Copy], deadline: float) -> tuple[PushStatus, str]:
+        """Over NVLink."""
+        start = time.monotonic()
+        flight.hand_over(copies)
         time.sleep(sum(copy.nbytes for copy in copies) / NVLINK_BYTES_S)
-        while last and not (code := engine.poll(last)):
+        while not flight.ended():
             now = time.monotonic()
             if now >= deadline or self._closed:
-                return PushStatus.UNKNOWN, "the sender was closed" if self._closed else f"not ended after {self._limit_s:g} s"
+                return PushStatus.UNKNOWN, self._why_unknown()
             time.sleep(0 if now - start < SPIN_S else min(LONGEST_PAUSE_S, (now - start) / 128))
-        if not engine.ended_well(batches) or code != 1:
-            reason = "the device refused a copy"
-        return (PushStatus.FAILED, reason) if reason else (PushStatus.GOOD, "")
+        return (PushStatus.FAILED, flight.reason) if flight.reason else (PushStatus.GOOD, "")
+
+    def _why_unknown(self) -> str:
+        return "the sender was closed" if self._closed else f"not ended after {self._limit_s:g} s"
+
+    def _is_over(self, late: _Late) -> bool:
+        """Whether its copies have ended; or nobody can say so any more: then its sources stay fenced."""
+        now = time.monotonic()
+        try:
+            ended = late.flight.ended()
+        except Exception:
+            logger.exception("a push over NVLink cannot be asked about; its sources stay fenced")
+            return True
+        if ended:
+            _call(late.settled)
+            self._leave(late.generation)
+        elif self._closed and now > self._closed_at + CLOSE_S:
+            logger.critical("a push over NVLink has not ended: does the device hang? Its sources stay fenced")
+            return True
+        elif now > late.complain_at:
+            late.complain_at = float("inf")
+            logger.critical("a push over NVLink has not ended %g s after its time: does the device hang? Its blocks wait on", HANGS_S)
+        return ended
 
     # -- generations
 
@@ -279,9 +315,9 @@ class MooncakeSender:
         for settled in generation.unsettled:
             _call(settled)
 
-    def _tell(self, push: _Push, status: PushStatus, reason: str, *, begun: bool = True) -> None:
-        """Over NVLink it is this side's device that writes: with the push, its writes have settled."""
-        nbytes, seconds = sum(copy.nbytes for copy in push.copies), time.monotonic() - push.start
+    def _tell(self, push: _Push, nbytes: int, status: PushStatus, reason: str, *, begun: bool = True) -> None:
+        """Over NVLink it is this side's device that writes: when the push has settled, so have its writes."""
+        seconds = time.monotonic() - push.start
         lands_late = begun and status is not PushStatus.GOOD and self.protocol != ONE_MACHINE
         _call(lambda: push.done(PushResult(status, nbytes, seconds, reason, lands_late)))
 

@@ -2,7 +2,7 @@
 
     node (SharedMemory, Lender)                                worker (Neighbours: a thread for each node)
     a sealed memfd, lent to the pool by Mooncake
-    a socket named after its endpoint, mode 0600 ◀─ connect ── a replica lies at an endpoint that has a socket here
+    a socket named after its pool and its endpoint ◀ connect ─ of the same pool, by its name
     of the same user? ── where it lies, descriptor ──────────▶ of the same user? maps it, registers it with its device
     ends, or is killed ── hang-up ───────────────────────────▶ unmaps it; then the kernel has the memory back
 
@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import json
 import logging
 import mmap
@@ -30,6 +31,7 @@ from pathlib import Path
 from baton.kv.store import Buffer, Memory
 
 logger = logging.getLogger(__name__)
+Place = tuple[str, int]  # of a block: the endpoint of a node, and the address there
 
 _NAME = "baton-kv"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # who maps it never meets its end
@@ -48,6 +50,12 @@ def meeting_place(setting: str) -> Path | None:
     if setting == "auto":
         return Path(tempfile.gettempdir()) / f"baton-{os.getuid()}-{os.stat('/proc/self/ns/net').st_ino}"
     return Path(setting) if setting else None
+
+
+def pool_name(master: str, cluster: str) -> str:
+    """What sockets of one pool begin with: 16 hex digits. Nodes and workers that say differently where it is do not meet. `cluster` counts
+    where that is etcd, which several pools may share."""
+    return hashlib.blake2b(f"{master} {cluster if '://' in master else ''}".encode(), digest_size=8).hexdigest()
 
 
 class SharedMemory:
@@ -79,8 +87,9 @@ class SharedMemory:
 class Lender:
     """Gives the memory to who asks and is of the same user. Runs on the event loop."""
 
-    def __init__(self, memory: SharedMemory, directory: Path) -> None:
-        self._memory, self._directory = memory, directory
+    def __init__(self, memory: SharedMemory, directory: Path, pool: str) -> None:
+        """`pool`: a `pool_name`."""
+        self._memory, self._directory, self._pool = memory, directory, pool
         self._listener: socket.socket | None = None
         self._path = Path()
         self._peers: set[socket.socket] = set()
@@ -89,8 +98,8 @@ class Lender:
         """As `endpoint`, which is how Mooncake names this process's memory. Raises OSError."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(self._directory)
-        self._path = self._directory / endpoint
-        fresh = self._directory / f".{endpoint}"  # gets its name when it answers
+        self._path = self._directory / f"{self._pool}-{endpoint}"
+        fresh = self._directory / f".{self._path.name}"  # gets its name when it answers
         fresh.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         os.fchmod(self._listener.fileno(), 0o600)  # Linux gives it to the name, too
@@ -164,43 +173,47 @@ class _Window:
 
 
 class Neighbours:
-    """The nodes of this machine that have been met. Each has a thread that stays with it until it ends: until it is mapped, which may take
-    seconds, and where it can't be, its blocks are not found here."""
+    """The nodes of a pool and of this machine that have been met. Each has a thread that stays with it until it ends: until it is mapped,
+    which may take seconds, and where it can't be, its blocks are not found here."""
 
-    def __init__(self, directory: Path, memory: Memory) -> None:
+    def __init__(self, directory: Path, memory: Memory, pool: str) -> None:
+        """`pool`: a `pool_name`."""
         self.memory = memory
-        self._directory = directory
-        self._lock = threading.Lock()
+        self._directory, self._prefix = directory, f"{pool}-"
+        self._held = threading.Lock()  # a window goes under both: nobody who only meets waits for a copy
+        self._lock = threading.Lock()  # of all below
         self._windows: dict[str, _Window] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._failed: dict[str, float] = {}  # when that was
         self._closed = False
 
     def meet(self) -> bool:
-        """Begins with those that are new. Whether there is any."""
+        """Begins with those that are new. Whether any is mapped."""
         try:
-            names = [name for name in os.listdir(self._directory) if not name.startswith(".")]
+            names = [name for name in os.listdir(self._directory) if name.startswith(self._prefix)]
         except OSError:
-            return False
-        if names:
+            names = []
+        endpoints = [name.removeprefix(self._prefix) for name in names]
+        if new := [endpoint for endpoint in endpoints if endpoint not in self._windows]:
             with self._lock:
-                for name in names:
-                    if name not in self._windows:
-                        self._meet(name)
-        return bool(names)
+                self._failed = {endpoint: at for endpoint, at in self._failed.items() if endpoint in endpoints}
+                for endpoint in new:
+                    self._meet(endpoint)
+        return bool(self._windows)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """What is found meanwhile stays mapped as long."""
-        with self._lock:
+        with self._held:
             yield
 
-    def find(self, replicas: Iterable[tuple[str, int]], nbytes: int) -> Buffer | None:
-        """A block by its replicas, each an endpoint and an address there. Call it while `held`."""
-        for endpoint, address in replicas:
+    def find(self, places: Iterable[Place], nbytes: int) -> tuple[Place, Buffer] | None:
+        """One of the places of a block, and where it is mapped. Call it while `held`."""
+        for place in places:
+            endpoint, address = place
             window = self._windows.get(endpoint)
             if window is not None and (found := window.find(address, nbytes)) is not None and window.alive():
-                return found
+                return place, found
         return None
 
     def close(self) -> None:
@@ -214,8 +227,8 @@ class Neighbours:
             thread.join(_ANSWER_S)
 
     def _meet(self, endpoint: str) -> None:
-        path = self._directory / endpoint
-        if self._closed or endpoint in self._threads:
+        path = self._directory / f"{self._prefix}{endpoint}"
+        if self._closed or endpoint in self._threads or endpoint in self._windows:
             return
         if endpoint not in self._failed or time.monotonic() - self._failed[endpoint] > _AGAIN_S:
             self._threads[endpoint] = threading.Thread(target=self._attend, args=(endpoint, path), name=f"kv-near-{endpoint}", daemon=True)
@@ -230,6 +243,7 @@ class Neighbours:
                 window = _receive(peer, self.memory)
                 peer.settimeout(None)
                 with self._lock:
+                    self._failed.pop(endpoint, None)
                     if not self._closed:
                         self._windows[endpoint] = window
                 logger.info("KV pool: blocks of %s are copied from its memory, %d bytes mapped here", endpoint, window.region.nbytes)
@@ -237,14 +251,16 @@ class Neighbours:
                     while not self._closed and peer.recv(1):
                         pass
                 finally:
-                    with self._lock:
+                    with self._held, self._lock:
                         self._windows.pop(endpoint, None)
                     _unmap(window.region, self.memory)
                 logger.info("KV pool: the memory of %s is not mapped here any more", endpoint)
         except Exception as error:
             if not isinstance(error, OSError | ValueError | RuntimeError):
                 logger.exception("mapping a node's memory failed in a way that is not known here")
-            logger.warning("KV pool: blocks of %s, on this machine, come over the network: %s", endpoint, error)
+            new = endpoint not in self._failed and not isinstance(error, ConnectionRefusedError | FileNotFoundError)  # it is dead
+            level = logging.WARNING if new else logging.DEBUG
+            logger.log(level, "KV pool: blocks of %s, on this machine, come over the network: %s", endpoint, error)
             self._failed[endpoint] = time.monotonic()
         finally:
             with self._lock:

@@ -63,13 +63,17 @@ class Receiver(Protocol):
 
 
 class Sender(Protocol):
-    def push(self, session: str, copies: Sequence[Copy], done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
-        """Writes `copies` into the peer's memory; returns at once. On a thread of the sender's: first `done` exactly once, within the time
-        limit; then `settled` exactly once, when the sources are not read any more (right after `done`, but for UNKNOWN)."""
+    def push(
+        self, session: str, copies: Callable[[], Iterable[Copy]], done: Callable[[PushResult], None], settled: Callable[[], None]
+    ) -> None:
+        """Writes `copies` into the peer's memory; returns at once. On a thread of the sender's: first they are asked for; then `done`
+        exactly once, within the time limit; then `settled` exactly once, when the sources are not read any more (right after `done`, but
+        for UNKNOWN)."""
         ...
 
     def close(self) -> None:
-        """Ends all pushes: what waits is FAILED, what is under way UNKNOWN. When this returns, every `done` and `settled` was called."""
+        """Ends all pushes: what waits is FAILED, what is under way UNKNOWN. When this returns, every `done` and `settled` was called; but
+        for what can't be ended, which is logged as critical."""
         ...
 
 

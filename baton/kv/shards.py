@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from baton.kv.direct import DirectSender
 from baton.kv.layout import KVLayout
@@ -31,9 +32,6 @@ class Share:
         """`layout`: of the whole."""
         count = layout.num_kv_heads // self.size
         return range(self.rank * count, (self.rank + 1) * count)
-
-
-WHOLE = Share(0, 1)
 
 
 def common_heads(layout: KVLayout, source: Share, target: Share) -> range:
@@ -70,8 +68,8 @@ def share_checksum(layout: KVLayout, share: Share, buffer: Buffer) -> int:
 
 
 class Joint:
-    """Several pushes that are told of as one: when the last has ended, and when the last has settled.
-    Thread-safe."""
+    """Several pushes that are told of as one: when the last has ended, and when the last has settled. Each calls `done` and `settled`;
+    thread-safe."""
 
     def __init__(self, count: int, done: Callable[[PushResult], None], settled: Callable[[], None]) -> None:
         self._done, self._settled = done, settled
@@ -123,13 +121,15 @@ class ShareSender:
     def push(
         self, shards: Sequence[PushShard], block_ids: Sequence[int], done: Callable[[PushResult], None], settled: Callable[[], None]
     ) -> None:
-        """`shards`: of all ranks there, their addresses for these blocks alone. See `kv.push.Sender`."""
+        """`shards`: of all ranks there, their addresses for these blocks alone. See `kv.push.Sender`. Between different numbers of ranks
+        copies are many, so they are spelled out on the sender's threads, not on the caller's."""
         peers, size = self.peers(len(shards)), len(shards)
         joint = Joint(len(peers), done, settled)
+        addresses = [self._buffer(block_id).address for block_id in block_ids]
         for rank in peers:
-            addresses = [self._buffer(block_id).address for block_id in block_ids]
             blocks = list(zip(addresses, shards[rank].addresses, strict=True))
-            self.direct.push(shards[rank], share_copies(self._layout, self._share, Share(rank, size), blocks), joint.done, joint.settled)
+            copies = partial(share_copies, self._layout, self._share, Share(rank, size), blocks)
+            self.direct.push(shards[rank], copies, joint.done, joint.settled)
 
     def close(self) -> None:
         self.direct.close()

@@ -11,7 +11,7 @@ from baton.kv.files import FileStore
 from baton.kv.host import HostStore
 from baton.kv.memory import CpuMemory, memory_beside
 from baton.kv.mooncake import MooncakeStore
-from baton.kv.neighbours import Neighbours, meeting_place
+from baton.kv.neighbours import Neighbours, meeting_place, pool_name
 from baton.kv.staged import StagedStore
 from baton.kv.store import Buffer
 from baton.kv.transfer import KVTransfer
@@ -49,7 +49,7 @@ def connect_tiers(
     tiers: list[KVTransfer] = []
     beside = memory_beside(memory)
     if files.path:
-        store = FileStore(Path(files.path), files.bytes)
+        store = FileStore(Path(files.path), files.bytes, shared=files.shared)
         served = store if isinstance(beside, CpuMemory) else StagedStore(store, beside, block_bytes)
         direct = files.shared or not host.bytes  # who waits for what is shared does not wait for the host first
         tiers.append(KVTransfer(served, "files", shared=files.shared, direct=direct, usage=store.usage))
@@ -63,7 +63,7 @@ def connect_tiers(
             protocol=pool.protocol,
             devices=pool.devices,
             local_buffer=pool.local_buffer,
-            near=Neighbours(near, beside) if near is not None else None,
+            near=Neighbours(near, beside, pool_name(pool.master, cluster)) if near is not None else None,
         )
         mooncake.register(Buffer(memory.data_ptr(), memory.nbytes))
         tiers.append(CheckedTransfer(mooncake) if isinstance(mooncake, CheckedStore) else KVTransfer(mooncake, stats=mooncake.stats))

@@ -6,7 +6,6 @@ hangs, further ones are misses at once, too. Measures how fast the store gives b
 means is the caller's business.
 """
 
-import contextlib
 import logging
 import queue
 import threading
@@ -105,9 +104,12 @@ class _Lane:
 
     def end(self, limit_s: float) -> bool:
         """After the calls already there; False where they take longer."""
-        with contextlib.suppress(queue.Full):
+        deadline = time.monotonic() + limit_s
+        try:
             self._queue.put(None, timeout=limit_s)
-        self._thread.join(limit_s)
+        except queue.Full:
+            return False
+        self._thread.join(max(deadline - time.monotonic(), 0))
         return not self._thread.is_alive()
 
     def _serve(self) -> None:

@@ -109,7 +109,8 @@ class Engine:
         return not batches or self._engine.get_batch_transfer_status(list(batches)) == 0
 
     def poll(self, number: int) -> int:
-        """1 when a write has ended well, -1 when it has failed (then the number is void), 0 while it is under way."""
+        """1 when a write has ended well, -1 when it has failed (then the number is void), 0 while it is under way. Of a batch: its first
+        write."""
         return self._engine.transfer_check_status(number)
 
     def close(self) -> None:

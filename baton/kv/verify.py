@@ -27,6 +27,7 @@ class CheckedStore(MooncakeStore):
         super().__init__(master, **settings)
         self._sums: dict[int, tuple[str, int]] = {}  # by a block's address: what is to be saved from there
         self._trailers = {method: (ctypes.c_uint64 * WAVE)() for method in ("batch_get_into", "batch_put_from")}
+        self._wave = WAVE  # whatever the protocol: there is no room for more trailers
         for trailers in self._trailers.values():
             self.register(Buffer(ctypes.addressof(trailers), ctypes.sizeof(trailers)))
 

@@ -186,17 +186,20 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         """Conditional disaggregation: what is missing is computed here if it is short, else by the first candidate that manages it. In the
         end the sequence is released, whatever happened."""
         try:
+            room, why = True, "no prefill worker managed it"
             for candidate in candidates:
                 pushed, num_blocks = False, 0
                 try:
-                    async with self._reserved(sequence, candidate) as (target, arrived):
+                    async with self._reserved(sequence, candidate, room) as (target, arrived):
+                        room = target is not None  # who has waited for it in vain does not wait again
                         if not await self._asks(candidate, sequence, request, feeding):
                             return
                         if target is None and not self._pool_available():
                             feeding.decide("", "no room to have it pushed here, and no KV pool, computed here")
                             break
                         if target is None and candidate.tensor_parallel_size not in (0, self._degree):
-                            continue  # the pool has its blocks in other shares
+                            why = "no room to have it pushed here, and other shares in the pool"
+                            continue
                         async for output in self._prefill(candidate, request, target):
                             feeding.prefill_cache = output.cache or feeding.prefill_cache
                             num_blocks = max(num_blocks, output.num_pushed_blocks, output.num_saved_blocks)
@@ -216,7 +219,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                     if pushed:
                         break
             else:
-                feeding.decide("", "no prefill worker managed it, computed here")
+                feeding.decide("", f"{why}, computed here")
             self._metrics.prefill("fallback")
         except Exception as error:
             known = {"request_id": request.request_id}
@@ -242,10 +245,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     @contextlib.asynccontextmanager
     async def _reserved(
-        self, sequence: Sequence, candidate: decode_pb2.PrefillCandidate
+        self, sequence: Sequence, candidate: decode_pb2.PrefillCandidate, room: bool
     ) -> AsyncIterator[tuple[PushTarget | None, Callable[[int, tuple[int, ...]], None]]]:
-        """Blocks for the candidate to write into, and how to say that so many have arrived. Their lease ends here, well or not."""
-        leases = self._leases
+        """Blocks for the candidate to write into, if there may be `room`, and how to say that so many have arrived. Their lease ends here,
+        well or not."""
+        leases = self._leases if room else None
         target = await sequence.reserve(beyond=self._max_local) if leases is not None else None
         last = 0
 

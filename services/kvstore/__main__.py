@@ -10,7 +10,7 @@ from baton.errors import ConfigError, StoreError
 from baton.hosting.process import run_service
 from baton.hosting.server import Host
 from baton.kv.mooncake import MooncakeStore
-from baton.kv.neighbours import Lender, SharedMemory, meeting_place
+from baton.kv.neighbours import Lender, SharedMemory, meeting_place, pool_name
 from baton.metrics import KVStoreMetrics
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from baton.types import Member, PoolState, Role
@@ -40,7 +40,8 @@ async def serve(config: KVStoreConfig) -> None:
         segment=lent,
         segment_path=shared.path if shared is not None else "",
     )
-    memory = LentMemory(store, admin, lent, Lender(shared, place) if shared is not None and place is not None else None)
+    lender = Lender(shared, place, pool_name(address, config.cluster.name)) if shared is not None and place is not None else None
+    memory = LentMemory(store, admin, lent, lender)
     name = member_id(config.server, Role.KVSTORE)
     metrics = KVStoreMetrics(name)
     host = Host(config.server, config.cluster, Member(id=name, role=Role.KVSTORE, address=""), metrics)

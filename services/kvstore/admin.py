@@ -37,18 +37,21 @@ class MasterAdmin:
         self._addresses = list(addresses)  # the one that led last comes first
 
     async def segments(self) -> list[Segment]:
-        answer = await self._request("GET", "/get_segments_detail")
+        return await self._segments(await self._leader())
+
+    async def _segments(self, address: str) -> list[Segment]:
+        answer = await self._request(address, "GET", "/get_segments_detail")
         try:
             return [_segment(entry) for entry in answer.json()["segments"]]
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"mooncake_master describes its segments in a form that is not known here ({error!r})") from error
 
     async def state(self) -> PoolState:
-        await self._find_leader()
-        if not await self._leads(self._addresses[0]):
+        leader = await self._leader()
+        if len(self._addresses) == 1 and not await self._leads(leader):
             return PoolState(up=True)
-        values = {name: float(value) for name, value in _SAMPLE.findall((await self._request("GET", "/metrics")).text)}
-        segments = await self.segments()
+        values = {name: float(value) for name, value in _SAMPLE.findall((await self._request(leader, "GET", "/metrics")).text)}
+        segments = await self._segments(leader)
         return PoolState(
             up=True,
             leads=True,
@@ -73,20 +76,20 @@ class MasterAdmin:
             if mine == "gone" or "OK" not in states.values():
                 return False
             if not started:
-                await self._request("POST", "/api/v1/drain_jobs", {"segments": [name]})
+                await self._request(await self._leader(), "POST", "/api/v1/drain_jobs", {"segments": [name]})
                 started = True
             await asyncio.sleep(_POLL_S)
         return False
 
-    async def _find_leader(self) -> None:
-        """Brings it to the front."""
+    async def _leader(self) -> str:
+        """Its address, which comes to the front. The only one is taken to lead."""
         if len(self._addresses) == 1:
-            return
+            return self._addresses[0]
         for address in self._addresses:
             with contextlib.suppress(StoreError):
                 if await self._leads(address):
                     self._addresses.sort(key=lambda other: other != address)
-                    return
+                    return address
         raise StoreError(f"none of the masters at {', '.join(self._addresses)} leads")
 
     async def _leads(self, address: str) -> bool:
@@ -100,10 +103,9 @@ class MasterAdmin:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        await self._find_leader()
+    async def _request(self, address: str, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
-            answer = await self._client.request(method, f"http://{self._addresses[0]}{path}", json=body)
+            answer = await self._client.request(method, f"http://{address}{path}", json=body)
         except httpx.HTTPError as error:
             raise StoreError(f"mooncake_master does not answer ({type(error).__name__})") from error
         if answer.status_code >= 300:

@@ -5,6 +5,7 @@ import json
 import mmap
 import queue
 import sys
+from functools import partial
 from typing import Any
 
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
@@ -53,7 +54,7 @@ def main() -> None:
             answer(*events.get(timeout=30), events.get(timeout=30))
         else:
             session, *copy = json.loads(line)
-            sender.push(session, [Copy(*copy)], done, lambda: events.put("settled"))
+            sender.push(session, partial(list, [Copy(*copy)]), done, lambda: events.put("settled"))
     sender.close()
 
 

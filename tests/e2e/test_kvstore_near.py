@@ -15,7 +15,7 @@ from baton.errors import StoreError
 from baton.kv import mooncake
 from baton.kv.memory import CpuMemory
 from baton.kv.mooncake import MooncakeStore
-from baton.kv.neighbours import Neighbours
+from baton.kv.neighbours import Neighbours, pool_name
 from baton.kv.store import Buffer
 from baton.kv.verify import CheckedStore
 from tests.e2e.test_kvstore import BLOCK, COUNT, Memory, Pool, keys, pool
@@ -38,7 +38,7 @@ class Interrupted(CpuMemory):
 class Worker:
     def __init__(self, pool: Pool, make: type[MooncakeStore] = MooncakeStore) -> None:
         self.copies, self.memory = Interrupted(), Memory()
-        self.near = Neighbours(pool.near, self.copies)
+        self.near = Neighbours(pool.near, self.copies, pool_name(pool.master, ""))
         self.store = make(pool.master, host="127.0.0.1", near=self.near)
         self.store.register(self.memory.region)
 
@@ -103,7 +103,7 @@ def test_without_a_socket_blocks_come_over_the_network(pool: Pool, worker: Worke
     for _ in range(3):
         assert worker.get("a") == [True] * COUNT
         assert worker.memory.bytes.raw == content
-        (pool.near / "127.0.0.1:1").touch()  # of some other node: the pool is asked where things lie, to no avail
+        (pool.near / f"{pool_name(pool.master, '')}-127.0.0.1:1").touch()  # of a dead node
     assert (worker.store.stats.blocks_near, mapped()) == (0, 0)
 
 
@@ -126,21 +126,28 @@ def test_memory_that_the_device_does_not_take_is_not_used(
     assert (asked, worker.store.stats.blocks_near, mapped()) == ([True, False], 0, 0)
 
 
-def test_what_was_removed_during_the_copy_is_no_hit(pool: Pool, worker: Worker) -> None:
-    """By force, whatever is leased; and its place has another block by then."""
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_what_was_removed_during_the_copy_is_no_hit(saved_again: bool, pool: Pool, worker: Worker) -> None:
+    """By force, whatever is leased; and its place has another block by then, even if it is saved again elsewhere."""
     worker.memory.fill(1)
     assert all(worker.store.put(keys("a"), worker.memory.blocks))
     worker.meet("a")
     other, source = MooncakeStore(pool.master, host="127.0.0.1"), Memory()
     other.register(source.region)
     source.fill(100)
+    before = worker.store.stats.blocks_near
 
     def replace() -> None:
         other.remove("a/")
         assert all(other.put(keys("b"), source.blocks))
+        if saved_again:
+            assert all(other.put(keys("a"), source.blocks))
 
     worker.copies.then = replace
-    assert worker.get("a") == [False] * COUNT
+    assert worker.get("a") == [saved_again] * COUNT
+    assert worker.store.stats.blocks_near == before
+    if saved_again:  # Mooncake has read it
+        assert worker.memory.bytes.raw == source.bytes.raw
     worker.copies.then = int
     assert worker.get("b") == [True] * COUNT
     assert worker.memory.bytes.raw == source.bytes.raw

@@ -103,7 +103,7 @@ class Pushes:
 
     def start(self, session: str, copies: Sequence[Copy]) -> None:
         self.settled.clear()
-        self._sender.push(session, copies, self.results.put, self.settled.set)
+        self._sender.push(session, lambda: copies, self.results.put, self.settled.set)
 
     def run(self, session: str, copies: Sequence[Copy]) -> PushResult:
         self.start(session, copies)
@@ -394,10 +394,10 @@ def test_where_a_path_fails_the_next_best_is_taken() -> None:
         sessions = (("rdma", f"127.0.0.1:{dead.getsockname()[1]}"), ("tcp", receiver.session))
         there = PushShard(this_machine(), sessions, (target.region.address,))
         statuses: list[PushStatus] = []
+        copies = [Copy(source.region.address, target.region.address, MIB)]
         for _ in range(3):
             settled = threading.Event()
-            copies = [Copy(source.region.address, target.region.address, MIB)]
-            direct.push(there, copies, lambda result: statuses.append(result.status), settled.set)
+            direct.push(there, lambda: copies, lambda result: statuses.append(result.status), settled.set)
             assert settled.wait(5)
     assert statuses == [PushStatus.FAILED, PushStatus.GOOD, PushStatus.GOOD]
     assert target.bytes_found() == {NEW}

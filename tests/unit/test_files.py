@@ -52,7 +52,7 @@ def blocks(root: Path) -> list[Path]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> FileStore:
-    return FileStore(tmp_path / "kv", 100 * FILE)
+    return FileStore(tmp_path / "kv", 100 * FILE, shared=True)
 
 
 @pytest.fixture
@@ -155,6 +155,22 @@ def test_a_lookup_of_a_long_unknown_prompt_asks_the_file_system_a_few_times(stor
     monkeypatch.setattr(os.path, "exists", lambda path: asked.append(path) or exists(path))
     assert store.contains([f"k{i}" for i in range(600)]).count(True) == 1
     assert len(asked) < 30
+
+
+def test_a_lookup_in_a_private_directory_asks_no_file_system(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(FileStore(root, 100 * FILE), "before")
+    store = FileStore(root, 100 * FILE)
+    put(store, "a", "gone")
+    asked: list[Any] = []
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: asked.append(path) or exists(path))
+    assert store.contains(["before", "none", "a", "gone"]) == [True, False, True, True]
+    assert asked == [root / MARKER]
+    monkeypatch.undo()
+    for path in blocks(root):
+        path.unlink()
+    assert read(store, "gone") is None
+    assert store.contains(["a", "gone"]) == [True, False]  # a miss was believed
 
 
 # -- files that can't be written

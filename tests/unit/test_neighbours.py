@@ -15,10 +15,11 @@ import pytest
 
 from baton.kv import neighbours
 from baton.kv.memory import CpuMemory
-from baton.kv.neighbours import Lender, Neighbours, SharedMemory, meeting_place
+from baton.kv.neighbours import Lender, Neighbours, SharedMemory, meeting_place, pool_name
 from baton.kv.store import Buffer
 
 BYTES = 1 << 20
+POOL = pool_name("here:50051", "")
 BASE = 1 << 40  # where the memory lies in the other process
 
 
@@ -31,7 +32,9 @@ async def until(condition: Callable[[], bool]) -> None:
 def find(near: Neighbours, name: str, address: int, nbytes: int = 8) -> Buffer | None:
     near.meet()
     with near.held():
-        return near.find([("elsewhere:1", 0), (name, address)], nbytes)
+        found = near.find([("elsewhere:1", 0), (name, address)], nbytes)
+    assert found is None or found[0] == (name, address)
+    return found and found[1]
 
 
 def mapped() -> int:
@@ -45,12 +48,11 @@ def test_a_worker_sees_the_memory_until_the_node_ends(tmp_path: Path) -> None:
             ((start, length, offset),) = memory.pieces()
             assert (length, offset) == (BYTES, 0)
             own[100:108] = b"a block!"
-            lender, near = Lender(memory, tmp_path / "a" / "b"), Neighbours(tmp_path / "a" / "b", CpuMemory())
+            lender, near = Lender(memory, tmp_path / "a" / "b", POOL), Neighbours(tmp_path / "a" / "b", CpuMemory(), POOL)
             assert not near.meet()
             assert find(near, "here:1", start) is None
             lender.open("here:1")
-            assert near.meet()
-            await until(lambda: find(near, "here:1", start + 100) is not None)
+            await until(near.meet)
             found = find(near, "here:1", start + 100)
             assert found is not None
             assert ctypes.string_at(found.address, 8) == b"a block!"
@@ -77,11 +79,11 @@ def test_a_worker_sees_the_memory_until_the_node_ends(tmp_path: Path) -> None:
 def test_another_user_gets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         memory = SharedMemory(BYTES)
-        lender = Lender(memory, tmp_path)
+        lender = Lender(memory, tmp_path, POOL)
         lender.open("here:1")
         monkeypatch.setattr(neighbours, "_user", lambda peer: os.getuid() + 1)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-            stranger.connect(str(tmp_path / "here:1"))
+            stranger.connect(str(tmp_path / f"{POOL}-here:1"))
             message, files, _, _ = await asyncio.to_thread(socket.recv_fds, stranger, 100, 1)
             assert (message, files) == (b"", [])
         assert "it belongs to user" in caplog.text
@@ -98,10 +100,10 @@ def test_the_sockets_of_the_dead_are_removed(tmp_path: Path) -> None:
             dead.bind(str(tmp_path / "dead:1"))
             dead.listen()
         (tmp_path / "a file").touch()
-        first, second = Lender(memory, tmp_path), Lender(memory, tmp_path)
+        first, second = Lender(memory, tmp_path, POOL), Lender(memory, tmp_path, POOL)
         first.open("here:1")
         second.open("here:2")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a file", "here:1", "here:2"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"{POOL}-here:1", f"{POOL}-here:2", "a file"]
         first.close()
         second.close()
         assert [path.name for path in tmp_path.iterdir()] == ["a file"]
@@ -134,9 +136,9 @@ HOSTILE: dict[str, tuple[bytes, Callable[[], int] | None]] = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_peer_that_is_no_node_is_not_believed(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     message, make = HOSTILE[case]
-    near = Neighbours(tmp_path, CpuMemory())
+    near = Neighbours(tmp_path, CpuMemory(), POOL)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(tmp_path / "here:1"))
+        listener.bind(str(tmp_path / f"{POOL}-here:1"))
         listener.listen()
         listener.settimeout(10)
         assert find(near, "here:1", BASE) is None
@@ -164,9 +166,9 @@ def test_the_socket_of_another_user_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(neighbours, "_user", lambda peer: os.getuid() + 1)
-    near = Neighbours(tmp_path, CpuMemory())
+    near = Neighbours(tmp_path, CpuMemory(), POOL)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(tmp_path / "here:1"))
+        listener.bind(str(tmp_path / f"{POOL}-here:1"))
         listener.listen()
         find(near, "here:1", BASE)
         near.close()
@@ -179,3 +181,65 @@ def test_where_they_meet() -> None:
     automatic = meeting_place("auto")
     assert automatic is not None
     assert str(os.getuid()) in automatic.name
+
+
+def test_who_copies_keeps_nobody_from_asking_and_what_is_copied_from_stays(tmp_path: Path) -> None:
+    async def run() -> None:
+        memory = SharedMemory(BYTES)
+        with mmap.mmap(memory.file, BYTES):
+            ((start, _, _),) = memory.pieces()
+            lender, near = Lender(memory, tmp_path, POOL), Neighbours(tmp_path, CpuMemory(), POOL)
+            lender.open("here:1")
+            await until(near.meet)
+            (tmp_path / f"{POOL}-new:1").touch()
+            with near.held():
+                assert near.find([("here:1", start)], 8) is not None
+                assert await asyncio.wait_for(asyncio.to_thread(near.meet), 10)
+                lender.close()
+                await asyncio.sleep(0.2)
+                assert mapped() == 2  # the node's own, and the worker's
+            await until(lambda: mapped() == 1)
+            near.close()
+        os.close(memory.file)
+
+    asyncio.run(run())
+
+
+def test_nodes_of_other_pools_are_not_met(tmp_path: Path) -> None:
+    async def run() -> None:
+        memory = SharedMemory(BYTES)
+        lender, near = Lender(memory, tmp_path, pool_name("here:50052", "")), Neighbours(tmp_path, CpuMemory(), POOL)
+        lender.open("here:1")
+        assert not near.meet()
+        assert not near._threads
+        lender.close()
+        os.close(memory.file)
+
+    asyncio.run(run())
+    assert pool_name("here:1", "a") == pool_name("here:1", "b")  # its address is enough
+    assert len({pool_name("here:1", ""), pool_name("etcd://here:1", "a"), pool_name("etcd://here:1", "b")}) == 3
+
+
+def test_a_dead_socket_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_AGAIN_S", 0.0)
+    near = Neighbours(tmp_path, CpuMemory(), POOL)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(str(tmp_path / f"{POOL}-dead:1"))
+        dead.listen()
+    (tmp_path / f"{POOL}-none:1").write_text("no socket, either")
+    with caplog.at_level("DEBUG"):
+        for _ in range(3):
+            assert not near.meet()
+            for thread in list(near._threads.values()):
+                thread.join(10)
+    assert {record.levelname for record in caplog.records if "come over the network" in record.message} == {"DEBUG"}
+    caplog.clear()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:  # of another kind
+        other.bind(str(tmp_path / f"{POOL}-other:1"))
+        other.listen()
+        for _ in range(3):
+            assert not near.meet()
+            for thread in list(near._threads.values()):
+                thread.join(10)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    near.close()

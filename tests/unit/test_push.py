@@ -1,20 +1,24 @@
 """Direct push without Mooncake: what is merged, which protocol is chosen, what a sender does when its receiver changes behind its back."""
 
+import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import TransferError
-from baton.kv import mooncake_push
+from baton.kv import in_order, mooncake_push
+from baton.kv.direct import DirectSender
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.push import Copy, Offer, PushResult, PushStatus, choose, merge
 from baton.kv.store import Buffer
+from baton.types import PushShard
 
 REGION = Buffer(4096, 1 << 20)
 
@@ -116,10 +120,10 @@ def sender(described: dict[str, dict[str, Any]]) -> Iterator[MooncakeSender]:
 
 
 class Push:
-    def __init__(self, sender: MooncakeSender, session: str) -> None:
+    def __init__(self, sender: MooncakeSender, session: str, copies: Sequence[Copy] = (Copy(4096, 0, 10),)) -> None:
         self.results: queue.Queue[PushResult] = queue.Queue()
         self.settled = threading.Event()
-        sender.push(session, [Copy(4096, 0, 10)], self.results.put, self.settled.set)
+        sender.push(session, lambda: copies, self.results.put, self.settled.set)
 
     def result(self) -> PushResult:
         return self.results.get(timeout=5)
@@ -175,6 +179,194 @@ def test_a_push_that_waited_too_long_is_not_begun(sender, described) -> None:
     result = second.result()
     assert (result.status, result.seconds < 5) == (PushStatus.FAILED, True)
     assert sum(len(engine.writes) for engine in FakeEngine.made) == 1
+
+
+def test_which_way_it_goes_is_told_once_and_by_a_push_alone(
+    sender: MooncakeSender, described: dict[str, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    described["d:1"] = {"protocol": "tcp"}
+    direct = DirectSender({"tcp": sender})
+    there = PushShard("m", (("tcp", "d:1"),), ())
+    with caplog.at_level("INFO"):
+        assert direct.path(there).protocol == "tcp"
+        assert not caplog.records
+        for _ in range(2):
+            settled = threading.Event()
+            direct.push(there, lambda: [Copy(4096, 0, 10)], lambda result: None, settled.set)
+            assert settled.wait(5)
+    assert [record.message for record in caplog.records] == ["push to m: tcp (the best that either offers)"]
+
+
+class FakeStream(FakeEngine):
+    """Over NVLink: writes end in order, `copied` of them so far; of the sources `refused` are not taken, `failing` are, and fail. The end
+    of the engine ends none of them."""
+
+    copied: float
+    refused: frozenset[int]
+    failing: frozenset[int]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.numbers: dict[int, tuple[int, ...]] = {}  # valid ones, with their sources
+        self.handed_over: list[int] = []  # sources
+
+    def submit(self, session: str, source: int, target: int, nbytes: int) -> int:
+        return self.submit_batch(session, [source], [target], [nbytes])
+
+    def submit_batch(self, session: str, sources: Sequence[int], targets: Sequence[int], sizes: Sequence[int]) -> int:
+        if self.refused & set(sources):
+            return 0
+        self.writes.append(session)
+        self.handed_over += [source for source in sources if source not in self.failing]
+        self.numbers[len(self.writes)] = tuple(sources)
+        return len(self.writes)
+
+    def poll(self, number: int) -> int:
+        failed = self.numbers[number][0] in self.failing
+        if len(self.handed_over) > self.copied and not failed:
+            return 0
+        del self.numbers[number]
+        return -1 if failed else 1
+
+    def ended_well(self, batches: Sequence[int]) -> bool:
+        good = True
+        for number in batches:
+            good = good and not self.failing & set(self.numbers[number])
+            assert len(self.numbers.pop(number)) > 1
+            assert len(self.handed_over) <= self.copied, "it would spin"
+        return good
+
+
+@pytest.fixture
+def stream(described: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Iterator[MooncakeSender]:
+    FakeStream.copied, FakeStream.refused, FakeStream.failing = math.inf, frozenset(), frozenset()
+    monkeypatch.setattr(mooncake_push, "Engine", FakeStream)
+    monkeypatch.setattr(mooncake_push, "CLOSE_S", 0.2)
+    described["d:1"] = {"protocol": "nvlink_intra"}
+    made = MooncakeSender(REGION, host="h", protocol="nvlink_intra", limit_s=30)
+    yield made
+    made.close()
+
+
+def scattered(count: int) -> list[Copy]:
+    return [Copy(i * 20, i * 30, 10) for i in range(count)]
+
+
+def engine() -> FakeStream:
+    (made,) = FakeEngine.made
+    assert isinstance(made, FakeStream)
+    return made
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, in_order.BATCH, in_order.BATCH + 1, in_order.BATCH + 2, 5 * in_order.BATCH])
+def test_over_nvlink_every_copy_is_handed_over_once(count: int, stream: MooncakeSender) -> None:
+    push = Push(stream, "d:1", scattered(count))
+    assert push.result() == PushResult(PushStatus.GOOD, 10 * count, ANY)
+    assert push.settled.wait(5)
+    assert engine().handed_over == [copy.source for copy in scattered(count)]
+    assert not engine().numbers
+
+
+def test_over_nvlink_a_push_has_settled_when_its_copies_have_ended(stream: MooncakeSender) -> None:
+    """Not when its engine has: whose end would not end them."""
+    FakeStream.copied, stream._limit_s = 10, 0.3
+    late = Push(stream, "d:1", scattered(40))
+    assert late.result() == PushResult(PushStatus.UNKNOWN, 400, ANY, "not ended after 0.3 s")  # and nothing lands when it has settled
+    behind = Push(stream, "d:1", scattered(3))
+    assert behind.result().status is PushStatus.UNKNOWN  # in time, and not before what it waits for
+    assert not late.settled.is_set()
+    assert not behind.settled.is_set()
+    assert not engine().closed
+    FakeStream.copied = math.inf
+    assert late.settled.wait(5)
+    assert behind.settled.wait(5)
+    assert not engine().numbers
+    stream._limit_s = 30
+    assert Push(stream, "d:1").result().status is PushStatus.GOOD
+    stream.close()
+    assert engine().closed
+
+
+@pytest.mark.parametrize("which", [16, 39])  # the first of a batch; the last of all
+@pytest.mark.parametrize(("kind", "reason"), [("refused", "Mooncake did not take a write"), ("failing", "the device refused a copy")])
+def test_over_nvlink_what_was_taken_beside_a_failure_is_waited_for(
+    which: int, kind: str, reason: str, stream: MooncakeSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeStream.copied = 0
+    monkeypatch.setattr(FakeStream, kind, frozenset({which * 20}))
+    push = Push(stream, "d:1", scattered(40))
+    while not FakeEngine.made[0].writes:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert push.results.empty()
+    FakeStream.copied = math.inf
+    assert push.result() == PushResult(PushStatus.FAILED, 400, ANY, reason)
+    assert push.settled.wait(5)
+    FakeStream.copied, stream._limit_s = 0, 0.3
+    push = Push(stream, "d:1", scattered(40))
+    assert push.result().status is PushStatus.UNKNOWN
+    assert not push.settled.is_set()
+    FakeStream.copied = math.inf
+    assert push.settled.wait(5)
+    assert not engine().numbers
+
+
+def test_over_nvlink_a_device_that_hangs_is_told_of_and_keeps_the_sources(
+    stream: MooncakeSender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mooncake_push, "HANGS_S", 0.0)
+    FakeStream.copied, stream._limit_s = 0, 0.3
+    push = Push(stream, "d:1", scattered(40))
+    assert push.result().status is PushStatus.UNKNOWN
+    while "its blocks wait on" not in caplog.text.lower():
+        time.sleep(0.001)
+    stream.close()
+    assert not push.settled.is_set()
+    assert not engine().closed
+    assert [record.levelname for record in caplog.records] == ["CRITICAL", "CRITICAL"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("push-")]
+
+
+def test_a_call_that_hangs_does_not_hold_up_the_end(
+    stream: MooncakeSender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, over = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> int:
+        begun.set()
+        over.wait(10)
+        return 0
+
+    monkeypatch.setattr(FakeStream, "submit", hang)
+    push = Push(stream, "d:1")
+    assert begun.wait(5)
+    stream.close()
+    assert "a call of Mooncake's hangs" in caplog.text
+    assert not push.settled.is_set()
+    assert not engine().closed
+    over.set()
+    assert push.settled.wait(5)
+    while not engine().closed:
+        time.sleep(0.001)
+
+
+def test_copies_are_spelled_out_on_the_senders_thread(sender: MooncakeSender, described: dict[str, dict[str, Any]]) -> None:
+    described["d:1"] = {"protocol": "tcp"}
+    asked = queue.Queue[str]()
+    statuses = queue.Queue[PushResult]()
+
+    def copies() -> list[Copy]:
+        asked.put(threading.current_thread().name)
+        if asked.qsize() > 1:
+            raise ValueError("no such block")
+        return [Copy(4096, 0, 10)]
+
+    for status in (PushStatus.GOOD, PushStatus.FAILED):
+        settled = threading.Event()
+        sender.push("d:1", copies, statuses.put, settled.set)
+        assert statuses.get(timeout=5).status is status
+        assert settled.wait(5)
+    assert asked.get() == asked.get() == "push-d:1"
 
 
 def test_generations_of_a_receiver(described) -> None:

@@ -287,3 +287,23 @@ def test_a_full_queue_is_a_miss(transfer: KVTransfer, store: BreakableStore) -> 
     assert len(answers.values) == transfer.stats.skipped
     store.gate.set()
     assert len(answers.wait(module.MAX_QUEUED + 10)) == module.MAX_QUEUED + 10
+
+
+def test_the_end_of_a_lane_that_is_full_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_QUEUED", 1)
+    lane, gate = module._Lane("full"), threading.Event()
+    assert lane.submit(lambda: assert_true(gate.wait(10)))
+    while lane.busy_s == 0:
+        time.sleep(0.001)
+    assert lane.submit(int)
+    joined: list[float] = []
+    monkeypatch.setattr(lane._thread, "join", joined.append)
+    assert not lane.end(0.05)
+    assert joined == []
+    monkeypatch.undo()
+    gate.set()
+    assert lane.end(10)
+
+
+def assert_true(value: bool) -> None:
+    assert value

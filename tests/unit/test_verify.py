@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from baton.kv.mooncake import WAVE
 from baton.kv.push import PushResult, PushStatus
 from baton.kv.store import Buffer, checksum
+from baton.kv.verify import CheckedStore
 from baton.runtime.feed import Feed
 from baton.runtime.pushing import Pusher, Reservations
 from baton.scheduling.cache import KVCache
@@ -97,3 +99,32 @@ def test_a_corrupted_block_is_caught_and_not_used(corrupt: str | None, caplog: p
     decode.cache.unpin("r")
     assert decode.cache.pool.num_free == NUM_BLOCKS
     assert decode.cache.pool.check_integrity([]) == []
+
+
+def test_a_pool_over_rdma_has_no_more_checksums_in_a_call_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MC_FORCE_HCA", "MC_FORCE_TCP"):
+        monkeypatch.setenv(name, "")  # a store sets the one and removes the other
+    store = CheckedStore("nobody:1", host="127.0.0.1", protocol="rdma")
+    memory = ctypes.create_string_buffer(bytes(range(256)), 256)
+    keys, blocks = [f"k{i}" for i in range(4 * WAVE)], [Buffer(ctypes.addressof(memory) + i * 4, 4) for i in range(4 * WAVE)]
+    pool: dict[str, list[bytes]] = {}
+
+    def call(method: str, names: list[str], addresses: list[list[int]], sizes: list[list[int]]) -> list[int]:
+        assert len(names) <= WAVE
+        for name, pieces in zip(names, zip(addresses, sizes, strict=True), strict=True):
+            if method.startswith("batch_put"):
+                pool[name] = [ctypes.string_at(*piece) for piece in zip(*pieces, strict=True)]
+            else:
+                for address, piece in zip(pieces[0], pool[name], strict=True):
+                    ctypes.memmove(address, piece, len(piece))
+        return [0 if method.startswith("batch_put") else sum(each) for each in sizes]
+
+    monkeypatch.setattr(store, "_call", call)
+    store.take(keys, blocks)
+    assert store.put(keys, blocks) == [True] * len(keys)
+    content = memory.raw
+    ctypes.memset(memory, 0, 256)
+    assert store.get(keys, blocks) == [True] * len(keys)
+    assert memory.raw == content
+    assert (store.stats.blocks_verified, store.stats.blocks_corrupt) == (len(keys), 0)
+    store.close()
