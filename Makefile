@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/system-packages.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,mooncake,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,mooncake,ray,test]'
 	touch $(STAMP)
 
 demo: setup

@@ -34,7 +34,7 @@ async def measure(degree: int, shape: str) -> dict[str, float]:
     config = WorkerConfig.model_validate({"model": str(folder), "engine": {**settings, "tensor_parallel_size": degree}})
     team = Crew(config, LocalLauncher()) if degree > 1 else Solo()
     loaded = load(folder, config.engine, team)
-    team.ready()
+    team.ready(loaded.fingerprint)
     engine = build_engine(loaded, (), budget_s=2, prefix_caching=False)
     engine.on_stopped = team.close
     engine.start()

@@ -43,7 +43,7 @@ async def main(folder: str, size: int, device: str, budget: int) -> None:
     config = WorkerConfig.model_validate({"model": folder, "engine": engine_settings})
     team = Crew(config, LocalLauncher()) if size > 1 else Solo()
     loaded = load(Path(folder), config.engine, team)
-    team.ready()
+    team.ready(loaded.fingerprint)
     engine = build_engine(loaded, (), budget_s=2)
     engine.on_stopped = team.close
     engine.start()
