@@ -84,6 +84,10 @@ class TestHost:
                 continue  # it has ended
         return found
 
+    def tails(self) -> list[str]:
+        """What the latest processes have said last."""
+        return [f"--- {each.log}\n{each.log.read_text(errors='replace')[-2000:]}" for each in self._started[-5:]]
+
     def close(self) -> None:
         """Ends all that runs here."""
         for process in self.processes():

@@ -5,6 +5,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from tests.e2e.hosts import RAY_PORT, HostProcess, TestHost, two_hosts, until
 from tests.e2e.test_direct_push import complete
 from tests.e2e.test_tensor_parallel import BLOCK_SIZE, expected, prompt
 
-HTTP_PORT, GRPC_PORT, METRICS_PORT = 8000, 7001, 7101
+HTTP_PORT, GRPC_PORT, METRICS_PORT, MASTER_PORT = 8000, 7001, 7101, 50051
 RANK = "baton.runtime.rank"
 KEPT = "ray::keep"
 
@@ -82,13 +83,16 @@ class Group:
         process = self.first.start(sys.executable, "-m", "services.router", *settings, "local_prefill=false", "cluster.lease_s=3")
         try:
             yield Router(f"http://{self.first.address}:{HTTP_PORT}")
+        except BaseException:
+            print(*self.first.tails(), sep="\n")
+            raise
         finally:
             process.signal(signal.SIGKILL)
             process.exit_code(10)
 
-    def metric(self, port: int, name: str) -> float:
+    def metric(self, port: int, name: str, label: str = "") -> float:
         text = httpx.get(f"http://{self.first.address}:{port + METRICS_PORT - GRPC_PORT}/metrics").text
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"baton:{name}" + "{"))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"baton:{name}" + "{") and label in line)
 
     def assert_nothing_left(self) -> None:
         """Of a worker that has ended."""
@@ -184,6 +188,32 @@ def test_kv_is_pushed_from_both_machines(group: Group) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_both_machines_load_their_shares_from_the_pool(group: Group) -> None:
+    """The device holds the last few prompts, the pool all."""
+    pool = [f"pool.master={group.first.address}:{MASTER_PORT}", f"pool.host={group.first.address}", "pool.near=''"]
+    server = f"server.host={group.first.address}"
+    store = [sys.executable, "-m", "services.kvstore", server]
+    master = group.first.start(*store, "mode=master", f"master_port={MASTER_PORT}")
+    node = group.first.start(*store, "mode=node", *pool, "memory=64MiB")
+    worker = group.worker("unified", GRPC_PORT, *pool, "pool.verify=true", "engine.num_blocks=66")
+    prompts = [prompt(i, 200) for i in range(10)]
+    answers = expected(group.model, prompts)
+    with group.router(GRPC_PORT) as router:
+        ready(router)
+        deadline = time.monotonic() + 60
+        while not group.metric(GRPC_PORT, "kv_tier_blocks_loaded_total", 'tier="pool"'):
+            assert time.monotonic() < deadline, "nothing was loaded"
+            for number in (*range(10), *reversed(range(10))):
+                assert complete(router, prompts[number])[0] == answers[number]  # type: ignore[arg-type]
+        assert group.metric(GRPC_PORT, "kv_pool_corrupt_blocks_total") == 0
+        for process in (worker, node, master):
+            process.signal(signal.SIGTERM)
+            assert process.exit_code(30) == 0
+    group.assert_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_what_other_machines_cannot_reach_is_refused(group: Group) -> None:
     cases = {
         "push.protocols=[nvlink_intra]": "push.protocols: nvlink_intra is not for a worker whose ranks are on several machines",
@@ -223,10 +253,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "5"
 launcher = RayLauncher(2, cuda=True, cores=1, address="{group.first.address}:{RAY_PORT}", wait_s=20)
 print("found", os.environ["CUDA_VISIBLE_DEVICES"], launcher._ray.get(launcher._in_bundle(1, visible_gpus).remote()), launcher.apart)
 launcher.close()
+launcher = RayLauncher(1, cuda=False, cores=1, address="{group.first.address}:{RAY_PORT}", wait_s=20)
+print("alone", launcher.apart)
+launcher.close()
 """
     process = group.first.start(sys.executable, "-c", code)
     assert process.exit_code(60) == 0, process.log.read_text()
     assert "found 0 0 True" in process.log.read_text()
+    assert "alone False" in process.log.read_text()
 
 
 @pytest.mark.slow
