@@ -167,13 +167,14 @@ def test_whoever_dies_all_end_and_the_room_is_free_again(group: Group) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_kv_is_pushed_from_both_machines(group: Group) -> None:
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2)])
+def test_kv_is_pushed_from_and_to_both_machines(group: Group, prefill: int, decode: int) -> None:
     prompts = [prompt(length, length) for length in (65, 80, 300, 700)]
     answers, shape = expected(group.model, prompts), read_config(group.model)
     blocks = sum(-(-len(each) // BLOCK_SIZE) for each in prompts)
     block_bytes = shape.num_layers * 2 * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim * 4
-    sender = group.worker("prefill", GRPC_PORT, "push.verify=true")
-    receiver = group.worker("decode", GRPC_PORT + 1, "push.verify=true", ranks=1)
+    sender = group.worker("prefill", GRPC_PORT, "push.verify=true", ranks=prefill)
+    receiver = group.worker("decode", GRPC_PORT + 1, "push.verify=true", ranks=decode)
     with group.router(GRPC_PORT, GRPC_PORT + 1) as router:
         ready(router, 2)
         assert [complete(router, token_ids)[0] for token_ids in prompts] == answers  # type: ignore[arg-type]
