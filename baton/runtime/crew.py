@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from baton.config import WorkerConfig
-from baton.errors import EXIT_SOFTWARE, BatonError, InternalError, error_classes, exit_code
+from baton.errors import EXIT_SOFTWARE, BatonError, ConfigError, InternalError, error_classes, exit_code
 from baton.parallel.group import ALONE, Group, TorchGroup
 from baton.parallel.link import Channel, Link, Listener, pack_step
 from baton.runtime.launch import Launcher
