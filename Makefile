@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TOOLS := .tools/.installed
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: images setup demo test test-all test-chart test-gpu lint proto bench clean
+.PHONY: images setup demo test test-all test-chart test-gpu test-gpus lint proto bench clean
 
 setup: $(STAMP)
 
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/system-packages.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,mooncake,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,mooncake,ray,test]'
 	touch $(STAMP)
 
 demo: setup
@@ -44,7 +44,11 @@ images:
 	done
 
 test-gpu:
-	$(PYTHON) -m pytest tests/kernels
+	$(PYTHON) -m pytest tests/kernels -m 'not gpus'
+
+# On a machine with two GPUs.
+test-gpus:
+	$(PYTHON) -m pytest tests/kernels -m gpus
 
 lint: setup
 	$(BIN)/ruff check .

@@ -84,6 +84,14 @@ class EngineConfig(Strict):
     step_timeout_s: float = Field(default=300.0, ge=5)  # an engine that is silent for longer is stuck: the process ends, its requests move
 
 
+class ParallelConfig(Strict):
+    """Where a worker's other ranks run (docs/parallel.md)."""
+
+    launcher: Literal["local", "ray"] = "local"  # processes of this machine, or of the nodes of the Ray cluster that this machine is one of
+    ray_address: str = "auto"  # host:port of Ray's head; auto: what RAY_ADDRESS says, or whom this machine has joined
+    wait_s: float = Field(default=60.0, gt=0)  # for Ray to have room for all ranks
+
+
 class PoolConfig(Strict):
     master: str = ""  # host:port of mooncake_master; etcd: whichever leads, by cluster.etcd; empty: no pool
     protocol: Literal["tcp", "rdma"] = "tcp"
@@ -136,6 +144,7 @@ class WorkerConfig(Strict):
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
     engine: EngineConfig = EngineConfig()
+    parallel: ParallelConfig = ParallelConfig()
     host: HostConfig = HostConfig()
     pool: PoolConfig = PoolConfig()
     files: FilesConfig = FilesConfig()

@@ -27,7 +27,7 @@ SIZE: Schema = {"type": "string", "pattern": "^([0-9]+(Mi|Gi|Ti))?$"}  # or noth
 NAME: Schema = {"pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}
 OWNED = {  # by the chart
     "router": {"model", "served_model_name", "server", "cluster", "http_port", "tls", "drain_grace_s"},
-    "worker": {"role", "model", "served_model_name", "server", "cluster", "files", "drain_grace_s"},
+    "worker": {"role", "model", "served_model_name", "server", "cluster", "files", "drain_grace_s", "parallel"},
     "master": {"mode", "server", "cluster", "pool", "memory", "ha", "masters", "master_port", "master_metrics_port", "drain_grace_s"},
     "node": {"mode", "server", "cluster", "memory", "ha", "oplog", "masters", "master_port", "master_metrics_port", "hot_reads"}
     | {"client_ttl_s", "drain_grace_s"},

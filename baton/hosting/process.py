@@ -39,10 +39,12 @@ def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable
         if form == "json":
             logging.critical(error.message)
         else:
-            print(f"{name}: {error.message}", file=sys.stderr)
-        raise SystemExit(exit_code(error)) from error
+            print(f"{name}: {error.message}", file=sys.stderr, flush=True)
+        code = exit_code(error)
+    else:
+        code = 0
     logging.shutdown()
-    os._exit(0)  # all is done: what foreign libraries do at an interpreter's end takes up to 30 s (Mooncake with several masters)
+    os._exit(code)  # all is done: what foreign libraries do at an interpreter's end takes up to 30 s (Mooncake with several masters)
 
 
 async def _serve(serve: Callable[[C], Awaitable[None]], config: C) -> None:

@@ -84,7 +84,7 @@ class TorchGroup:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         count, width = x.shape
         parts = torch.empty(self.size * count, width, dtype=x.dtype, device=x.device)
-        dist.all_gather(list(parts.chunk(self.size)), x.contiguous())
+        dist.all_gather_into_tensor(parts, x.contiguous())
         return parts.view(self.size, count, width).transpose(0, 1).reshape(count, self.size * width)
 
     def broadcast(self, x: torch.Tensor) -> None:

@@ -16,8 +16,8 @@ from baton.metrics import WorkerMetrics
 from baton.models.registry import read_config
 from baton.runtime.crew import Crew, Solo
 from baton.runtime.engine import Engine
-from baton.runtime.launch import LocalLauncher
-from baton.runtime.loaded import LoadedModel, check_degree, device_kind, load
+from baton.runtime.launch import connect_launcher
+from baton.runtime.loaded import LoadedModel, check_degree, check_devices, device_kind, load
 from baton.runtime.loading import Tier
 from baton.runtime.pushing import Checksums, Receiver, Sender
 from baton.runtime.rank_kv import connect_kv
@@ -39,24 +39,28 @@ class BuiltWorker:
 
 
 def build_worker(config: WorkerConfig) -> BuiltWorker:
-    """Raises ModelError for a folder that can't be served, ConfigError for settings that don't fit it."""
+    """Raises ModelError for a folder that can't be served, ConfigError for settings that don't fit it, or this machine."""
     if not config.model:
         raise ConfigError("model is not set: give a Hugging Face model folder, model=/path/to/model")
     if config.role is Role.DECODE and not config.engine.prefix_caching:
         raise ConfigError(
             "a decode worker takes a prompt's KV through its prefix cache: leave engine.prefix_caching on, or use role=unified"
         )
-    model = Path(config.model)
-    if (config.push.verify or config.pool.verify) and device_kind(config.engine.device) == "cuda":
+    model, size = Path(config.model), config.engine.tensor_parallel_size
+    check_degree(read_config(model), size)
+    launcher = connect_launcher(config) if size > 1 else None
+    kind = device_kind(config.engine.device)
+    if (config.push.verify or config.pool.verify) and kind == "cuda":
         raise ConfigError(
             "push.verify and pool.verify read KV where it lies, which they can't on a GPU; leave them off, or set engine.device=cpu"
         )
-    size = config.engine.tensor_parallel_size
-    check_degree(read_config(model), size, device_kind(config.engine.device))
-    team = Crew(config, LocalLauncher()) if size > 1 else Solo()
+    if config.parallel.launcher == "local":
+        check_devices(size, kind)
+    apart = launcher is not None and launcher.apart
+    team = Crew(config, launcher) if launcher is not None else Solo()
     loaded = load(model, config.engine, team)
-    kv = connect_kv(config, loaded.pool, loaded.layout, Share(0, size), loaded.fingerprint)
-    team.ready()
+    kv = connect_kv(config, loaded.pool, loaded.layout, Share(0, size), loaded.fingerprint, apart=apart)
+    team.ready(loaded.fingerprint)
     sender = TeamSender(kv.sender, team, config.push.limit_s) if kv.sender is not None else None
     receiver = TeamReceiver(kv, team) if kv.receiver is not None else None
     tiers = kv.tiers

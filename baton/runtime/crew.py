@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from baton.config import WorkerConfig
-from baton.errors import EXIT_SOFTWARE, BatonError, InternalError, error_classes, exit_code
+from baton.errors import EXIT_SOFTWARE, BatonError, ConfigError, InternalError, error_classes, exit_code
 from baton.parallel.group import ALONE, Group, TorchGroup
 from baton.parallel.link import Channel, Link, Listener, pack_step
 from baton.runtime.launch import Launcher
@@ -76,7 +76,7 @@ class Solo:
     def join(self, device: torch.device) -> Group:
         return ALONE
 
-    def ready(self) -> None:
+    def ready(self, fingerprint: str) -> None:
         pass
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class Crew:
         ends before, or takes too long: it has been told nothing that it could refuse."""
         size = config.engine.tensor_parallel_size
         self.others = range(1, size)
-        self._size, self._closing = size, False
+        self._size, self._closing, self._launcher = size, False, launcher
         listener = Listener(launcher.host)
         self._ranks = {rank: launcher.start(rank, listener.address, listener.token) for rank in self.others}
         channels: tuple[Channel, ...] = ("steps", "calls")
@@ -102,18 +102,19 @@ class Crew:
         self._server = socket.create_server((launcher.host, 0))
         self._address = f"{launcher.host}:{self._server.getsockname()[1]}"
         self._numbers, self._heard = itertools.count(1), dict[int, Heard]()
-        self._ready: dict[int, Future[None]] = {rank: Future() for rank in self.others}
+        self._ready: dict[int, Future[str]] = {rank: Future() for rank in self.others}
         for rank, link in self._calls.items():
-            link.send_json({"config": config.model_dump(mode="json"), "group": self._address})
+            link.send_json({"config": config.model_dump(mode="json"), "group": self._address, "apart": launcher.apart})
             threading.Thread(target=self._listen, args=(rank, link), name=f"rank-{rank}", daemon=True).start()
 
     def join(self, device: torch.device) -> Group:
         return TorchGroup(0, self._size, self._address, device, self._server)
 
-    def ready(self) -> None:
-        """Waits until all ranks have loaded their share."""
-        for future in self._ready.values():
-            future.result()
+    def ready(self, fingerprint: str) -> None:
+        """Waits until all ranks have loaded their share. Raises ConfigError where that is of other weights than rank 0's."""
+        for rank, future in self._ready.items():
+            if future.result() != fingerprint:
+                raise ConfigError(f"rank {rank} of {self._size} has another model than rank 0 at the same path; all machines need the same")
 
     @contextmanager
     def step(self, arrays: Mapping[str, np.ndarray], graphed: bool) -> Iterator[None]:
@@ -150,6 +151,7 @@ class Crew:
             link.close()
         for rank in self._ranks.values():
             rank.end()
+        self._launcher.close()
 
     def _check(self) -> None:
         for number, rank in self._ranks.items():
@@ -168,7 +170,7 @@ class Crew:
                 elif "error" in message:
                     self._refused(rank, message)
                 else:
-                    self._ready[rank].set_result(None)
+                    self._ready[rank].set_result(message["ready"])
         except Exception:  # somebody waits for what this would have told
             logger.exception("what rank %d has said could not be told", rank)
             self._end(f"rank {rank} is not understood")

@@ -102,8 +102,8 @@ def load(model: Path, settings: EngineConfig, team: Team | None = None) -> Loade
     return LoadedModel(config, runner, pool, layout, fingerprint, max_model_len, budget, seqs, cores)
 
 
-def check_degree(config: ModelConfig, size: int, kind: str) -> None:
-    """Raises ConfigError where `size` ranks can't share the model, or have no device each."""
+def check_degree(config: ModelConfig, size: int) -> None:
+    """Raises ConfigError where `size` ranks can't share the model."""
     together = math.gcd(config.num_heads, config.num_kv_heads, config.intermediate_size)
     if together % size:
         possible = ", ".join(str(count) for count in range(1, together + 1) if together % count == 0)
@@ -111,9 +111,14 @@ def check_degree(config: ModelConfig, size: int, kind: str) -> None:
             f"engine.tensor_parallel_size={size} does not divide the model's {config.num_heads} attention heads, {config.num_kv_heads} KV "
             f"heads and {config.intermediate_size} columns of the MLP; possible: {possible}"
         )
+
+
+def check_devices(size: int, kind: str) -> None:
+    """Raises ConfigError where `size` ranks have no device each on this machine."""
     if kind == "cuda" and torch.cuda.device_count() < size:
         raise ConfigError(
-            f"engine.tensor_parallel_size={size} needs as many GPUs, and CUDA_VISIBLE_DEVICES shows this worker {torch.cuda.device_count()}"
+            f"engine.tensor_parallel_size={size} needs as many GPUs, and CUDA_VISIBLE_DEVICES shows this worker "
+            f"{torch.cuda.device_count()}; parallel.launcher=ray brings those of other machines"
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from baton.cluster.machine import die_with_parent
 from baton.config import WorkerConfig
 from baton.errors import EXIT_SOFTWARE, BatonError, exit_code
 from baton.kv.shards import Share
@@ -53,9 +54,9 @@ class Office:
     def start(self) -> None:
         self._thread.start()
 
-    def open(self, handlers: Handlers) -> None:
+    def open(self, handlers: Handlers, fingerprint: str) -> None:
         self._handlers = handlers
-        self._calls.send_json({"ready": True})
+        self._calls.send_json({"ready": fingerprint})
 
     def _serve(self) -> None:
         try:
@@ -79,23 +80,27 @@ class Office:
         return answer
 
 
-def run(address: str, token: str, rank: int) -> None:
-    """Rank `rank` of the worker whose rank 0 listens at `address`. Does not return."""
+def run(address: str, token: str, rank: int, host: str = "") -> None:
+    """Rank `rank` of the worker whose rank 0 listens at `address`. `host`: that this machine is reached at, if it is not rank 0's. Does not
+    return."""
     calls, steps = connect(address, token, rank, "calls"), connect(address, token, rank, "steps")
     setup = calls.receive_json()
     if setup is None:
         os._exit(0)
     config = WorkerConfig.model_validate(setup["config"])
+    if host:
+        elsewhere = {name: getattr(config, name).model_copy(update={"host": host}) for name in ("push", "pool")}
+        config = config.model_copy(update=elsewhere)
     size = config.engine.tensor_parallel_size
     office = Office(calls)
     office.start()
     try:
         loaded = load(Path(config.model), config.engine, Follower(rank, size, setup["group"]))
-        kv = connect_kv(config, loaded.pool, loaded.layout, Share(rank, size), loaded.fingerprint)
+        kv = connect_kv(config, loaded.pool, loaded.layout, Share(rank, size), loaded.fingerprint, apart=setup["apart"])
     except BatonError as error:
         calls.send_json({"error": [error.code, error.message]})
         os._exit(exit_code(error))
-    office.open(Handlers(kv))
+    office.open(Handlers(kv), loaded.fingerprint)
     gc.collect()
     gc.freeze()
     while (message := steps.receive()) is not None:
@@ -107,11 +112,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="baton.runtime.rank", description="A rank of a worker, started by its rank 0")
     parser.add_argument("address")
     parser.add_argument("rank", type=int)
+    parser.add_argument("--host", default="", help="that this machine is reached at, if it is not rank 0's")
     arguments = parser.parse_args()
+    die_with_parent(int(os.environ["BATON_DIE_WITH_PARENT"]))
     form = f"%(asctime)s %(levelname)s rank {arguments.rank}[{os.getpid()}] %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
     try:
-        run(arguments.address, os.environ[TOKEN], arguments.rank)
+        run(arguments.address, os.environ[TOKEN], arguments.rank, arguments.host)
     except Exception:
         logger.critical("this rank has failed", exc_info=True)
     os._exit(EXIT_SOFTWARE)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.config import WorkerConfig, pool_master
+from baton.errors import ConfigError
 from baton.kv.connect import connect_push
 from baton.kv.direct import DirectReceiver
 from baton.kv.layout import KVLayout, block_key
@@ -13,6 +14,7 @@ from baton.kv.push import Door
 from baton.kv.shards import Share, ShareSender, share_checksum
 from baton.kv.tiers import connect_tiers
 from baton.kv.transfer import KVTransfer
+from baton.types import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +39,25 @@ class RankKV:
         return [share_checksum(self.layout, self.share, self.pool.buffer(block_id)) for block_id in block_ids]
 
 
-def connect_kv(config: WorkerConfig, pool: KVPool, layout: KVLayout, share: Share, fingerprint: str) -> RankKV:
-    """Raises ConfigError where what the configuration asks for is not to be had."""
+def connect_kv(config: WorkerConfig, pool: KVPool, layout: KVLayout, share: Share, fingerprint: str, *, apart: bool = False) -> RankKV:
+    """`apart`: this worker's ranks are on several machines. Raises ConfigError where what the configuration asks for is not to be had."""
     host = config.host.model_copy(update={"bytes": config.host.bytes // share.size})
     store = config.pool.model_copy(update={"master": pool_master(config.pool, config.cluster)})
     tiers = connect_tiers(host, store, config.files, pool.tensor, pool.layout.block_bytes, cluster=config.cluster.name)
     reached_at = config.push.host or config.server.advertise or config.server.host
     push = config.push.model_copy(update={"host": reached_at})
-    direct, receiver = connect_push(push, config.role, pool.region, cuda=pool.tensor.is_cuda)
+    if apart:
+        _check_reach("pool.master", *store.master.removeprefix("etcd://").split(";"))
+        if config.role is not Role.UNIFIED and push.protocols != ():
+            _check_reach("push.host or server.advertise", reached_at)
+    direct, receiver = connect_push(push, config.role, pool.region, cuda=pool.tensor.is_cuda, apart=apart)
     sender = None if direct is None else ShareSender(direct, layout, share, pool.buffer)
     return RankKV(pool=pool, layout=layout, share=share, fingerprint=fingerprint, sender=sender, receiver=receiver, tiers=tiers)
+
+
+def _check_reach(name: str, *addresses: str) -> None:
+    """Raises ConfigError for one that is this machine's alone."""
+    for address in addresses:
+        host = address.rpartition(":")[0] or address
+        if host == "localhost" or host.startswith("127."):
+            raise ConfigError(f"{name}={address}: this worker's ranks are on several machines; give an address that all of them reach")

@@ -121,9 +121,9 @@ def test_a_push_of_several_ranks_is_as_good_as_its_worst(results: list[PushResul
 
 def test_a_degree_that_does_not_divide_the_model(tiny_model: object) -> None:
     config: ModelConfig = read_config(tiny_model)  # type: ignore[arg-type]
-    check_degree(config, 2, "cpu")
+    check_degree(config, 2)
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=4 does not divide .* 2 KV heads .*; possible: 1, 2$"):
-        check_degree(config, 4, "cpu")
+        check_degree(config, 4)
 
 
 def test_a_rank_has_its_own_gpu_first(monkeypatch: pytest.MonkeyPatch) -> None:
