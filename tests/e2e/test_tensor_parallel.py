@@ -4,6 +4,7 @@ of it; a rank that dies ends its worker, and a worker that dies its ranks."""
 import asyncio
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -136,7 +137,7 @@ def a_rank_that_dies_ends_its_worker(cluster: RunningCluster, model: Path) -> No
     for lane in lanes:
         lane.join(60)
     assert not before.is_running()
-    assert "rank 1 has died; this worker ends" in log.read_text()
+    assert re.search("rank 1 has died|rank 0 has failed in a step that other ranks are in", log.read_text())  # whichever is seen first
     assert set(statuses) <= {503}
     numbers = sorted(answers)
     assert [answers[number] for number in numbers] == expected(model, [prompt(1000 + number, 600) for number in numbers])
