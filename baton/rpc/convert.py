@@ -78,6 +78,7 @@ def request_to_proto(request: GenerateRequest) -> common.SequenceRequest:
         sampling=sampling_to_proto(request.sampling),
         output_token_ids=request.output_token_ids,
         salt=request.salt,
+        traceparent=request.traceparent,
     )
 
 
@@ -88,6 +89,7 @@ def request_from_proto(message: common.SequenceRequest) -> GenerateRequest:
         sampling=sampling_from_proto(message.sampling),
         output_token_ids=tuple(message.output_token_ids),
         salt=message.salt,
+        traceparent=message.traceparent,
     )
 
 

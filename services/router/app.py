@@ -303,7 +303,7 @@ async def _answer(
     silent: bool = False,
 ) -> Response:
     answers = Answers(kind, request_id, gateway.model, gateway.tokenizer, asks, token_ids=body.return_token_ids)
-    stream = gateway.generator.run(request_id, asks, claim)
+    stream = gateway.generator.run(request_id, asks, claim, request.headers.get("traceparent", ""))
     if not body.stream:
         choices = await _until_gone(request.receive, lambda: _collect(stream))
         return JSONResponse(answers.whole(choices, echo=echo, silent=silent), headers=_headers(request_id, choices))
