@@ -135,6 +135,15 @@ class PushConfig(Strict):
     verify: bool = False  # checksums travel with the news of what was pushed, for tests: slow, and not on a GPU
 
 
+class TracingConfig(Strict):
+    """OpenTelemetry spans of requests (docs/tracing.md); needs the extra `otel`."""
+
+    endpoint: str = Field(default="", pattern=r"^(https?://.+)?$")  # OTLP over HTTP, http://host:4318/v1/traces; empty: off
+    sample: float = Field(default=1.0, ge=0, le=1)  # share of the requests that come without a trace of their own
+    interval_s: float = Field(default=2.0, gt=0)  # between two batches
+    timeout_s: float = Field(default=5.0, gt=0)  # of one
+
+
 class WorkerConfig(Strict):
     """A prefill, decode or unified worker."""
 
@@ -149,6 +158,7 @@ class WorkerConfig(Strict):
     pool: PoolConfig = PoolConfig()
     files: FilesConfig = FilesConfig()
     push: PushConfig = PushConfig()
+    tracing: TracingConfig = TracingConfig()
     max_local_prefill_tokens: int = Field(default=64, ge=0)  # a decode worker computes a missing prompt remainder up to this itself
     drain_grace_s: float = Field(default=30.0, ge=0)
 
@@ -203,6 +213,7 @@ class RouterConfig(Strict):
     tenants: tuple[TenantConfig, ...] = ()  # none: everybody may ask for everything
     admission: AdmissionConfig = AdmissionConfig()
     tls: TLSConfig = TLSConfig()
+    tracing: TracingConfig = TracingConfig()
     explained: int = Field(default=256, ge=0)  # requests, the latest, that /debug/routes can tell about
 
     @model_validator(mode="after")

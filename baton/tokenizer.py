@@ -9,6 +9,7 @@ from typing import Any, cast
 import jinja2
 import jinja2.sandbox
 import tokenizers
+import tokenizers.decoders
 
 from baton.errors import InvalidRequest, ModelError
 
@@ -27,6 +28,9 @@ class Tokenizer:
         self._template = _chat_template(folder, self._settings)
         self._special_ids = {index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.vocab_size = self._tokenizer.get_vocab_size()
+        decoder: Any = self._tokenizer.decoder
+        self._apart = isinstance(decoder, tokenizers.decoders.ByteLevel)  # a text's tokens are its bytes, and nothing else
+        self._ascii: dict[int, str | None] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -37,6 +41,13 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """One token as text, as it shows in logprobs. Bytes of a split character become U+FFFD."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def alone(self, token_id: int) -> str | None:
+        """What an ordinary token says wherever it stands; None where that depends on its neighbours."""
+        if token_id not in self._ascii:
+            text = self.token(token_id) if self._apart and token_id not in self._special_ids else ""
+            self._ascii[token_id] = text if text and text.isascii() else None
+        return self._ascii[token_id]
 
     def piece(self, token_id: int) -> str:
         """The vocabulary's own spelling."""
@@ -74,6 +85,10 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that became certain by these tokens."""
+        if len(token_ids) == 1 and self._emitted == len(self._window) and (text := self._tokenizer.alone(token_ids[0])) is not None:
+            self._window.clear()
+            self._emitted = 0
+            return text
         self._window += token_ids
         before = self._decode(self._window[: self._emitted])
         now = self._decode(self._window)

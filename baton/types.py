@@ -78,6 +78,7 @@ class GenerateRequest:
     sampling: SamplingParams
     output_token_ids: tuple[int, ...] = ()
     salt: str = ""  # separates prefix caches: tenant, adapter, images
+    traceparent: str = ""  # of the span that asks, as W3C writes it; empty: it is not traced
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,16 @@ class CacheReport:
         return self.num_local_tokens + self.num_pool_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """One load of a prompt's blocks from a tier, as a span tells it."""
+
+    tier: str
+    num_blocks: int  # that came
+    begun: float  # time.time
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOutput:
     """What one engine step gave one request. Zero tokens with no finish reason is progress only (a long prompt being computed)."""
@@ -138,6 +149,7 @@ class GenerateOutput:
     num_pushed_blocks: int = 0  # leading blocks of the tokens sent, the last one maybe half full, that the push target is known to hold
     pushed_sums: tuple[int, ...] = ()  # with push.verify: checksums of the pushed blocks so far, from the target's first one on
     cache: CacheReport | None = None  # with the first output
+    fetches: tuple[Fetch, ...] = ()  # since the last output; they stay in the worker's process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

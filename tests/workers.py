@@ -23,6 +23,7 @@ from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache
 from baton.scheduling.plan import StepPlan, StepResult
 from baton.scheduling.scheduler import Scheduler
+from baton.tracing import OFF, Tracer
 from baton.types import GenerateOutput, GenerateRequest, Member, Role, SamplingParams
 from services.decode.servicer import DecodeServicer
 from services.prefill.servicer import PrefillServicer
@@ -30,6 +31,7 @@ from tests.properties.toy import BLOCK_SIZE, VOCAB, ToyRunner, ToyTransfer, refe
 
 LEASE_S = 1.0
 NUM_BLOCKS = 200
+BLOCK_BYTES = 1000  # as spans tell it
 Pool = dict[str, tuple[int | None, ...]]
 Script = Callable[[GenerateRequest], AsyncIterator[GenerateOutput]]
 
@@ -80,7 +82,7 @@ class Worker:
 
 @asynccontextmanager
 async def worker(
-    role: Role, pool: Pool, *, fingerprint: str = "f", pool_available: bool = True, name: str = "w", port: int = 0
+    role: Role, pool: Pool, *, fingerprint: str = "f", pool_available: bool = True, name: str = "w", port: int = 0, tracer: Tracer = OFF
 ) -> AsyncIterator[Worker]:
     runner = SlowRunner(NUM_BLOCKS)
     engine = Engine(
@@ -103,7 +105,7 @@ async def worker(
     if role is Role.PREFILL:
         own = {"instance": name, "can_push": lambda target: False, "pool_available": lambda: True}
         prefill_pb2_grpc.add_PrefillServicer_to_server(
-            PrefillServicer(intake, fingerprint, metrics, heartbeat_s=LEASE_S / 4, **own), server
+            PrefillServicer(intake, fingerprint, metrics, heartbeat_s=LEASE_S / 4, tracer=tracer, **own), server
         )
     else:
         servicer = DecodeServicer(
@@ -116,6 +118,8 @@ async def worker(
             unified=role is Role.UNIFIED,
             pool_available=lambda: pool_available,
             leases=None,
+            tracer=tracer,
+            block_bytes=BLOCK_BYTES,
         )
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
     engine.start()

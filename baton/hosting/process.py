@@ -1,6 +1,7 @@
 """What every process of a cluster does around its work: arguments, logging, signals, a parent to die with."""
 
 import argparse
+import asyncio
 import logging
 import os
 import sys
@@ -13,12 +14,12 @@ from baton.errors import BatonError, exit_code
 from baton.hosting.logs import LogFormat, start_logging
 
 C = TypeVar("C", bound=RouterConfig | WorkerConfig | KVStoreConfig)
+LoopFactory = Callable[[], asyncio.AbstractEventLoop] | None
 
 
-def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable[None]]) -> None:
+def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable[None]], *, loop_factory: LoopFactory = None) -> None:
     """Parses `--config FILE key=value …`, runs `serve` until it returns, and exits: 0, or with an error's `exit_code` after one
-    clear line where it can't start."""
-    import asyncio
+    clear line where it can't start. `loop_factory`: of another event loop than asyncio's own."""
 
     parser = argparse.ArgumentParser(prog=f"services.{name}", description=f"Baton's {name} service")
     parser.add_argument("--config", help="YAML file")
@@ -33,7 +34,8 @@ def run_service(name: str, config_class: type[C], serve: Callable[[C], Awaitable
         config = load_config(config_class, arguments.config, arguments.overrides)
         form = config.server.log_format
         start_logging(name, form)
-        asyncio.run(_serve(serve, config))
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(_serve(serve, config))
     except BatonError as error:
         logging.debug("cannot start", exc_info=True)
         if form == "json":

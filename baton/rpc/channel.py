@@ -8,6 +8,8 @@ import grpc.aio
 
 Options = Sequence[tuple[str, int]]
 
+_NARROW = 512  # bytes: some twenty tokens; a larger message comes in parts
+_NARROW_OPTIONS = (("grpc.http2.lookahead_bytes", _NARROW), ("grpc.http2.bdp_probe", 0))  # without the probe, which widens it
 _UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
@@ -48,24 +50,34 @@ def server_options(lease_s: float, max_receive: int = -1) -> Options:
 
 
 class Channels:
-    """One channel per address, made when first asked for."""
+    """One channel per address, made when first asked for; and one more for streams whose sender is to notice soon that its reader is
+    behind."""
 
     def __init__(self, lease_s: float) -> None:
         self._options = client_options(lease_s)
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._narrow: dict[str, grpc.aio.Channel] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
-        channel = self._channels.get(address)
+        return self._made(self._channels, address, self._options)
+
+    def narrow(self, address: str) -> grpc.aio.Channel:
+        """What is on its way is `_NARROW` bytes at most: more waits at its sender, who can put it together there."""
+        return self._made(self._narrow, address, (*self._options, *_NARROW_OPTIONS))
+
+    def _made(self, channels: dict[str, grpc.aio.Channel], address: str, options: Options) -> grpc.aio.Channel:
+        channel = channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+            channel = channels[address] = grpc.aio.insecure_channel(address, options=options)
         return channel
 
     async def drop(self, address: str) -> None:
         """The address left the cluster; calls on its channel are cancelled."""
-        channel = self._channels.pop(address, None)
-        if channel is not None:
-            await channel.close(None)
+        for channels in (self._channels, self._narrow):
+            channel = channels.pop(address, None)
+            if channel is not None:
+                await channel.close(None)
 
     async def close(self) -> None:
-        for address in list(self._channels):
+        for address in {*self._channels, *self._narrow}:
             await self.drop(address)

@@ -78,6 +78,7 @@ def request_to_proto(request: GenerateRequest) -> common.SequenceRequest:
         sampling=sampling_to_proto(request.sampling),
         output_token_ids=request.output_token_ids,
         salt=request.salt,
+        traceparent=request.traceparent,
     )
 
 
@@ -88,6 +89,7 @@ def request_from_proto(message: common.SequenceRequest) -> GenerateRequest:
         sampling=sampling_from_proto(message.sampling),
         output_token_ids=tuple(message.output_token_ids),
         salt=message.salt,
+        traceparent=message.traceparent,
     )
 
 
@@ -138,11 +140,11 @@ def output_to_proto(output: GenerateOutput) -> common.SequenceOutput:
 
 def output_from_proto(message: common.SequenceOutput) -> GenerateOutput:
     return GenerateOutput(
-        tokens=tuple(token_from_proto(token) for token in message.tokens),
+        tokens=tuple([token_from_proto(token) for token in message.tokens]),
         finish_reason=_FINISH_BACK.get(message.finish_reason),
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         prompt_logprobs=tuple(
-            _logprobs_from_proto(item.logprobs) if item.HasField("logprobs") else None for item in message.prompt_logprobs
+            [_logprobs_from_proto(item.logprobs) if item.HasField("logprobs") else None for item in message.prompt_logprobs]
         ),
         num_computed_tokens=message.num_computed_tokens,
         num_saved_blocks=message.num_saved_blocks,

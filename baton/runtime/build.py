@@ -36,6 +36,7 @@ class BuiltWorker:
     pool_available: Callable[[], bool]  # whether KV can go from worker to worker by a shared tier now, as far as is known
     can_push: Callable[[PushTarget], bool]  # whether there is a direct path there
     receives: bool  # whether KV can be pushed here
+    block_bytes: int  # of a block's KV, on all ranks together
 
 
 def build_worker(config: WorkerConfig) -> BuiltWorker:
@@ -104,6 +105,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         lambda: any(tier.shared and tier.available for tier in tiers),
         lambda target: sender is not None and sender.reaches(target),
         receiver is not None,
+        loaded.layout.block_bytes,
     )
 
 

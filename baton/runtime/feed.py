@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from baton.scheduling.request import Request
+from baton.types import Fetch
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +35,8 @@ class Feed:
     source: int = -1  # tier of the load in flight
     room_deadline: float | None = None  # until when it waits for free blocks
     in_flight: list[int] = field(default_factory=list[int])
+    begun: float = 0.0  # time.time, of the load in flight
+    fetches: list[Fetch] = field(default_factory=list[Fetch])  # not told yet
 
     kept: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict[int, set[int]](set))  # blocks that a tier has
     shared: set[int] = field(default_factory=set[int])  # blocks that other workers can read
@@ -41,6 +44,10 @@ class Feed:
     num_saving: int = 0  # calls to shared tiers
     saves_deadline: float | None = None  # set when nothing but saves is awaited
     saves_given_up: bool = False
+
+    def take_fetches(self) -> tuple[Fetch, ...]:
+        taken, self.fetches = tuple(self.fetches), []
+        return taken
 
     @property
     def saves_ended(self) -> bool:

@@ -27,7 +27,7 @@ from baton.runtime.feed import Feed
 from baton.scheduling.cache import KVCache
 from baton.scheduling.fetching import num_to_fetch
 from baton.scheduling.request import Request
-from baton.types import Pace
+from baton.types import Fetch, Pace
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class Loader:
         return feed.source_of(feed.num_loaded) if feed.num_loaded < feed.num_available else None
 
     def _load(self, feed: Feed, number: int, count: int) -> None:
-        feed.source, feed.in_flight = number, self._cache.pool.take(count)
+        feed.source, feed.in_flight, feed.begun = number, self._cache.pool.take(count), time.time()
         hashes = feed.request.block_hashes[feed.num_loaded : feed.num_loaded + count]
         call = self._calls = self._calls + 1
         self._taken[call] = feed.in_flight
@@ -271,6 +271,7 @@ class Loader:
                     feed.num_available = min(feed.num_available, block)
         feed.num_loaded += good
         feed.in_flight = []
+        feed.fetches.append(Fetch(self._tiers[number].name, good, feed.begun, time.time() - feed.begun))
         faster = [other for other in self._direct if other < number]
         self._save(feed, dict(enumerate(block_ids[:good], first)), faster)
         self._advance(feed)

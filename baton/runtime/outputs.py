@@ -44,6 +44,7 @@ class Outputs:
             num_pushed_blocks=entry.num_pushed_blocks,
             pushed_sums=entry.pushed_sums,
             cache=request.cache,
+            fetches=entry.feed.take_fetches() if entry.feed.fetches else (),
         )
         self._emit(entry, output)
 

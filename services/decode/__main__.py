@@ -1,5 +1,7 @@
 """The decode worker's process; with role `unified`, the worker that does both."""
 
+import asyncio
+
 from baton.config import WorkerConfig
 from baton.errors import ConfigError
 from baton.hosting.process import run_service
@@ -8,6 +10,7 @@ from baton.hosting.worker import Intake, host_worker
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import decode_pb2, decode_pb2_grpc
 from baton.runtime.build import build_worker
+from baton.tracing import make_tracer
 from baton.types import Role
 from services.decode.leases import Leases
 from services.decode.servicer import DecodeServicer
@@ -17,6 +20,7 @@ async def serve(config: WorkerConfig) -> None:
     if config.role not in (Role.DECODE, Role.UNIFIED):
         raise ConfigError(f"role={config.role} is not for this service; use decode or unified")
     built = build_worker(config)
+    tracer = make_tracer(config.tracing, str(config.role), built.member.id)
     channels = Channels(config.cluster.lease_s)
     leases = Leases(built.engine.leases, channels, lease_s=config.cluster.lease_s)
 
@@ -32,6 +36,8 @@ async def serve(config: WorkerConfig) -> None:
             pool_available=built.pool_available,
             leases=leases if built.receives else None,
             tensor_parallel_size=built.member.tensor_parallel_size,
+            tracer=tracer,
+            block_bytes=built.block_bytes,
         )
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, host.grpc)
         return [decode_pb2.DESCRIPTOR.services_by_name["Decode"].full_name]
@@ -41,6 +47,7 @@ async def serve(config: WorkerConfig) -> None:
     finally:
         await leases.close()
         await channels.close()
+        await asyncio.to_thread(tracer.close)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from baton.metrics import WorkerMetrics
 from baton.rpc import convert
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from baton.tracing import NO_SPAN, OFF, Span, Tracer, cache_values, tell_fetches
 from baton.types import CacheReport, GenerateOutput, PushTarget
 from services.decode.leases import Leases
 
@@ -26,8 +27,9 @@ logger = logging.getLogger(__name__)
 class Feeding:
     """How one request gets its prompt's KV: what was decided, what was found, what a prefill worker reported."""
 
-    def __init__(self, num_prompt_tokens: int) -> None:
+    def __init__(self, num_prompt_tokens: int, span: Span = NO_SPAN) -> None:
         self.prefill_id = ""
+        self.span, self.lookup, self.push = span, NO_SPAN, NO_SPAN
         self.reason = ""
         self.matched: tuple[int, int] = (0, 0)  # tokens: own prefix cache, pool
         self.prefill_cache: CacheReport | None = None
@@ -100,9 +102,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         pool_available: Callable[[], bool],
         leases: Leases | None,
         tensor_parallel_size: int = 1,
+        tracer: Tracer = OFF,
+        block_bytes: int = 0,
     ) -> None:
         """`leases`: where KV can be pushed into this worker's memory."""
-        self._degree = tensor_parallel_size
+        self._degree, self._tracer, self._block_bytes = tensor_parallel_size, tracer, block_bytes
         self._intake, self._fingerprint, self._channels, self._metrics = intake, fingerprint, channels, metrics
         self._lease_s, self._max_local, self._unified = lease_s, max_local_prefill_tokens, unified
         self._pool_available, self._leases = pool_available, leases
@@ -150,23 +154,35 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         why_here = self._why_here(request)
         candidates = [] if why_here else list(request.prefill_candidates)
         sequence = self._intake.submit(sequence_request, hold=bool(candidates))
-        feeding, feeder = Feeding(len(sequence_request.prompt_token_ids)), None
+        span = self._tracer.start("decode", "server", sequence_request.traceparent)
+        feeding, feeder = Feeding(len(sequence_request.prompt_token_ids), span), None
         feeding.decide("", why_here)
         if why_here and not self._unified:
             self._metrics.prefill("local")
         try:
             if candidates:
+                feeding.lookup = span.child("kv lookup")
                 name = f"feed-{sequence_request.request_id}"
                 feeder = asyncio.create_task(self._feed(sequence, request.sequence, candidates, feeding), name=name)
             async for output in sequence:
                 report = feeding.report(output)
                 self._count(output, report)
+                if report is not None and span.on:
+                    span.set(cache_values(report))
+                if output.fetches and span.on:
+                    tell_fetches(span, output.fetches, self._block_bytes)
                 message = convert.output_to_proto(output if output.cache is report else dataclasses.replace(output, cache=report))
                 yield decode_pb2.GenerateResponse(output=message, prefill=feeding.news())
+        except Exception as error:
+            span.end(error)
+            raise
         finally:
+            feeding.lookup.end()
+            span.set({"baton.prefill": feeding.prefill_id or "local", "baton.prefill.reason": feeding.reason})
             if feeder is not None:
                 feeder.cancel()
             self._intake.done(sequence_request.request_id)
+            span.end()
 
     def _why_here(self, request: decode_pb2.GenerateRequest) -> str:
         """Why the prompt is computed here, whatever its length; empty where a prefill worker may be asked."""
@@ -189,8 +205,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             room, why = True, "no prefill worker managed it"
             for candidate in candidates:
                 pushed, num_blocks = False, 0
+                span = NO_SPAN
                 try:
-                    async with self._reserved(sequence, candidate, room) as (target, arrived):
+                    async with self._reserved(sequence, candidate, room, feeding) as (target, arrived):
                         room = target is not None  # who has waited for it in vain does not wait again
                         if not await self._asks(candidate, sequence, request, feeding):
                             return
@@ -200,7 +217,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                         if target is None and candidate.tensor_parallel_size not in (0, self._degree):
                             why = "no room to have it pushed here, and other shares in the pool"
                             continue
-                        async for output in self._prefill(candidate, request, target):
+                        span = feeding.span.child(f"prefill {candidate.id}", "client")
+                        feeding.push = span.child("kv push") if target is not None else NO_SPAN
+                        async for output in self._prefill(candidate, request, target, span.traceparent):
                             feeding.prefill_cache = output.cache or feeding.prefill_cache
                             num_blocks = max(num_blocks, output.num_pushed_blocks, output.num_saved_blocks)
                             arrived(output.num_pushed_blocks, output.pushed_sums)
@@ -211,6 +230,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                     self._metrics.prefill("remote" if num_blocks else "fallback")  # a prompt that nothing came of is computed here
                     return
                 except BatonError as error:
+                    span.end(error)
                     told = (request.request_id, candidate.id, error.message)
                     logger.warning("prefill of %s by %s failed: %s", *told, extra={"request_id": request.request_id})
                     if not isinstance(error, Draining | Overloaded):
@@ -218,6 +238,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                     feeding.decide(candidate.id, f"{candidate.id} failed: {error.message}")
                     if pushed:
                         break
+                finally:
+                    feeding.push.end()
+                    span.end()
             else:
                 feeding.decide("", f"{why}, computed here")
             self._metrics.prefill("fallback")
@@ -234,6 +257,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     ) -> bool:
         """Whether enough is missing to ask a prefill worker, which `feeding` gets to know."""
         feeding.matched = await sequence.matched()  # known by now where blocks are reserved
+        feeding.lookup.set({"baton.kv.local_tokens": feeding.matched[0], "baton.kv.found_tokens": feeding.matched[1]})
+        feeding.lookup.end()
         known = len(request.prompt_token_ids) + len(request.output_token_ids)
         missing = known - sum(feeding.matched)
         if missing <= self._max_local:
@@ -245,7 +270,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     @contextlib.asynccontextmanager
     async def _reserved(
-        self, sequence: Sequence, candidate: decode_pb2.PrefillCandidate, room: bool
+        self, sequence: Sequence, candidate: decode_pb2.PrefillCandidate, room: bool, feeding: Feeding
     ) -> AsyncIterator[tuple[PushTarget | None, Callable[[int, tuple[int, ...]], None]]]:
         """Blocks for the candidate to write into, if there may be `room`, and how to say that so many have arrived. Their lease ends here,
         well or not."""
@@ -258,12 +283,18 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             if target is not None and num_blocks > last:
                 last = num_blocks
                 sequence.blocks_pushed(target.lease, num_blocks, sums)
+                here = num_blocks - target.first_block
+                if feeding.push.on:
+                    feeding.push.set({"baton.kv.blocks": here, "baton.kv.bytes": here * self._block_bytes, "baton.kv.lease": target.lease})
+                if here >= target.num_blocks:
+                    feeding.push.end()
 
         broken = False
         try:
             yield target, arrived
-        except BatonError:
+        except BatonError as error:
             broken = True
+            feeding.push.end(error)
             raise
         finally:
             if target is not None and leases is not None:
@@ -271,10 +302,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 leases.end(target.lease, candidate, well=well, broken=broken)
 
     async def _prefill(
-        self, candidate: decode_pb2.PrefillCandidate, request: common_pb2.SequenceRequest, target: PushTarget | None
+        self, candidate: decode_pb2.PrefillCandidate, request: common_pb2.SequenceRequest, target: PushTarget | None, traceparent: str
     ) -> AsyncIterator[GenerateOutput]:
         """The outputs of one prefill call, which is cancelled if it is left early. Raises a BatonError where it fails or falls silent."""
         message = prefill_pb2.PrefillRequest(sequence=request, fingerprint=self._fingerprint)
+        if traceparent:
+            message.sequence.traceparent = traceparent
         if target is not None:
             message.target.CopyFrom(convert.target_to_proto(target))
         call = prefill_pb2_grpc.PrefillStub(self._channels.get(candidate.address)).Prefill(message)

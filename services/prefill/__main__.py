@@ -1,17 +1,21 @@
 """The prefill worker's process."""
 
+import asyncio
+
 from baton.config import WorkerConfig
 from baton.hosting.process import run_service
 from baton.hosting.server import Host
 from baton.hosting.worker import Intake, host_worker
 from baton.rpc.v1 import prefill_pb2, prefill_pb2_grpc
 from baton.runtime.build import build_worker
+from baton.tracing import make_tracer
 from baton.types import Role
 from services.prefill.servicer import PrefillServicer
 
 
 async def serve(config: WorkerConfig) -> None:
     built = build_worker(config.model_copy(update={"role": Role.PREFILL}))
+    tracer = make_tracer(config.tracing, "prefill", built.member.id)
 
     def add_services(host: Host, intake: Intake) -> list[str]:
         servicer = PrefillServicer(
@@ -23,11 +27,16 @@ async def serve(config: WorkerConfig) -> None:
             can_push=built.can_push,
             pool_available=built.pool_available,
             tensor_parallel_size=built.member.tensor_parallel_size,
+            tracer=tracer,
+            block_bytes=built.block_bytes,
         )
         prefill_pb2_grpc.add_PrefillServicer_to_server(servicer, host.grpc)
         return [prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name]
 
-    await host_worker(config, built.engine, built.member, built.metrics, add_services)
+    try:
+        await host_worker(config, built.engine, built.member, built.metrics, add_services)
+    finally:
+        await asyncio.to_thread(tracer.close)
 
 
 if __name__ == "__main__":

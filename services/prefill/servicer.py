@@ -9,6 +9,7 @@ from baton.hosting.worker import Context, Intake, guarded
 from baton.metrics import WorkerMetrics
 from baton.rpc import convert
 from baton.rpc.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
+from baton.tracing import OFF, Span, Tracer, cache_values, tell_fetches
 from baton.types import GenerateOutput, GenerateRequest, PushTarget
 
 
@@ -24,8 +25,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         can_push: Callable[[PushTarget], bool],
         pool_available: Callable[[], bool],
         tensor_parallel_size: int = 1,
+        tracer: Tracer = OFF,
+        block_bytes: int = 0,
     ) -> None:
-        self._degree = tensor_parallel_size
+        self._degree, self._tracer, self._block_bytes = tensor_parallel_size, tracer, block_bytes
         self._intake, self._fingerprint, self._metrics, self._heartbeat_s = intake, fingerprint, metrics, heartbeat_s
         self._instance = instance
         self._can_push, self._pool_available = can_push, pool_available
@@ -49,13 +52,20 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                     raise TransferError("there is no direct path to this decode worker, and no KV pool: give both one of push.protocols")
                 target = None  # the pool, then
             sequence = self._intake.submit(sequence_request, await_saves=target is None, push=target)
+            span = self._tracer.start("prefill", "server", sequence_request.traceparent)
             self._metrics.prompt_tokens.inc(len(sequence_request.prompt_token_ids))
             try:
                 async for news in with_heartbeat(aiter(sequence), self._heartbeat_s):
                     output = news or GenerateOutput()
                     self._count(output)
+                    if span.on:
+                        self._tell(span, output, target)
                     yield convert.output_to_proto(output)
+            except Exception as error:
+                span.end(error)
+                raise
             finally:
+                span.end()
                 self._intake.done(sequence_request.request_id)
 
     async def EndLease(self, request: prefill_pb2.EndLeaseRequest, context: Context) -> prefill_pb2.EndLeaseResponse:
@@ -68,6 +78,16 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if output.tokens and output.cache is not None:
             self._metrics.prefix_cache_queries.inc(output.cache.num_prompt_tokens)
             self._metrics.prefix_cache_hits.inc(output.cache.num_cached_tokens)
+
+    def _tell(self, span: Span, output: GenerateOutput, target: PushTarget | None) -> None:
+        done = max(output.num_pushed_blocks - (target.first_block if target else 0), 0)
+        if target is not None and done:
+            span.set({"baton.kv.pushed_blocks": done, "baton.kv.pushed_bytes": done * self._block_bytes})
+        if output.num_saved_blocks:
+            span.set({"baton.kv.saved_blocks": output.num_saved_blocks})
+        if output.cache is not None:
+            span.set(cache_values(output.cache))
+        tell_fetches(span, output.fetches, self._block_bytes)
 
 
 def _for_one_token(request: GenerateRequest) -> GenerateRequest:

@@ -3,12 +3,14 @@
 import asyncio
 import collections.abc
 import contextlib
+import gc
 import socket
 import ssl
 from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
+import uvloop
 
 from baton.config import RouterConfig, TLSConfig, member_id
 from baton.errors import ConfigError
@@ -19,9 +21,10 @@ from baton.metrics import RouterMetrics
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import router_pb2, router_pb2_grpc
 from baton.tokenizer import Tokenizer, read_settings
+from baton.tracing import OFF, Tracer, make_tracer
 from baton.types import Member, Role
 from services.router.admission import Admission
-from services.router.app import Gateway, make_app
+from services.router.app import Gateway, front, make_app
 from services.router.dispatch import Dispatcher
 from services.router.generation import Generator
 from services.router.policies import POLICIES
@@ -38,7 +41,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def build(config: RouterConfig, workers: Workers, channels: Channels) -> Gateway:
+def build(config: RouterConfig, workers: Workers, channels: Channels, tracer: Tracer = OFF) -> Gateway:
     if not config.model:
         raise ConfigError("model is not set: give the Hugging Face folder that the workers serve, model=/path/to/model")
     folder = Path(config.model)
@@ -66,7 +69,7 @@ def build(config: RouterConfig, workers: Workers, channels: Channels) -> Gateway
         defaults=defaults,
         context_len=int(model.get("max_position_embeddings", 2**31)),
         dispatcher=dispatcher,
-        generator=Generator(tokenizer, dispatcher, admission, metrics, eos_ids, explained=config.explained),
+        generator=Generator(tokenizer, dispatcher, admission, metrics, eos_ids, explained=config.explained, tracer=tracer, model=name),
         tenants=Tenants.read(config.tenants),
         metrics=metrics,
         max_body=config.max_body,
@@ -78,15 +81,18 @@ async def serve(config: RouterConfig) -> None:
     channels = Channels(config.cluster.lease_s)
     membership = make_membership(config.cluster)
     workers = Workers(membership, channels, lease_s=config.cluster.lease_s)
-    gateway = build(config, workers, channels)
-    member = Member(id=member_id(config.server, Role.ROUTER), role=Role.ROUTER, address="")
+    name = member_id(config.server, Role.ROUTER)
+    tracer = make_tracer(config.tracing, "router", name)
+    gateway = build(config, workers, channels, tracer)
+    member = Member(id=name, role=Role.ROUTER, address="")
     host = Host(config.server, config.cluster, member, gateway.metrics, max_receive=config.max_body)
     cast(Any, router_pb2_grpc).add_RouterServicer_to_server(RouterServicer(gateway), host.grpc)
     _check_certificate(config.tls)
     listener = _listen(config.server.host, config.http_port)
     server = _Server(
         uvicorn.Config(
-            make_app(gateway),
+            front(make_app(gateway)),
+            http="httptools",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=max(int(config.drain_grace_s), 1),
@@ -94,6 +100,7 @@ async def serve(config: RouterConfig) -> None:
             ssl_keyfile=config.tls.key or None,
         )
     )
+    gc.set_threshold(20_000, 20, 20)  # a token leaves a dozen objects, none in a cycle: by default, looking for some takes 5 % of the core
     workers.start()
     http = asyncio.create_task(server.serve([listener]), name="http")
     gauges = asyncio.create_task(gateway.keep_gauges(), name="gauges")
@@ -114,6 +121,7 @@ async def serve(config: RouterConfig) -> None:
         await workers.close()
         await membership.close()
         await channels.close()
+        await asyncio.to_thread(tracer.close)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -142,4 +150,4 @@ def _check_certificate(tls: TLSConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_service("router", RouterConfig, serve)
+    run_service("router", RouterConfig, serve, loop_factory=uvloop.new_event_loop)

@@ -1,20 +1,22 @@
 """The HTTP face: OpenAI's API with vLLM's extensions, and the pages of operators. Parses, streams and maps errors; decides nothing."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCancelled, TooLarge, Unauthorized, Unavailable
 from baton.metrics import RouterMetrics
@@ -34,6 +36,7 @@ T = TypeVar("T")
 Stream = AsyncGenerator[tuple[Choice, Piece]]
 ROUTE_HEADER, TTFT_HEADER, TPOT_HEADER = "x-baton-route", "x-slo-ttft-ms", "x-slo-tpot-ms"
 _GAUGES_S = 1.0
+_STRAIGHT = "baton.send"  # the server's own, in a scope
 
 
 @dataclass(slots=True)
@@ -300,18 +303,18 @@ async def _answer(
     silent: bool = False,
 ) -> Response:
     answers = Answers(kind, request_id, gateway.model, gateway.tokenizer, asks, token_ids=body.return_token_ids)
-    stream = gateway.generator.run(request_id, asks, claim)
+    stream = gateway.generator.run(request_id, asks, claim, request.headers.get("traceparent", ""))
     if not body.stream:
-        choices = await _until_gone(request, lambda: _collect(stream))
+        choices = await _until_gone(request.receive, lambda: _collect(stream))
         return JSONResponse(answers.whole(choices, echo=echo, silent=silent), headers=_headers(request_id, choices))
     try:  # errors before the first token are HTTP statuses
-        first = await _until_gone(request, lambda: anext(stream))
+        first = await _until_gone(request.receive, lambda: anext(stream))
     except BaseException:
         await stream.aclose()
         raise
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     events = _events(stream, first, answers, include_usage=include_usage, echo=echo)
-    return StreamingResponse(events, media_type="text/event-stream", headers=_headers(request_id, [first[0]]))
+    return EventStream(events, _headers(request_id, [first[0]]))
 
 
 async def _collect(stream: Stream) -> list[Choice]:
@@ -322,7 +325,9 @@ async def _collect(stream: Stream) -> list[Choice]:
     return list(choices.values())
 
 
-async def _events(stream: Stream, first: tuple[Choice, Piece], answers: Answers, *, include_usage: bool, echo: bool) -> AsyncGenerator[str]:
+async def _events(
+    stream: Stream, first: tuple[Choice, Piece], answers: Answers, *, include_usage: bool, echo: bool
+) -> AsyncGenerator[bytes]:
     choices: dict[int, Choice] = {}
     async with aclosing(stream):
         try:
@@ -337,21 +342,55 @@ async def _events(stream: Stream, first: tuple[Choice, Piece], answers: Answers,
                 yield _event(to_json(answers.usage_chunk(list(choices.values()))))
         except BatonError as error:
             yield _event(to_json(error_body(error.message, error.code, error.http_status, error.param)))
-    yield "data: [DONE]\n\n"
+    yield b"data: [DONE]\n\n"
 
 
-def _event(line: str) -> str:
-    return f"data: {line}\n\n"
+def _event(line: str) -> bytes:
+    return f"data: {line}\n\n".encode()
 
 
-async def _until_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T:
+class EventStream(Response):
+    """Server-sent events. Chunks go to the server past the framework's layers: each of them costs every token something, and has nothing
+    to say once an answer has started."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
+        self._events, self.status_code, self.background = events, 200, None
+        self.init_headers(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        straight: Send = scope.get(_STRAIGHT, send)
+
+        async def tell() -> None:
+            async with aclosing(self._events):
+                async for event in self._events:
+                    await straight({"type": "http.response.body", "body": event, "more_body": True})
+            await straight({"type": "http.response.body", "body": b""})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with contextlib.suppress(RequestCancelled):
+            await _until_gone(receive, tell)
+
+
+def front(app: ASGIApp) -> ASGIApp:
+    """The app, for a server: with what EventStream needs."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[_STRAIGHT] = send
+        await app(scope, receive, send)
+
+    return serve
+
+
+async def _until_gone(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
     """The work's result; RequestCancelled, and the work cancelled, when the client goes away first."""
 
     async def run() -> T:
         return await work()
 
     async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     task, watcher = asyncio.create_task(run()), asyncio.create_task(gone())

@@ -19,10 +19,12 @@ from baton.errors import BatonError, InternalError, NoWorkers, Overloaded, Unava
 from baton.rpc import convert
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import decode_pb2
+from baton.tracing import NO_SPAN, Span
 from baton.types import GenerateOutput, GenerateRequest
 from services.router.placer import Decision, Placer
 from services.router.policy import Facts, Placement, Policy
 from services.router.sessions import Sessions
+from services.router.spans import attempt_span, end_attempt
 from services.router.workers import HashesBySize, Workers
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Route:
     moves: list[str] = dataclasses.field(default_factory=list[str])  # why it left each earlier worker
     decisions: list[Decision] = dataclasses.field(default_factory=list[Decision], repr=False)  # of each placement, where they are kept
     on_decision: Callable[[Decision], None] = dataclasses.field(default=not_kept, repr=False)  # who may keep it
+    span: Span = dataclasses.field(default=NO_SPAN, repr=False)  # the request's
 
     def __str__(self) -> str:
         parts = [
@@ -112,6 +115,10 @@ class Dispatcher:
                 placed = time.monotonic()
                 name = request.request_id if attempt == 0 else f"{request.request_id}~{attempt}"
                 part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
+                span = route.span
+                if span.traceparent:
+                    span = attempt_span(span, decision)
+                    part = dataclasses.replace(part, traceparent=span.traceparent)
                 try:
                     async with aclosing(self._call(part, placement, route, hashes)) as items:
                         async for item in items:
@@ -126,6 +133,7 @@ class Dispatcher:
                                 return
                     raise WorkerLost(f"{placement.decode} ended the stream too early")
                 except (InternalError, Unavailable) as error:
+                    end_attempt(span, route, decision, error)
                     self._failed(error, placement.decode, instance, refused)
                     full = isinstance(error, Overloaded) and not self._others(facts, hashes, refused)
                     if isinstance(error, InternalError) or attempt >= self._max_migrations or full:
@@ -134,6 +142,8 @@ class Dispatcher:
                     logger.warning("%s moves from %s after %d tokens: %s", *told, extra={"request_id": request.request_id})
                     route.moves.append(f"{placement.decode}: {error.message}")
                     self._on_migration()
+                finally:
+                    end_attempt(span, route, decision)
         finally:  # also where a stop string ended it, or nobody reads on
             if len(output) > len(request.output_token_ids):
                 self.placer.learn_output(len(output))

@@ -13,10 +13,12 @@ from typing import cast
 from baton.errors import BatonError, InternalError, InvalidRequest, PromptTooLong
 from baton.metrics import RouterMetrics
 from baton.tokenizer import Tokenizer
+from baton.tracing import OFF, Span, Tracer
 from baton.types import CacheReport, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 from services.router.admission import Admission, Claim, Ticket, Work
 from services.router.dispatch import Dispatcher, Route
 from services.router.explain import Record, Records
+from services.router.spans import request_span
 from services.router.text import Piece, TextStream
 from services.router.workers import HashesBySize
 
@@ -36,6 +38,7 @@ class Ask:
     include_stop: bool = False
     skip_special_tokens: bool = True
     salt: str = ""
+    operation: str = "text_completion"  # as OpenTelemetry calls it
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,6 +54,7 @@ class Choice:
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     cache: CacheReport | None = None
+    first_at: float | None = None  # time.monotonic, of its first token
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class _Run:
 
     ticket: Ticket
     record: Record
+    span: Span
+    choices: list[Choice]
 
 
 class Generator:
@@ -77,10 +83,12 @@ class Generator:
         eos: frozenset[int],
         *,
         explained: int = 0,
+        tracer: Tracer = OFF,
+        model: str = "",
     ) -> None:
         """`explained`: how many requests `explain` remembers."""
         self._tokenizer, self._dispatcher, self.admission, self._metrics, self._eos = tokenizer, dispatcher, admission, metrics, eos
-        self.records = Records(explained)
+        self.records, self._tracer, self._model = Records(explained), tracer, model
 
     def check(self, token_ids: Sequence[int], max_model_len: int | None) -> None:
         """Refuses a prompt that no worker could take, before it costs anything."""
@@ -97,22 +105,20 @@ class Generator:
                 param="prompt",
             )
 
-    async def run(self, request_id: str, asks: Sequence[Ask], claim: Claim) -> AsyncGenerator[tuple[Choice, Piece]]:
+    async def run(self, request_id: str, asks: Sequence[Ask], claim: Claim, traceparent: str = "") -> AsyncGenerator[tuple[Choice, Piece]]:
         """Pieces of all sequences as they come, once the request is let in; sequence i of prompt p has index p * n + i. Leaving early
-        cancels them all. `request_id`: what the client knows it by."""
+        cancels them all. `request_id`: what the client knows it by; `traceparent`: of the client's span."""
         prompts = [_Prompt(ask, HashesBySize(ask.prompt_token_ids, ask.salt)) for ask in asks]
-        async with self.admission.enter(claim, self._work(prompts)) as ticket:
-            run = _Run(ticket, self.records.start(request_id, claim.tenant.name))
-            if len(asks) == 1 and asks[0].n == 1:  # nearly always: without a task and a queue, which cost a step of 32 half a millisecond
-                async with aclosing(self._sequence(prompts[0], 0, _drawn(asks[0].seed), run)) as items:
+        with request_span(self._tracer, self._model, request_id, asks, traceparent) as (span, choices):
+            async with self.admission.enter(claim, self._work(prompts)) as ticket:
+                run = _Run(ticket, self.records.start(request_id, claim.tenant.name), span, choices)
+                # Nearly always one: without a task and a queue, which cost a step of 32 half a millisecond.
+                one = len(asks) == 1 and asks[0].n == 1
+                pieces = self._sequence(prompts[0], 0, _drawn(asks[0].seed), run) if one else self._several(prompts, run)
+                async with aclosing(pieces) as items:
                     async for item in items:
                         ticket.told(len(item[1].tokens))
                         yield item
-                return
-            async with aclosing(self._several(prompts, run)) as items:
-                async for item in items:
-                    ticket.told(len(item[1].tokens))
-                    yield item
 
     def _work(self, prompts: Sequence[_Prompt]) -> Work:
         """What is asked for, in all; forecasts are those of the longest prompt."""
@@ -170,7 +176,8 @@ class Generator:
         ask = prompt.ask
         try:
             choice = Choice(index, self._dispatcher.route())
-            choice.route.queued_s = run.ticket.queued_s
+            choice.route.queued_s, choice.route.span = run.ticket.queued_s, run.span
+            run.choices.append(choice)
             self.records.add(run.record, choice.route)
             request = GenerateRequest(
                 request_id=f"{ask.request_id}-{index}-{secrets.token_hex(4)}",  # clients may use an id twice; workers must not
@@ -212,6 +219,7 @@ class Generator:
     def _observe(self, choice: Choice, begun: float, last: float) -> float:
         now = time.monotonic()
         if len(choice.pieces) == 1:
+            choice.first_at = now
             self._metrics.time_to_first_token.observe(now - begun)
         else:
             self._metrics.inter_token_latency.observe(now - last)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,7 @@ B = TypeVar("B", bound=BaseModel)
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=False)
+    operation: ClassVar[str] = "text_completion"
 
     model: str | None = None
     stream: bool = False
@@ -92,6 +93,7 @@ class _Body(BaseModel):
             include_stop=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
             salt=self.cache_salt,
+            operation=self.operation,
         )
 
 
@@ -141,6 +143,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatBody(_Body):
+    operation: ClassVar[str] = "chat"
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)

@@ -38,7 +38,9 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
                 stop=tuple(request.stop),
                 salt=request.salt,
             )
-            async with aclosing(gateway.generator.run(request_id, [ask], _claim(request, context, tenant))) as stream:
+            async with aclosing(
+                gateway.generator.run(request_id, [ask], _claim(request, context, tenant), _metadata(context, "traceparent") or "")
+            ) as stream:
                 async for choice, piece in stream:
                     answer = pb.RouterGenerateResponse(
                         request_id=request_id,

@@ -99,3 +99,16 @@ async def test_nobody_listens() -> None:
             pass
         with pytest.raises(BatonError):
             await tokens(made, w, prompt(8))
+
+
+async def test_what_came_while_nobody_read_is_one_response() -> None:
+    request = prompt(20, name="slow", max_tokens=30)
+    message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request))
+    async with worker(Role.UNIFIED, {}) as w, sessions() as made:
+        stream = made.generate("w", w.address, message)
+        first = await anext(stream)
+        await w.is_idle(5)  # all has been given away
+        await asyncio.sleep(0.2)
+        rest = [response async for response in stream]
+    assert len(rest) < 10
+    assert [token.token_id for each in (first, *rest) for token in each.output.tokens] == reference(request)

@@ -172,6 +172,7 @@ requests = st.builds(
     sampling=sampling,
     output_token_ids=st.lists(ids, max_size=3).map(tuple),
     salt=texts,
+    traceparent=texts,
 )
 reports = st.builds(CacheReport, num_prompt_tokens=ids, num_local_tokens=ids, num_pool_tokens=ids, num_prefill_tokens=ids)
 outputs = st.builds(

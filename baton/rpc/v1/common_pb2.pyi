@@ -104,18 +104,20 @@ class CacheReport(_message.Message):
     def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_local_tokens: _Optional[int] = ..., num_pool_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "output_token_ids", "salt")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "output_token_ids", "salt", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     salt: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., salt: _Optional[str] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., salt: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
     __slots__ = ("tokens", "finish_reason", "stop_token_id", "prompt_logprobs", "num_computed_tokens", "num_saved_blocks", "cache", "num_pushed_blocks", "pushed_sums")
