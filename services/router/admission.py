@@ -51,6 +51,21 @@ class Claim:
     deadline_s: float | None = None  # of a caller who is gone then: a first token after that is worth nothing
 
 
+@dataclass(frozen=True, slots=True)
+class Promised:
+    """What a request that is let in was promised; None: nothing."""
+
+    first_by: float | None = None  # time.monotonic
+    itl_s: float | None = None
+
+    def left_s(self) -> float | None:
+        """Until the first token is late; above 0, be it late already."""
+        return None if self.first_by is None else max(self.first_by - time.monotonic(), 1e-3)
+
+
+NOTHING_PROMISED = Promised()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     num_prompt_tokens: int
@@ -141,6 +156,11 @@ class Admission:
                 self._running -= work.num_sequences
                 self._queue.correct(queued, work.num_prompt_tokens + ticket.num_tokens if served else 0.0)
                 self._pump()
+
+    def promised(self, claim: Claim) -> Promised:
+        """From now on."""
+        ttft_slo_s = self._ttft_slo_s(claim)
+        return Promised(None if ttft_slo_s is None else time.monotonic() + ttft_slo_s, self._itl_slo_s(claim))
 
     def check_rates(self, tenant: Tenant) -> None:
         """Raises RateLimited; also worth asking before a request is even read."""
@@ -233,9 +253,12 @@ class Admission:
         asked = self._config.ttft_slo_s if claim.ttft_slo_s is None else claim.ttft_slo_s
         return min((limit for limit in (asked, claim.deadline_s) if limit is not None), default=None)
 
+    def _itl_slo_s(self, claim: Claim) -> float | None:
+        return self._config.itl_slo_s if claim.itl_slo_s is None else claim.itl_slo_s
+
     def _check_slo(self, claim: Claim, work: Work, forecast: Callable[[], Forecast], waited_s: float, queue_s: float) -> None:
         """Raises Overloaded where the request is not expected to be served as it asks."""
-        ttft_slo_s, itl_slo_s = self._ttft_slo_s(claim), self._config.itl_slo_s if claim.itl_slo_s is None else claim.itl_slo_s
+        ttft_slo_s, itl_slo_s = self._ttft_slo_s(claim), self._itl_slo_s(claim)
         if ttft_slo_s is None and itl_slo_s is None:
             return
         expected = forecast()

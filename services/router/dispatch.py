@@ -21,6 +21,7 @@ from baton.rpc.channel import Channels
 from baton.rpc.v1 import decode_pb2
 from baton.tracing import NO_SPAN, Span
 from baton.types import GenerateOutput, GenerateRequest
+from services.router.admission import NOTHING_PROMISED, Promised
 from services.router.placer import Decision, Placer
 from services.router.policy import Facts, Placement, Policy
 from services.router.sessions import Sessions
@@ -92,7 +93,9 @@ class Dispatcher:
     def route(self) -> Route:
         return Route(self.policy_name)
 
-    async def generate(self, request: GenerateRequest, route: Route, hashes: HashesBySize | None = None) -> AsyncGenerator[GenerateOutput]:
+    async def generate(
+        self, request: GenerateRequest, route: Route, hashes: HashesBySize | None = None, promised: Promised = NOTHING_PROMISED
+    ) -> AsyncGenerator[GenerateOutput]:
         """Outputs until the one with a finish reason, from as many workers as it takes. Leaving early cancels the call. `hashes`: of the
         prompt, where its siblings share them.
 
@@ -106,7 +109,9 @@ class Dispatcher:
                 if output:  # must be computed as well, wherever it goes on
                     hashes = HashesBySize((*request.prompt_token_ids, *output), request.salt)
                 num_known, left = len(request.prompt_token_ids) + len(output), request.sampling.max_tokens - len(output)
-                facts = self.placer.facts(num_known, left, turn)
+                facts = self.placer.facts(num_known, left, turn, promised)
+                if output:  # it has its first token
+                    facts = dataclasses.replace(facts, ttft_slo_s=None)
                 decision = await self._place(facts, hashes, refused)
                 route.on_decision(decision)
                 placement, instance = decision.placement, self.workers.member(decision.placement.decode).instance

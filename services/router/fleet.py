@@ -3,6 +3,7 @@ blocks they hold. `workers.Workers` keeps it up to date over gRPC, a simulation 
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from baton.types import Load, Member, MemberState, StateUpdate
 from services.router.index import PrefixIndex
 from services.router.view import LOAD_COLUMNS, PACE_COLUMNS, Layout, View
+
+_SINCE = LOAD_COLUMNS.index("computing_s")  # in the fleet's own table: since when
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -22,6 +25,7 @@ class Worker:
     """Requests sent there that its load does not count yet: tokens and pairs to compute."""
     gone: bool = False  # no member any more
     row: int = -1  # in the fleet's table
+    since: float = 0.0  # when it told what is pending, or got something to do
     settling: list[str] = dataclasses.field(default_factory=list[str])  # requests whose blocks the next update will name
 
     @property
@@ -30,7 +34,9 @@ class Worker:
 
 
 class Fleet:
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        """`now`: seconds of any clock."""
+        self._now = now
         self.index = PrefixIndex()
         self.workers: dict[str, Worker] = {}
         self._stale = True  # who is usable may have changed
@@ -71,6 +77,7 @@ class Fleet:
         for request_id in worker.settling:
             self.index.settle(name, request_id)
         worker.settling.clear()
+        worker.since = self._now()
         self._stale |= changed
         self._write(worker)
         return changed
@@ -80,6 +87,8 @@ class Fleet:
         blocks that it will compute there for it."""
         worker = self.workers.get(worker_id)
         if worker is not None:
+            if not worker.load.num_waiting_tokens and not any(some for some, _ in worker.routed.values()):
+                worker.since = self._now()
             worker.routed[request_id] = tokens, pairs
             if expected:
                 self.index.expect(worker_id, request_id, expected)
@@ -107,7 +116,9 @@ class Fleet:
             held, coming = self.index.depths(hashes(size))
             np.copyto(matched, held[places] * size, where=layout.block_size == size)
             np.copyto(expected, coming[places] * size, where=layout.block_size == size)
-        return View(layout, table if exclude else table.copy(), matched, expected)
+        table = table if exclude else table.copy()
+        table[_SINCE] = self._now() - table[_SINCE]
+        return View(layout, table, matched, expected)
 
     def _lay_out(self) -> None:
         usable = sorted((worker for worker in self.workers.values() if worker.usable), key=lambda worker: worker.member.id)
@@ -144,6 +155,7 @@ class Fleet:
             load.num_context_tokens,
             1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0,
             worker.member.max_num_batched_tokens,
+            worker.since,
             pace.base_s,
             pace.token_s,
             pace.pair_s,

@@ -15,7 +15,7 @@ from baton.metrics import RouterMetrics
 from baton.tokenizer import Tokenizer
 from baton.tracing import OFF, Span, Tracer
 from baton.types import CacheReport, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
-from services.router.admission import Admission, Claim, Ticket, Work
+from services.router.admission import Admission, Claim, Promised, Ticket, Work
 from services.router.dispatch import Dispatcher, Route
 from services.router.explain import Record, Records
 from services.router.spans import request_span
@@ -68,6 +68,7 @@ class _Run:
     """What a request's sequences share."""
 
     ticket: Ticket
+    promised: Promised
     record: Record
     span: Span
     choices: list[Choice]
@@ -110,8 +111,9 @@ class Generator:
         cancels them all. `request_id`: what the client knows it by; `traceparent`: of the client's span."""
         prompts = [_Prompt(ask, HashesBySize(ask.prompt_token_ids, ask.salt)) for ask in asks]
         with request_span(self._tracer, self._model, request_id, asks, traceparent) as (span, choices):
-            async with self.admission.enter(claim, self._work(prompts)) as ticket:
-                run = _Run(ticket, self.records.start(request_id, claim.tenant.name), span, choices)
+            promised = self.admission.promised(claim)
+            async with self.admission.enter(claim, self._work(prompts, promised)) as ticket:
+                run = _Run(ticket, promised, self.records.start(request_id, claim.tenant.name), span, choices)
                 # Nearly always one: without a task and a queue, which cost a step of 32 half a millisecond.
                 one = len(asks) == 1 and asks[0].n == 1
                 pieces = self._sequence(prompts[0], 0, _drawn(asks[0].seed), run) if one else self._several(prompts, run)
@@ -120,7 +122,7 @@ class Generator:
                         ticket.told(len(item[1].tokens))
                         yield item
 
-    def _work(self, prompts: Sequence[_Prompt]) -> Work:
+    def _work(self, prompts: Sequence[_Prompt], promised: Promised) -> Work:
         """What is asked for, in all; forecasts are those of the longest prompt."""
         asks, placer = [prompt.ask for prompt in prompts], self._dispatcher.placer
         longest = max(prompts, key=lambda prompt: len(prompt.ask.prompt_token_ids))
@@ -128,7 +130,7 @@ class Generator:
             num_prompt_tokens=sum(len(ask.prompt_token_ids) for ask in asks),
             num_output_tokens=sum(ask.n * placer.expected_tokens(ask.sampling.max_tokens) for ask in asks),
             num_sequences=sum(ask.n for ask in asks),
-            forecast=placer.forecast(len(longest.ask.prompt_token_ids), longest.hashes, longest.ask.sampling.max_tokens),
+            forecast=placer.forecast(len(longest.ask.prompt_token_ids), longest.hashes, longest.ask.sampling.max_tokens, promised),
         )
 
     async def _several(self, prompts: Sequence[_Prompt], run: "_Run") -> AsyncGenerator[tuple[Choice, Piece]]:
@@ -194,7 +196,7 @@ class Generator:
                 eos=self._eos,
             )
             begun = last = run.ticket.arrived
-            async with aclosing(self._dispatcher.generate(request, choice.route, prompt.hashes)) as outputs:
+            async with aclosing(self._dispatcher.generate(request, choice.route, prompt.hashes, run.promised)) as outputs:
                 async for output in outputs:
                     piece = text.push(output)
                     choice.pieces.append(piece)

@@ -2,14 +2,17 @@
 
 Workers with an open breaker are asked only where there is nobody else. Where no prefill worker fits any decode worker, the decode workers
 are taken for unified ones, which compute prompts themselves (*degraded*; not with `local_prefill: false`).
+
+Placements that would break what a request was promised are passed over where there is another. Where there is none, it is placed as if
+nothing had been promised: whether it is refused then is admission's to say.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-from baton.errors import NoWorkers
-from services.router.admission import Forecast
+from baton.errors import NoWorkers, Overloaded
+from services.router.admission import NOTHING_PROMISED, Forecast, Promised
 from services.router.breakers import Breakers
 from services.router.policy import Facts, Placement, Policy
 from services.router.view import View, WorkerView
@@ -37,12 +40,14 @@ class Placer:
         self.breakers = Breakers()
         self._num_output_tokens = FIRST_GUESS  # of a request, lately
 
-    def facts(self, num_prompt_tokens: int, max_tokens: int, turn: int = 0) -> Facts:
+    def facts(self, num_prompt_tokens: int, max_tokens: int, turn: int = 0, promised: Promised = NOTHING_PROMISED) -> Facts:
         return Facts(
             num_prompt_tokens=num_prompt_tokens,
             turn=turn,
             num_output_tokens=self.expected_tokens(max_tokens),
             local_prefill=self._local_prefill,
+            ttft_slo_s=promised.left_s(),
+            itl_slo_s=promised.itl_s,
         )
 
     def expected_tokens(self, max_tokens: int) -> float:
@@ -67,15 +72,21 @@ class Placer:
 
     def _decide(self, facts: Facts, view: Sequence[WorkerView]) -> Decision:
         try:
-            return Decision(facts, view, self.policy(facts, view))
+            return self._asked(facts, view)
         except NoWorkers as error:
             alone = View.of(view).alone()
             if not alone or not facts.local_prefill:
                 raise
-            placement = self.policy(facts, alone)
-            return Decision(
-                facts, alone, dataclasses.replace(placement, reason=f"degraded, no prefill worker; {placement.reason}"), error.message
-            )
+            decision = self._asked(facts, alone)
+            reason = f"degraded, no prefill worker; {decision.placement.reason}"
+            return dataclasses.replace(decision, placement=dataclasses.replace(decision.placement, reason=reason), degraded=error.message)
+
+    def _asked(self, facts: Facts, view: Sequence[WorkerView]) -> Decision:
+        try:
+            return Decision(facts, view, self.policy(facts, view))
+        except Overloaded:
+            facts = dataclasses.replace(facts, ttft_slo_s=None, itl_slo_s=None)
+            return Decision(facts, view, self.policy(facts, view))
 
     def problem(self) -> NoWorkers | None:
         """Why no request can be placed now."""
@@ -92,12 +103,14 @@ class Placer:
         except NoWorkers:
             return ""
 
-    def forecast(self, num_prompt_tokens: int, hashes: HashesBySize, max_tokens: int) -> Callable[[], Forecast]:
+    def forecast(
+        self, num_prompt_tokens: int, hashes: HashesBySize, max_tokens: int, promised: Promised = NOTHING_PROMISED
+    ) -> Callable[[], Forecast]:
         """What would become of this prompt, whenever it is asked."""
 
         def now() -> Forecast:
             try:
-                placement = self.decide(self.facts(num_prompt_tokens, max_tokens), hashes).placement
+                placement = self.decide(self.facts(num_prompt_tokens, max_tokens, promised=promised), hashes).placement
             except NoWorkers:
                 return Forecast()
             return Forecast(ttft_s=placement.ttft_s, waits_s=placement.waits_s or 0.0, itl_s=placement.itl_s)

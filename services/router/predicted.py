@@ -8,17 +8,23 @@ Of a pair (P, D), or of D alone, which computes the prompt itself:
   + harm            where the prompt is computed: its seconds, for each request there that it delays
                     where it decodes: what it adds to a step, for each request there, for as long
 
+                    in a pool of prefill workers: what its seconds there cost those who will come, whichever of them they go to
+
 Seconds come from the workers: each learns its own pace and announces it (`baton.runtime.pace`); for what one has not met yet the average of
-the others is taken. At a prefill worker those that wait stand for those that will come while this one waits: as many, if the load lasts. At
-a decode worker a prompt counts as if it delayed one request more than there are: decoding is what it is kept free for. So nobody asks it
-while a prefill worker that has as much of the prompt cached is idle.
+the others is taken. At a prefill worker those that wait stand for those that will come while this one waits: as many, if the load lasts.
+In its pool, with N requests a worker, a second more of work delays later ones by N (1 + N) seconds: of M/M/1's N = ρ / (1 - ρ),
+dN/dρ = (1 + N)², less the 1 + N that the newcomer itself spends there. It is the same for all of the pool, so it decides only between them
+and decode workers: the fuller they are, the sooner one of these computes a prompt. At a decode worker a prompt counts as if it delayed one
+request more than there are: decoding is what it is kept free for. So nobody asks it while a prefill worker that has as much of the prompt
+cached is idle.
 
 Workers that compute on the same cores delay each other's requests like their own, and each other: who shares them with a busy one has half
 of them. What a prompt costs the others is then the same wherever it is computed, and an idle prefill worker is no reason to spare a decode
 worker that has something to do: decodes ride in its prompts' steps, but beside another's they read all weights in steps of their own.
 
 Where a time to the first token, or between tokens, was promised, a placement that would break it is none; a request that has none is
-refused at once, before it costs those that can be kept.
+refused at once, before it costs those that can be kept. A decode worker computes a prompt only if the time between tokens would be kept
+there with such a prompt for each request that it decodes: what is done once is done again.
 
 What a worker lacks of a prompt is what it will lack when it has computed all that was sent there before: a burst of siblings goes where the
 first of them went, which computes what they share once.
@@ -44,19 +50,23 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     view.entrances()  # there is one
     known, pace = _complete(view)
     ttft, harm = _prompts(facts, view, pace)
+    soonest = ttft - _passed(view, pace)
     (step, decoding), handing_over = _decode(facts, view, pace), _step(view, pace)
     limit = (known and facts.ttft_slo_s) or np.inf
     if known:
-        harm, decoding = _within(limit, ttft, harm), _within(facts.itl_slo_s or np.inf, step, decoding)
+        harm, decoding = _within(limit, soonest, harm), _within(facts.itl_slo_s or np.inf, step, decoding)
+    costs = ttft + harm + decoding
+    if known and facts.itl_slo_s:
+        costs = np.where(view.layout.is_decode, _within(facts.itl_slo_s, _habitual(facts, view, pace, step), costs), costs)
     options: list[Option] = []
     for decodes in view.layout.decodes.values():
         if len(decodes):
             fitting = view.layout.fitting(int(decodes[0]))
-            pair = _best_pair(facts, view, decodes, fitting, ttft, harm, decoding, handing_over, pace, limit)
+            pair = _best_pair(facts, view, decodes, fitting, ttft, soonest, harm, decoding, handing_over, pace, limit)
             late = pair[0] == np.inf and facts.local_prefill
             alone = decodes if late else _who_may_compute(facts, view, decodes, fitting)
-            options += [pair, *_best_alone(alone, ttft, ttft + harm + decoding)]
-    options += _best_alone(view.layout.unified, ttft, ttft + harm + decoding)
+            options += [pair, *_best_alone(alone, ttft, costs)]
+    options += _best_alone(view.layout.unified, ttft, costs)
     cost, here, decode, first = min(options)
     if cost == np.inf:
         promised = [f"{s:g} s {what}" for s, what in ((facts.ttft_slo_s, "to the first token"), (facts.itl_slo_s, "between tokens")) if s]
@@ -65,8 +75,9 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     if not here:
         fitting = view.layout.fitting(decode)
         to_push = facts.num_prompt_tokens - view.matched_tokens[decode]
-        ready = np.maximum(ttft, to_push * pace.push_token_s)
-        ranked = ranking(fitting, _within(limit, ready + handing_over[decode], ready + harm))
+        pushed = to_push * pace.push_token_s
+        ready = np.maximum(soonest, pushed) + handing_over[decode]
+        ranked = ranking(fitting, _within(limit, ready, np.maximum(ttft, pushed) + harm))
     if not known:
         return place(facts, view, decode, ranked, "nothing learned yet")
     waits = _waits(view, pace, ranked[0] if ranked else decode)
@@ -80,6 +91,7 @@ def _best_pair(
     decodes: Rows,
     fitting: Rows,
     ttft: Column,
+    soonest: Column,
     harm: Column,
     decoding: Column,
     handing_over: Column,
@@ -97,8 +109,10 @@ def _best_pair(
         if least == np.inf or least + at_decode[chunk[0]] > best[0]:
             break
         to_push = facts.num_prompt_tokens - view.matched_tokens[chunk, None]
-        first = np.maximum(ttft[fitting], to_push * pace.push_token_s[fitting]) + handing_over[chunk, None]
-        costs = _within(limit, first, first + harm[fitting] + decoding[chunk, None])
+        pushed = to_push * pace.push_token_s[fitting]
+        first = np.maximum(soonest[fitting], pushed) + handing_over[chunk, None]
+        whole = np.maximum(ttft[fitting], pushed) + handing_over[chunk, None]
+        costs = _within(limit, first, whole + harm[fitting] + decoding[chunk, None])
         d, p = divmod(int(costs.argmin()), len(fitting))
         best = min(best, (float(costs[d, p]), False, int(chunk[d]), float(first[d, p])))
     return best
@@ -141,6 +155,12 @@ def _step(view: View, pace: Paces) -> Column:
     return np.where(busy, (pace.base_s + pace.decode_s(rows, view.context_tokens) + prompts) * (1 + pace.crowded), 0.0)
 
 
+def _passed(view: View, pace: Paces) -> Column:
+    """Seconds of the step that a prefill worker is in that have passed, of which its load does not know. They are told and promised; in the
+    cost the step counts as a whole, as one who is busy now is likely to be busy again."""
+    return np.where(view.layout.is_prefill & (view.pending_tokens > 0), np.minimum(view.computing_s, _step(view, pace)), 0.0)
+
+
 def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     """Seconds until the prompt is computed there, and those that others lose by it."""
     work, own = _prompt(facts, view, pace)
@@ -152,7 +172,12 @@ def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
         beside = np.minimum(work[:, None], np.append(busy, 0.0)[layout.mates]).sum(axis=1)
         ttft = np.maximum(work + beside, ttft)
         delayed = np.bincount(layout.device, weights=delayed)[layout.device]
-    return ttft, own * delayed
+    harm = own * delayed
+    for pool in layout.pools:
+        if not layout.shares[pool].any():  # else a decode worker takes its seconds from them as well
+            there = float(view.num_requests[pool].mean())
+            harm[pool] += own[pool].min() * there * (1 + there)
+    return ttft, harm
 
 
 def _queued(view: View, pace: Paces) -> Column:
@@ -189,6 +214,14 @@ def _decode(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     step = pace.base_s + pace.decode_s(view.num_requests, view.context_tokens) + added
     slower = 1 + pace.crowded
     return step * slower, facts.num_output_tokens * (step + added * view.num_requests) * slower
+
+
+def _habitual(facts: Facts, view: View, pace: Paces, step: Column) -> Column:
+    """Seconds between tokens where each request that decodes there comes with a prompt like this one and those that wait there: while one
+    gets its tokens, all the others end, and as many come."""
+    waiting = np.maximum(view.pending_tokens - (view.num_requests - view.num_waiting), 0.0) * pace.token_s
+    prompts = (waiting + _prompt(facts, view, pace)[1]) * (1 + view.num_requests)
+    return step + prompts / max(facts.num_output_tokens, 1.0)
 
 
 def _complete(view: View) -> tuple[bool, Paces]:

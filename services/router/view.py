@@ -37,6 +37,7 @@ class WorkerView:
     context_tokens: int = 0  # computed tokens of its running requests
     kv_used: float = 0.0  # share of its blocks that requests hold
     batched_tokens: int = 0  # of a step at most; 0: not announced
+    computing_s: float = 0.0  # since it told what is pending, or the first of it was sent there: so long it has been at it
     device: str = ""  # the same for workers that compute on the same cores; empty: nobody else does
     pace: Pace = field(default_factory=Pace)
 
@@ -63,6 +64,7 @@ class Paces:
 PACE_COLUMNS = tuple(f.name for f in fields(Paces))
 LOAD_COLUMNS = (
     "num_requests", "pending_tokens", "pending_pairs", "num_waiting", "num_held", "context_tokens", "kv_used", "batched_tokens",
+    "computing_s",
 )  # fmt: skip
 
 
@@ -85,6 +87,7 @@ class Layout:
             name: np.array([row for row in rows if roles[row] is Role.PREFILL and fingerprints[row] == name], dtype=np.intp)
             for name in {fingerprints[row] for row in rows if roles[row] is Role.PREFILL}
         }
+        self.pools = tuple(self._fitting.values())  # rows of prefill workers, by fingerprint
         numbers: dict[str, int] = {}
         sharing: dict[int, list[int]] = {}
         self.device = np.array([numbers.setdefault(devices[row] or f"of {ids[row]}", len(numbers)) for row in rows], dtype=np.intp)
@@ -150,6 +153,7 @@ class View(Sequence[WorkerView]):
     context_tokens: Column
     kv_used: Column
     batched_tokens: Column
+    computing_s: Column
 
     def __init__(self, layout: Layout, table: NDArray[np.float64], matched: Column, expected: Column) -> None:
         """`table`: LOAD_COLUMNS, then PACE_COLUMNS, by worker."""
@@ -157,7 +161,7 @@ class View(Sequence[WorkerView]):
         self.matched_tokens, self.expected_tokens = matched, expected
         (
             self.num_requests, self.pending_tokens, self.pending_pairs, self.num_waiting, self.num_held, self.context_tokens,
-            self.kv_used, self.batched_tokens, *pace,
+            self.kv_used, self.batched_tokens, self.computing_s, *pace,
         ) = table  # fmt: skip
         self.pace = Paces(*pace)
 
@@ -205,7 +209,7 @@ class View(Sequence[WorkerView]):
 
     def _row(self, row: int) -> WorkerView:
         layout, load = self.layout, {name: self._table[place, row].item() for place, name in enumerate(LOAD_COLUMNS)}
-        numbers = {name: value if name == "kv_used" else int(value) for name, value in load.items()}
+        numbers = {name: value if name in ("kv_used", "computing_s") else int(value) for name, value in load.items()}
         pace = dict(zip(PACE_COLUMNS, self._table[len(LOAD_COLUMNS) :, row].tolist(), strict=True))
         return WorkerView(
             id=layout.ids[row],

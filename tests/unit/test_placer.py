@@ -1,5 +1,6 @@
 """What is predicted of requests that only want to know, when decode workers stand alone, and what a decision is explained by."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -8,7 +9,7 @@ import pytest
 
 from baton.errors import NoWorkers
 from baton.types import Pace, Role
-from services.router.admission import Forecast
+from services.router.admission import Forecast, Promised
 from services.router.dispatch import Route
 from services.router.explain import Record, Records, explain, ranking
 from services.router.placer import Placer
@@ -115,7 +116,7 @@ def test_an_explanation_ranks_the_choice_and_who_would_have_been_next() -> None:
     options = ranking(asked.policy, decision.facts, decision.view)
     assert [(o.decode, o.prefills[:1]) for o in options] == [("d1", ("p1",)), ("d1", ("p0",)), ("d1", ()), ("d0", ("p1",))]
     costs = [option.cost_s or 0.0 for option in options]
-    assert min(costs) == costs[0] == decision.placement.cost_s
+    assert min(costs[:2] + costs[3:]) == costs[0] == decision.placement.cost_s  # d1 alone is not asked while p1 is idle
     here = ranking(asked.policy, decision.facts, [worker("p0", Role.PREFILL, **busy), worker("d0", Role.DECODE)])
     assert [(o.decode, o.prefills[:1]) for o in here] == [("d0", ()), ("d0", ("p0",))]
     assert (here[0].cost_s or 0) < (here[1].cost_s or 0)
@@ -164,3 +165,22 @@ def test_placements_that_would_be_late_are_no_options_of_an_explanation() -> Non
     facts = replace(asked.facts(1000, 10), ttft_slo_s=2.0)
     decision = asked.decide(facts, NOTHING)
     assert [option.decode for option in ranking(asked.policy, facts, decision.view)] == ["u0"]
+
+
+def test_what_was_promised_decides_where_it_goes() -> None:
+    """Where nobody keeps it, it is placed all the same, and its forecast says by how much it would be late."""
+    soon = worker("soon", Role.UNIFIED, num_requests=100, context_tokens=100_000, pending_tokens=100)  # 0.16 s a step
+    late = worker("late", Role.UNIFIED, pending_tokens=2000, num_requests=1, num_waiting=1)
+    asked = placer(soon, late)
+
+    def goes(promised: Promised) -> str:
+        return asked.decide(asked.facts(1000, 10, promised=promised), NOTHING).placement.decode
+
+    assert goes(Promised()) == goes(Promised(itl_s=0.1)) == "late"
+    assert goes(Promised(time.monotonic() + 2.5)) == "soon"
+    assert asked.forecast(1000, NOTHING, 10, Promised(time.monotonic() + 2.5))().ttft_s == pytest.approx(1.26)
+    nobody = Promised(time.monotonic() - 1.0, 0.001)
+    assert asked.facts(1000, 10, promised=nobody).ttft_slo_s == pytest.approx(0.001)
+    assert goes(nobody) == "late"
+    assert asked.forecast(1000, NOTHING, 10, nobody)().ttft_s == pytest.approx(3.01)
+    assert placer(soon, policy="mooncake").decide(asked.facts(1000, 10, promised=nobody), NOTHING).placement.decode == "soon"

@@ -138,6 +138,37 @@ def test_predicted_refuses_a_push_that_would_be_late() -> None:
     assert kept.ttft_s < 4.0
 
 
+def test_a_full_pool_of_prefill_workers_is_spared_where_a_decode_worker_has_less_to_lose() -> None:
+    """Both prefill workers wait equally long; who is there now stands for who will come."""
+    decode = worker("d0", Role.DECODE, num_requests=5, context_tokens=1000)
+
+    def computes(there: int) -> str:
+        pool = [worker(f"p{n}", Role.PREFILL, pending_tokens=300, num_requests=there) for n in range(2)]
+        return "P" if placed("predicted", [*pool, decode]).prefills else "D"
+
+    assert [computes(there) for there in (1, 2, 3)] == ["P", "D", "D"]
+
+
+def test_a_decode_worker_computes_no_prompts_where_a_habit_of_it_would_break_what_was_promised() -> None:
+    """Ten requests of 100 tokens, each with 0.1 s of prompt: 10 ms a token, and the step's 15."""
+    decode = worker("d0", Role.DECODE, num_requests=9, matched_tokens=900)
+    pool = worker("p0", Role.PREFILL, pending_tokens=30_000, num_requests=5, num_waiting=5)
+    for promised, prefills in ((None, ()), (0.03, ()), (0.02, ("p0",))):
+        assert placed("predicted", [pool, decode], num_output_tokens=100, itl_slo_s=promised).prefills == prefills
+
+
+def test_what_has_passed_of_a_step_is_neither_told_nor_held_against_a_promise() -> None:
+    step = {"pending_tokens": 1000, "num_requests": 1, "num_waiting": 0, "batched_tokens": 1000}
+    workers = [worker("p0", Role.PREFILL, **step, computing_s=0.75), worker("d0", Role.DECODE, num_requests=50)]
+    whole = [worker("p0", Role.PREFILL, **step), workers[1]]
+    told, before = placed("predicted", workers, local_prefill=False), placed("predicted", whole, local_prefill=False)
+    assert (before.ttft_s or 0) - (told.ttft_s or 0) == pytest.approx(0.75)
+    assert told.cost_s == before.cost_s
+    assert placed("predicted", workers, local_prefill=False, ttft_slo_s=(told.ttft_s or 0) + 0.1).prefills == ("p0",)
+    with pytest.raises(Overloaded):
+        placed("predicted", whole, local_prefill=False, ttft_slo_s=(told.ttft_s or 0) + 0.1)
+
+
 # -- bursts
 
 HASHES = block_hashes(range(1000), 10)
@@ -229,3 +260,22 @@ def test_columns_of_rows_and_rows_of_columns_are_the_same() -> None:
         worker("a", Role.UNIFIED, num_requests=3, num_waiting=2, kv_used=0.25, matched_tokens=40, expected_tokens=50, batched_tokens=64)
     ]
     assert list(View.of(rows)) == rows
+
+
+def test_a_worker_is_at_its_step_since_it_told_of_it_or_got_something_to_do() -> None:
+    now = [10.0]
+    made = Fleet(lambda: now[0])
+    p0 = made.add(Member(id="p0", role=Role.PREFILL, address="", fingerprint="f", block_size=10))
+    say(made, p0, 0)
+
+    def computing_s() -> float:
+        return made.view(lambda size: HASHES).worker("p0").computing_s
+
+    now[0] = 13.0
+    made.routed("p0", "first", 1000, 500_000)
+    now[0] = 14.0
+    made.routed("p0", "second", 1000, 500_000)  # waits for the first
+    assert computing_s() == pytest.approx(1.0)
+    say(made, p0, 1, num_waiting_tokens=1000, num_waiting=1)
+    now[0] = 14.5
+    assert computing_s() == pytest.approx(0.5)

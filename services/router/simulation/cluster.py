@@ -58,7 +58,8 @@ class _Journey:
 class SimulatedCluster:
     def __init__(self, plan: Plan, policy: Policy, *, first_turn: int = 0) -> None:
         self.plan, self._policy, self._turn = plan, policy, first_turn
-        self.clock, self.fleet = Clock(), Fleet()
+        self.clock = Clock()
+        self.fleet = Fleet(lambda: self.clock.now)
         self.engines: dict[str, SimulatedEngine] = {}
         self._link_free: dict[str, float] = {}
         self._journeys: dict[str, _Journey] = {}
