@@ -53,11 +53,12 @@ def test_a_seed_gives_the_same_and_another_one_gives_another(policy: str, layout
     assert 0 < first["hit_rate"] < 1
 
 
+@pytest.mark.parametrize("routers", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [{}, {"num_blocks": 120}, {"max_num_seqs": 3}])
-def test_in_the_end_everything_was_answered_and_nothing_is_left(layout: dict[str, int], shape: dict[str, int]) -> None:
+def test_in_the_end_everything_was_answered_and_nothing_is_left(layout: dict[str, int], shape: dict[str, int], routers: int) -> None:
     settings = {"num_blocks": 600, "block_size": 16, "max_num_batched_tokens": 256, "max_num_seqs": 16, **shape}
-    cluster = SimulatedCluster(small(layout, shape=Shape(**settings)), POLICIES["predicted"])
+    cluster = SimulatedCluster(small(layout, shape=Shape(**settings), routers=routers, news_s=0.05 * (routers - 1)), POLICIES["predicted"])
     asks = agents(SMALL, 16, 1)
     for ask, sample in zip(asks, cluster.run(asks), strict=True):
         if ask.num_prompt_tokens + ask.num_output_tokens > settings["num_blocks"] * 16:
@@ -69,10 +70,11 @@ def test_in_the_end_everything_was_answered_and_nothing_is_left(layout: dict[str
             assert sample.error.startswith("refused")
     for name, engine in cluster.engines.items():
         assert engine.scheduler.cache.pool.check_integrity([]) == []
-        held = cluster.fleet.index.blocks(name)
-        assert held == set(engine.scheduler.cache.pool.hashes())  # what the router believes in the end is so
-        worker = cluster.fleet.workers[name]
-        assert (worker.load.num_running, worker.load.num_waiting, worker.load.num_waiting_tokens, worker.routed) == (0, 0, 0, {})
+        for fleet in cluster.fleets:
+            held = fleet.index.blocks(name)
+            assert held == set(engine.scheduler.cache.pool.hashes())  # what the router believes in the end is so
+            worker = fleet.workers[name]
+            assert (worker.load.num_running, worker.load.num_waiting, worker.load.num_waiting_tokens, worker.routed) == (0, 0, 0, {})
 
 
 def test_a_request_that_is_never_answered_does_not_count_as_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""SimulatedCluster: workers in virtual time, and a router that has its own code: the fleet's view, the policy, what it keeps of requests
+"""SimulatedCluster: workers in virtual time, and routers that have their own code: the fleet's view, the policy, what it keeps of requests
 under way. What the network and the processes between add is one number.
 
 A request goes the way of `services.router.dispatch` and `services.decode`: to D, which computes a short remainder itself, or reserves room
@@ -34,6 +34,8 @@ class Plan:
     shape: Shape = field(default_factory=Shape)
     pace: Pace = field(default_factory=Pace)
     hop_s: float = 0.0005
+    routers: int = 1  # requests go to each in turn; none knows what the others have just sent
+    news_s: float = 0.0  # beside hop_s, that a worker's news take to a router
     local_prefill: bool = True
     max_local_prefill_tokens: int = 64
     ttft_slo_s: float | None = None
@@ -48,6 +50,7 @@ class _Journey:
     sample: Sample
     request: Request
     placement: Placement
+    fleet: Fleet  # of its router
     first_at: float = 0.0
     pushed_from: int = 0  # tokens that D had
     waited_for: tuple[str, ...] = ()
@@ -59,7 +62,7 @@ class SimulatedCluster:
     def __init__(self, plan: Plan, policy: Policy, *, first_turn: int = 0) -> None:
         self.plan, self._policy, self._turn = plan, policy, first_turn
         self.clock = Clock()
-        self.fleet = Fleet(lambda: self.clock.now)
+        self.fleets = [Fleet(lambda: self.clock.now) for _ in range(plan.routers)]
         self.engines: dict[str, SimulatedEngine] = {}
         self._link_free: dict[str, float] = {}
         self._journeys: dict[str, _Journey] = {}
@@ -91,20 +94,22 @@ class SimulatedCluster:
             num_blocks=shape.num_blocks,
             max_num_batched_tokens=shape.max_num_batched_tokens,
         )
-        worker = self.fleet.add(member)
-        engine = self.engines[name] = SimulatedEngine(self.clock, shape, self.plan.pace, lambda update: self._told(worker, update))
+        known = [(fleet, fleet.add(member)) for fleet in self.fleets]
+        engine = self.engines[name] = SimulatedEngine(self.clock, shape, self.plan.pace, lambda update: self._told(known, update))
         engine.on_token = self._has_token if role is not Role.PREFILL else lambda request: self._prefilled(name, request)
         engine.on_step = self._starts if role is not Role.PREFILL else lambda plan: self._prefill_starts(name, plan)
         if role is Role.PREFILL:
             engine.on_computed = lambda plan: self._pushes(name, plan)
         self._link_free[name] = 0.0
-        self.fleet.update(worker, StateUpdate(sequence=0, state=MemberState.READY, load=engine.load(), snapshot=True))
+        for fleet, worker in known:
+            fleet.update(worker, StateUpdate(sequence=0, state=MemberState.READY, load=engine.load(), snapshot=True))
 
-    def _told(self, worker: Worker, update: StateUpdate) -> None:
+    def _told(self, known: Sequence[tuple[Fleet, Worker]], update: StateUpdate) -> None:
         def told() -> None:
-            self.fleet.update(worker, update)
+            for fleet, worker in known:
+                fleet.update(worker, update)
 
-        self.clock.after(self.plan.hop_s, told)
+        self.clock.after(self.plan.hop_s + self.plan.news_s, told)
 
     # -- the router
 
@@ -115,6 +120,7 @@ class SimulatedCluster:
             return
         prompt = ask.hashes[: ask.num_prompt_tokens // size]
         self._turn += 1
+        fleet = self.fleets[number % plan.routers]
         facts = Facts(
             num_prompt_tokens=ask.num_prompt_tokens,
             turn=self._turn,
@@ -124,22 +130,22 @@ class SimulatedCluster:
             itl_slo_s=plan.itl_slo_s,
         )
         try:
-            placement = self._policy(facts, self.fleet.view(lambda size: prompt))
+            placement = self._policy(facts, fleet.view(lambda size: prompt))
         except Overloaded as error:
             sample.error = f"refused: {error.message}"
             return
         name = str(number)
-        journey = self._journeys[name] = _Journey(ask, sample, _request(name, ask, ask.num_output_tokens), placement)
+        journey = self._journeys[name] = _Journey(ask, sample, _request(name, ask, ask.num_output_tokens), placement, fleet)
         journey.computes = placement.prefills[0] if placement.prefills else placement.decode
         total, missing = ask.num_prompt_tokens, placement.missing_tokens
-        self.fleet.routed(placement.decode, name, 0, 0)
-        self.fleet.routed(journey.computes, name, missing, (total**2 - (total - missing) ** 2) // 2, prompt)
+        fleet.routed(placement.decode, name, 0, 0)
+        fleet.routed(journey.computes, name, missing, (total**2 - (total - missing) ** 2) // 2, prompt)
         journey.waited_for = (journey.computes, placement.decode)
         self.clock.after(2 * plan.hop_s, lambda: self._at_decode(journey))
 
     def _not_there(self, journey: _Journey) -> None:
         """The router hears that D computes the prompt itself."""
-        self.clock.after(self.plan.hop_s, lambda: self.fleet.unrouted(journey.computes, journey.request.request_id))
+        self.clock.after(self.plan.hop_s, lambda: journey.fleet.unrouted(journey.computes, journey.request.request_id))
 
     def _first_token(self, journey: _Journey) -> None:
         """On its way from D."""
@@ -148,7 +154,7 @@ class SimulatedCluster:
 
         def seen() -> None:
             for name in journey.waited_for:
-                self.fleet.unrouted(name, journey.request.request_id)
+                journey.fleet.unrouted(name, journey.request.request_id)
 
         self.clock.after(self.plan.hop_s, seen)
 
