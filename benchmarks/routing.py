@@ -96,13 +96,15 @@ def measure(setting: Setting, trace: Path, load: float, seed: int, variant: str)
     return row | {"setting": setting.name, "load": load, "seed": seed, "variant": variant}
 
 
-def collect(folder: Path, trace: Path, limit_s: float, variants: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
+def collect(
+    folder: Path, trace: Path, limit_s: float, variants: Sequence[str], settings: Sequence[Setting], seeds: Sequence[int]
+) -> tuple[list[dict[str, Any]], bool]:
     """All rows that there are; whether those are all."""
     folder.mkdir(parents=True, exist_ok=True)
     rows, begun, whole = list[dict[str, Any]](), time.monotonic(), True
-    for setting in SETTINGS:
+    for setting in settings:
         for load in setting.loads:
-            for seed in SEEDS:
+            for seed in seeds:
                 for variant in (each for each in variants if setting.copies == 1 or each in LARGE):
                     path = folder / f"{setting.name}-{load:g}-{seed}-{variant.replace(', ', '_').replace(' ', '_')}.json"
                     if not path.exists():
@@ -115,24 +117,24 @@ def collect(folder: Path, trace: Path, limit_s: float, variants: Sequence[str]) 
     return rows, whole
 
 
-def report(rows: Sequence[dict[str, Any]], command: str) -> str:
+def report(rows: Sequence[dict[str, Any]], command: str, settings: Sequence[Setting], seeds: Sequence[int]) -> str:
     """Means of the seeds; beside the share that was kept, the least and the most of them."""
     lines = [
         "# Routing policies on simulated workers",
         "",
-        f"`{command}`; seeds {', '.join(map(str, SEEDS))}. How it is simulated, and with what settings:",
+        f"`{command}`; seeds {', '.join(map(str, seeds))}. How it is simulated, and with what settings:",
         "[simulation.md](../../docs/simulation.md). Half of the workers are for prefill. *Kept*: requests whose first token came in time",
         "(conversation 10 s, agents 2 s) and whose mean time between tokens was 100 ms at most, of all that were sent; in brackets the",
         "least and the most of the seeds. Refused ones are not kept, and are in no mean.",
         "",
     ]
-    for setting in SETTINGS:
+    for setting in settings:
         for load in setting.loads:
             found = {
                 variant: [row for row in rows if (row["setting"], row["load"], row["variant"]) == (setting.name, load, variant)]
                 for variant in VARIANTS
             }
-            found = {variant: some for variant, some in found.items() if len(some) == len(SEEDS)}
+            found = {variant: some for variant, some in found.items() if len(some) == len(seeds)}
             if not found:
                 continue
             unit = "sessions/s" if setting.workload == "agents" else "of the trace's rate"
@@ -227,6 +229,9 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=float("inf"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--settings", nargs="*", default=[each.name for each in SETTINGS], choices=[each.name for each in SETTINGS])
+    parser.add_argument("--loads", nargs="*", type=float, help="in place of the settings' own")
     parser.add_argument("--decision", type=int, metavar="WORKERS")
     parser.add_argument("--excluded", type=int, default=0, metavar="WORKERS", help="of --decision's, left out")
     arguments = parser.parse_args()
@@ -235,9 +240,13 @@ def main() -> None:
         return
     if arguments.trace is None or arguments.rows is None:
         parser.error("give --trace and --rows, or --decision")
-    rows, whole = collect(arguments.rows, arguments.trace, arguments.limit_s, arguments.variants)
+    settings = [
+        dataclasses.replace(each, loads=tuple(arguments.loads or each.loads)) for each in SETTINGS if each.name in arguments.settings
+    ]
+    rows, whole = collect(arguments.rows, arguments.trace, arguments.limit_s, arguments.variants, settings, arguments.seeds)
     if arguments.out is not None:
-        arguments.out.write_text(report(rows, "python -m benchmarks.routing --trace conversation_trace.jsonl --rows FOLDER"))
+        command = "python -m benchmarks.routing --trace conversation_trace.jsonl --rows FOLDER"
+        arguments.out.write_text(report(rows, command, settings, arguments.seeds))
     print(f"{len(rows)} rows{'' if whole else ', more to do'}")
     sys.exit(0 if whole else 3)
 

@@ -236,6 +236,7 @@ class Engine:
                 self._flush()  # what came meanwhile need not wait for the step
                 self.loader.tick(time.monotonic())
                 self.reservations.serve()
+                self._publisher.publish(time.monotonic())  # what came: the step may be long, and routers send to who seems idle
                 self._stalled = not self._step()
                 self._flush()
                 self._publisher.publish(time.monotonic())

@@ -193,6 +193,7 @@ class SimulatedEngine:
             for action in inbox:
                 action()
         self._serve()
+        self._publish()  # what came: the step may be long
         seconds = self._next()
         self._busy = seconds is not None
         if seconds is not None:
