@@ -74,9 +74,8 @@ def main() -> None:
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--requests", type=int, default=120)
     given = parser.parse_args()
-    print(
-        f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.processor() or platform.machine()}), load average {os.getloadavg()[0]:.1f}\n"
-    )
+    machine = f"{os.cpu_count()} cores ({platform.machine()})"
+    print(f"{datetime.date.today()}, {machine}, load average {os.getloadavg()[0]:.1f}\n")
     print(
         "| layout | at a time | TTFT, ms: median | error, median | 9 of 10 below | predicted ÷ actual, median |\n|---|---|---|---|---|---|"
     )
