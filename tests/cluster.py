@@ -3,13 +3,15 @@
 import asyncio
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,18 @@ class RunningCluster:
     process: subprocess.Popen[bytes]
     ready_file: Path
     logs: Path
+    urls: Sequence[str] = ()  # of all routers; `url` is the first one's
 
-    def status(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/cluster", timeout=10).json()
+    def status(self, url: str = "") -> dict[str, Any]:
+        """As a router sees it. Raises httpx.HTTPError."""
+        return httpx.get(f"{url or self.url}/cluster", timeout=10).json()
 
     def workers(self) -> list[dict[str, Any]]:
-        return self.status()["workers"]
+        """As the first router sees them that answers. Raises httpx.HTTPError."""
+        for url in self.urls[:-1]:
+            with suppress(httpx.HTTPError):
+                return self.status(url)["workers"]
+        return self.status(self.urls[-1])["workers"]
 
     def children(self) -> dict[str, psutil.Process]:
         """Live processes of the cluster by id, as the operating system has them now."""
@@ -62,19 +70,18 @@ class RunningCluster:
         self.children()[name].send_signal(number)
 
     def wait_ready(self, timeout_s: float = 60) -> None:
-        """Until every worker is ready and idle again, and the router says ready."""
+        """Until every worker is ready and idle again, and each router says so."""
         expected = {name for name in self.children() if name.split("-")[0] in WORKER_ROLES}
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            try:
-                workers = self.workers()
-                ready = {w["id"] for w in workers if w["state"] == "ready" and not w["running"] and not w["waiting"]}
-                if ready >= expected and httpx.get(f"{self.url}/ready").status_code == 200:
+            with suppress(httpx.HTTPError):
+                if all(self._idle(url) >= expected and httpx.get(f"{url}/ready").status_code == 200 for url in self.urls):
                     return
-            except httpx.HTTPError:
-                pass
             time.sleep(0.1)
-        raise TimeoutError(f"not ready after {timeout_s} s: {self.status()}\n{self.tail()}")
+        raise TimeoutError(f"not ready after {timeout_s} s: {self.workers()}\n{self.tail()}")
+
+    def _idle(self, url: str) -> set[str]:
+        return {w["id"] for w in self.status(url)["workers"] if w["state"] == "ready" and not w["running"] and not w["waiting"]}
 
     def integrity(self) -> dict[str, tuple[list[str], int, int]]:
         """For each worker: problems, free blocks, all blocks, by its own count."""
@@ -116,7 +123,7 @@ def _config_stem(process: psutil.Process | None) -> str:
 def running_cluster(
     *, model: Path | None = None, etcd: str = "auto", options: Sequence[str] = (), **counts: int
 ) -> Iterator[RunningCluster]:
-    """`counts` are prefill, decode, unified, kvstore and kvstore_masters. On leaving, all is stopped, and nothing may be left."""
+    """`counts` are prefill, decode, unified, routers, kvstore and kvstore_masters. On leaving, all is stopped, and nothing may be left."""
     with tempfile.TemporaryDirectory(prefix="baton-test-") as folder:
         ready = Path(folder) / "ready.json"
         command = [sys.executable, "-c", "from baton.cli import main; main()", "up", "--http-port", "0", "--grpc-port", "0"]
@@ -136,6 +143,17 @@ def running_cluster(
             stop(cluster)
 
 
+def free_ports(count: int) -> list[int]:
+    """Below those that the kernel gives to connections."""
+    found = list[int]()
+    while len(found) < count:
+        port = random.randrange(18_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            found += [port] * (port not in found)
+    return found
+
+
 def _wait_for_start(cluster: RunningCluster) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not cluster.ready_file.exists():
@@ -144,6 +162,7 @@ def _wait_for_start(cluster: RunningCluster) -> None:
         time.sleep(0.05)
     described = json.loads(cluster.ready_file.read_text())
     cluster.url, cluster.grpc = described["http"], described["grpc"]
+    cluster.urls = [router["http"] for router in described["routers"]]
 
 
 def stop(cluster: RunningCluster) -> None:

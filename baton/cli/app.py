@@ -33,6 +33,7 @@ def up(
     prefill: Annotated[int | None, typer.Option(min=0, help="Prefill workers; 1, or 0 beside --unified.")] = None,
     decode: Annotated[int | None, typer.Option(min=0, help="Decode workers; 1, or 0 beside --unified.")] = None,
     unified: Annotated[int, typer.Option(min=0, help="Workers that do both.")] = 0,
+    routers: Annotated[int, typer.Option(min=1, help="Routers; the second listens on the next ports, and so on.")] = 1,
     kvstore: Annotated[int, typer.Option(min=0, help="Nodes that lend memory to the KV pool; 0: no pool.")] = 1,
     kvstore_masters: Annotated[int, typer.Option(min=1, help="Masters of the KV pool: of several, one leads, by etcd.")] = 1,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks, on as many GPUs, that share each worker's model.")] = 1,
@@ -56,6 +57,7 @@ def up(
         prefill=(0 if unified else 1) if prefill is None else prefill,
         decode=(0 if unified else 1) if decode is None else decode,
         unified=unified,
+        routers=routers,
         kvstore=kvstore,
         kvstore_masters=kvstore_masters,
         tensor_parallel_size=tensor_parallel_size,
@@ -274,7 +276,8 @@ def _print_cluster(cluster: Any) -> None:
     for process in cluster.describe()["processes"]:
         table.add_row(process["id"], process["role"], str(process["pid"]))
     console.print(table)
-    console.print(f"HTTP  {cluster.http}/v1     gRPC  {cluster.grpc}")
+    for router in cluster.routers:
+        console.print(f"HTTP  {router['http']}/v1     gRPC  {router['grpc']}")
     console.print("Try:", style="bold")
     body = '{"messages": [{"role": "user", "content": "What is Baton?"}], "stream": true}'
     console.print(f"  curl -N {cluster.http}/v1/chat/completions -d '{body}'", soft_wrap=True, highlight=False)

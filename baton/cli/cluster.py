@@ -48,6 +48,7 @@ class Plan:
     prefill: int = 1
     decode: int = 1
     unified: int = 0
+    routers: int = 1  # the second listens on the next ports, and so on
     kvstore: int = 1
     kvstore_masters: int = 1
     tensor_parallel_size: int = 1  # of each worker, unless its settings say otherwise
@@ -87,8 +88,13 @@ class Cluster:
         self._stopping = self._was_ready = False
         self._failed: asyncio.Future[str] | None = None
         scheme = "https" if any(setting.startswith("router.tls.cert=") for setting in plan.settings) else "http"
-        self.http = f"{scheme}://127.0.0.1:{plan.http_port or _free_port()}"
-        self.grpc = f"127.0.0.1:{plan.grpc_port or _free_port()}"
+        ports = [[port + i if port else _free_port() for port in (plan.http_port, plan.grpc_port)] for i in range(plan.routers)]
+        names = [f"router-{i}" if plan.routers > 1 else "router" for i in range(plan.routers)]
+        self.routers = [
+            {"id": name, "http": f"{scheme}://127.0.0.1:{http}", "grpc": f"127.0.0.1:{grpc}"}
+            for name, (http, grpc) in zip(names, ports, strict=True)
+        ]
+        self.http, self.grpc = self.routers[0]["http"], self.routers[0]["grpc"]
         self.etcd = ""
 
     async def start(self) -> None:
@@ -125,7 +131,14 @@ class Cluster:
 
     def describe(self) -> dict[str, Any]:
         processes = [{"id": c.name, "role": c.role, "pid": c.pid, "log": str(c.log)} for group in self._groups for c in group]
-        return {"http": self.http, "grpc": self.grpc, "etcd": self.etcd, "pid": os.getpid(), "processes": processes}
+        return {
+            "http": self.http,
+            "grpc": self.grpc,
+            "routers": self.routers,
+            "etcd": self.etcd,
+            "pid": os.getpid(),
+            "processes": processes,
+        }
 
     # -- what to start
 
@@ -176,14 +189,8 @@ class Cluster:
             own = (own + degrees[worker.name]) % len(gpus)
         workers += [self._service("kvstore", "kvstore", f"kvstore-{i}", node) for i in range(plan.kvstore)]
         groups.append(workers)
-        router = {
-            "model": str(plan.model),
-            "policy": plan.policy,
-            "http_port": int(self.http.rpartition(":")[2]),
-            "server": {"grpc_port": int(self.grpc.rpartition(":")[2])},
-            "cluster": cluster,
-        }
-        groups.append([self._service("router", "router", "router", router)])
+        shared = {"model": str(plan.model), "policy": plan.policy, "cluster": cluster}
+        groups.append([self._service("router", "router", each["id"], {**shared, **_listening_at(each)}) for each in self.routers])
         return groups
 
     def _plan_pool(self, cluster: Mapping[str, Any]) -> tuple[list[Child], dict[str, Any], dict[str, Any]]:
@@ -303,12 +310,14 @@ class Cluster:
 
     async def _ready(self) -> None:
         expected = self._plan.prefill + self._plan.decode + self._plan.unified
-        async with httpx.AsyncClient(base_url=self.http, timeout=2.0, verify=False) as client:  # our own child, on this machine
-            while True:
+        left = [router["http"] for router in self.routers]
+        async with httpx.AsyncClient(timeout=2.0, verify=False) as client:  # our own children, on this machine
+            while left:
                 with contextlib.suppress(httpx.HTTPError, json.JSONDecodeError):
-                    seen = (await client.get("/cluster")).json()
+                    seen = (await client.get(f"{left[0]}/cluster")).json()
                     if seen["ready"] and sum(w["state"] == "ready" for w in seen["workers"]) == expected:
-                        return
+                        del left[0]
+                        continue
                 await asyncio.sleep(0.1)
 
 
@@ -320,7 +329,9 @@ def _check(plan: Plan) -> None:
         raise ConfigError("a cluster needs a prefill and a decode worker, or a unified one: --prefill 1 --decode 1, or --unified 1")
     if plan.etcd == "auto" and shutil.which("etcd") is None:
         logger.warning("etcd is not installed (Debian: apt-get install etcd-server); going on with a static list of workers")
-    for port in (plan.http_port, plan.grpc_port):
+    for port in (port + i for port in (plan.http_port, plan.grpc_port) if port for i in range(plan.routers)):
+        if port > 65535:
+            raise ConfigError(f"{plan.routers} routers need as many ports from --http-port and --grpc-port on: choose lower ones, or 0")
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -337,6 +348,11 @@ def _check(plan: Plan) -> None:
             raise ConfigError(
                 f"--set {setting!r}: there is no role {target!r}; there are all, {', '.join(_TARGETS)}, or one process, decode-0"
             )
+
+
+def _listening_at(router: Mapping[str, str]) -> dict[str, Any]:
+    http, grpc = (int(router[what].rpartition(":")[2]) for what in ("http", "grpc"))
+    return {"http_port": http, "server": {"grpc_port": grpc}}
 
 
 def _degree(plan: Plan, role: str, name: str) -> int:
