@@ -57,6 +57,12 @@ _TOTALS = {
     "push_fallbacks": ("kv_push_fallbacks", "Pushes that went by another path, because the best one had failed lately"),
     "push_verified": ("kv_push_verified_blocks", "Pushed blocks whose checksum was compared (push.verify)"),
     "push_corrupt": ("kv_push_corrupt_blocks", "Pushed blocks that differed from what was sent (push.verify)"),
+    "index_gaps": ("router_index_gaps", "Gaps in the workers' state streams; each is healed by a snapshot"),
+    "index_mismatches": (
+        "router_index_mismatches",
+        "Updates after which the index had other blocks of a worker than the worker itself; healed by a snapshot",
+    ),
+    "index_snapshots": ("router_index_snapshots", "Snapshots of workers' blocks that were taken in: one a worker, if nothing is missed"),
     "evicted": ("kvstore_evicted_keys", "Blocks that the pool evicted"),
     "evicted_bytes": ("kvstore_evicted_bytes", "Bytes that the pool evicted"),
     "refused": ("kvstore_failed_puts", "Puts for which the pool had no room"),
@@ -216,6 +222,8 @@ class RouterMetrics(Metrics):
         self.queued: Callable[[], int] = lambda: 0  # called on any thread; the two below are set now and then by who knows
         self.degraded = False
         self.num_breakers_open = 0
+        self.index: Mapping[str, float] = {"index_gaps": 0, "index_mismatches": 0, "index_snapshots": 0}
+        self.totals(lambda: self.index)
         self.gauge("num_requests_queued", "Requests that wait in the router's queue", lambda: self.queued())
         self.gauge("degraded", "1 while decode workers compute all prompts: no prefill worker is there", lambda: self.degraded)
         self.gauge("breakers_open", "Workers left alone, having failed request after request", lambda: self.num_breakers_open)

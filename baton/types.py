@@ -242,6 +242,7 @@ class Tier(StrEnum):
     DEVICE = "device"
     HOST = "host"
     POOL = "pool"
+    FILES = "files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,14 +260,25 @@ class BlocksRemoved:
 KVEvent = BlocksStored | BlocksRemoved
 
 
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """Of the blocks that a worker holds in a tier: who knows others has another one."""
+
+    tier: Tier
+    num_blocks: int
+    xor: int  # of their hashes, as big-endian numbers
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateUpdate:
     """One message of a worker's state stream. Sequence numbers rise by one; after a gap the reader asks for a new stream, whose first
-    message is a snapshot. With `snapshot`, `events` is everything that the worker holds and replaces what the reader knew."""
+    message is a snapshot. With `snapshot`, `events` is everything that the worker holds and replaces what the reader knew. `digests` are of
+    what it holds after `events`, by its own count: a reader that comes to another one has missed something, and asks for a new stream."""
 
     sequence: int
     state: MemberState
     load: Load
     events: tuple[KVEvent, ...] = ()
     snapshot: bool = False
+    digests: tuple[Digest, ...] = ()  # of tiers that are not named nothing is said
     arrived: tuple[str, ...] = ()  # request ids that `load` counts for the first time

@@ -16,6 +16,7 @@ from baton.types import (
     BlocksRemoved,
     BlocksStored,
     CacheReport,
+    Digest,
     FinishReason,
     GenerateOutput,
     GenerateRequest,
@@ -223,6 +224,10 @@ def _event_from_proto(message: worker.KVEvent) -> KVEvent:
     return (BlocksRemoved if message.removed else BlocksStored)(hashes, _TIERS_BACK[message.tier])
 
 
+def _digest_to_proto(digest: Digest) -> worker.Digest:
+    return worker.Digest(tier=_TIERS[digest.tier], num_blocks=digest.num_blocks, xor=digest.xor.to_bytes(HASH_BYTES))
+
+
 def state_to_proto(update: StateUpdate) -> worker.StateUpdate:
     return worker.StateUpdate(
         sequence=update.sequence,
@@ -230,6 +235,7 @@ def state_to_proto(update: StateUpdate) -> worker.StateUpdate:
         load=load_to_proto(update.load),
         events=[_event_to_proto(event) for event in update.events],
         snapshot=update.snapshot,
+        digests=[_digest_to_proto(digest) for digest in update.digests],
         arrived=update.arrived,
     )
 
@@ -241,6 +247,7 @@ def state_from_proto(message: worker.StateUpdate) -> StateUpdate:
         load=load_from_proto(message.load),
         events=tuple(_event_from_proto(event) for event in message.events),
         snapshot=message.snapshot,
+        digests=tuple(Digest(_TIERS_BACK[each.tier], each.num_blocks, int.from_bytes(each.xor)) for each in message.digests),
         arrived=tuple(message.arrived),
     )
 

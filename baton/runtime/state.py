@@ -6,6 +6,7 @@ thread.
 """
 
 import asyncio
+from dataclasses import replace
 
 from baton.runtime.census import Census
 from baton.scheduling.blocks import BlockPool
@@ -63,8 +64,7 @@ class StatePublisher:
     def subscribe(self, reader: StateReader) -> None:
         self._pending += self._pool.drain_events()
         self._send_all()
-        events = (BlocksStored(self._pool.hashes()),)
-        reader.send(StateUpdate(sequence=self._sequence, state=MemberState.READY, load=self.load, events=events, snapshot=True))
+        reader.send(replace(self._update((BlocksStored(self._pool.hashes()),)), snapshot=True))
         self._readers[reader] = None
 
     def unsubscribe(self, reader: StateReader) -> None:
@@ -95,8 +95,13 @@ class StatePublisher:
         events, self._pending = tuple(self._pending), []
         arrived, self._arrived = tuple(self._arrived), []
         self._dirty, self._sent = False, self.load
+        update = replace(self._update(events), arrived=arrived)
         for reader in list(self._readers):
             try:
-                reader.send(StateUpdate(sequence=self._sequence, state=MemberState.READY, load=self.load, events=events, arrived=arrived))
+                reader.send(update)
             except RuntimeError:  # its loop is closed
                 self.unsubscribe(reader)
+
+    def _update(self, events: tuple[KVEvent, ...]) -> StateUpdate:
+        digests = (self._pool.journal.digest,)
+        return StateUpdate(sequence=self._sequence, state=MemberState.READY, load=self.load, events=events, digests=digests)

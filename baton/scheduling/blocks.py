@@ -12,7 +12,8 @@ Knows nothing of requests. Only the engine's thread calls it.
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from baton.types import BlocksRemoved, BlocksStored, KVEvent
+from baton.scheduling.journal import Journal, xor_of
+from baton.types import Digest, KVEvent, Tier
 
 
 class BlockPool:
@@ -23,7 +24,7 @@ class BlockPool:
         self._by_hash: dict[bytes, int] = {}
         # The free queue, least recently used first; O(1) at both ends and in the middle.
         self._free = OrderedDict[int, None].fromkeys(range(num_blocks))
-        self._events: list[KVEvent] = []
+        self.journal = Journal(Tier.DEVICE)
 
     @property
     def num_free(self) -> int:
@@ -61,8 +62,7 @@ class BlockPool:
                 del self._by_hash[key]
                 removed.append(key)
             taken.append(block_id)
-        if removed:
-            self._events.append(BlocksRemoved(tuple(removed)))
+        self.journal.removed(removed)
         return taken
 
     def reuse(self, block_ids: Iterable[int]) -> None:
@@ -90,8 +90,7 @@ class BlockPool:
                 self._by_hash[key] = block_id
                 self._hashes[block_id] = key
                 stored.append(key)
-        if stored:
-            self._events.append(BlocksStored(tuple(stored)))
+        self.journal.stored(stored)
 
     def hashes(self) -> tuple[bytes, ...]:
         """Everything cached."""
@@ -99,8 +98,7 @@ class BlockPool:
 
     def drain_events(self) -> list[KVEvent]:
         """What was stored and removed since the last call, in order."""
-        events, self._events = self._events, []
-        return events
+        return self.journal.drain()
 
     def check_integrity(self, held: Sequence[Sequence[int]]) -> list[str]:
         """Problems, given every holder's block ids: leaked blocks, blocks freed under a holder, an inconsistent index."""
@@ -119,4 +117,6 @@ class BlockPool:
                 problems.append(f"block {block_id} carries a hash that leads elsewhere")
         if len(self._by_hash) != sum(key is not None for key in self._hashes):
             problems.append("the hash index and the blocks' hashes differ in number")
+        if self.journal.digest != Digest(Tier.DEVICE, len(self._by_hash), xor_of(self._by_hash)):
+            problems.append("the digest that the routers are told is not that of the cached blocks")
         return problems

@@ -62,6 +62,7 @@ def build(config: RouterConfig, workers: Workers, channels: Channels, tracer: Tr
         on_migration=metrics.migrations.inc,
         on_first_token=metrics.predicted,
     )
+    metrics.index = workers.counts
     admission = Admission(config.admission, metrics, lease_s=config.cluster.lease_s, problem=dispatcher.placer.problem)
     return Gateway(
         model=name,

@@ -26,10 +26,12 @@ from services.router.admission import Claim
 from services.router.answers import Answers, error_body, to_json
 from services.router.dispatch import Dispatcher
 from services.router.explain import explain
+from services.router.fleet import Worker
 from services.router.generation import Ask, Choice, Generator
 from services.router.openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
 from services.router.tenants import Tenant, Tenants
 from services.router.text import Piece
+from services.router.workers import Workers
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -199,7 +201,37 @@ def make_app(gateway: Gateway) -> FastAPI:
         known, policy = record.copy(), gateway.dispatcher.placer.policy
         return await asyncio.to_thread(lambda: JSONResponse({"request_id": request_id, **explain(known, policy)}))
 
+    @app.get("/debug/index")
+    async def index(request: Request) -> dict[str, Any]:
+        _tenant(request, gateway)
+        workers = gateway.dispatcher.workers
+        return {"workers": {worker.member.id: describe_index(workers, worker) for worker in workers.all()}}
+
+    @app.get("/debug/index/{worker_id}")
+    async def indexed(request: Request, worker_id: str) -> dict[str, Any]:
+        _tenant(request, gateway)
+        workers = gateway.dispatcher.workers
+        for worker in workers.all():
+            if worker.member.id == worker_id:
+                hashes = {str(tier): sorted(map(bytes.hex, blocks)) for tier, blocks in workers.indexed(worker).items()}
+                return {**describe_index(workers, worker), "block_hashes": hashes}
+        raise HTTPException(404, f"there is no worker {worker_id!r}; /debug/index names those that there are")
+
     return app
+
+
+def describe_index(workers: Workers, worker: Worker) -> dict[str, Any]:
+    """What this router knows of the blocks of a worker, and how it came by it."""
+    tiers = {str(each.tier): {"blocks": each.num_blocks, "digest": f"{each.xor:032x}"} for each in workers.digests(worker).values()}
+    return {
+        "instance": worker.member.instance,
+        "state": "lost" if worker.state is None else str(worker.state),
+        "sequence": worker.sequence,
+        "snapshots": worker.snapshots,
+        "gaps": worker.gaps,
+        "mismatches": worker.mismatches,
+        "tiers": tiers,
+    }
 
 
 def describe(gateway: Gateway) -> dict[str, Any]:

@@ -24,6 +24,10 @@ class Worker:
     routed: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict[str, tuple[int, int]])
     """Requests sent there that its load does not count yet: tokens and pairs to compute."""
     gone: bool = False  # no member any more
+    sequence: int = -1  # of the latest update
+    snapshots: int = 0  # taken in
+    gaps: int = 0  # updates that did not come, and were noticed by the next one's number
+    mismatches: int = 0  # updates after which its digests were not those of the index
     row: int = -1  # in the fleet's table
     since: float = 0.0  # when it told what is pending, or got something to do
     settling: list[str] = dataclasses.field(default_factory=list[str])  # requests whose blocks the next update will name
@@ -71,6 +75,7 @@ class Fleet:
         if self.workers.get(name) is not worker:  # it has a successor
             return False
         self.index.apply(name, update.events, snapshot=update.snapshot)
+        worker.sequence, worker.snapshots = update.sequence, worker.snapshots + update.snapshot
         worker.state, worker.load = update.state, update.load
         for request_id in update.arrived:
             worker.routed.pop(request_id, None)

@@ -3,50 +3,65 @@
 Block hash → set of workers, as the bits of an integer. A worker's bit is its *place*; what is asked for comes as arrays by place.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.types import BlocksStored, KVEvent, Tier
+from baton.types import BlocksStored, Digest, KVEvent, Tier
 
 Depths = NDArray[np.int64]
+OWN_TIERS = (Tier.DEVICE,)  # what a worker holds for itself
+
+
+@dataclass(slots=True)
+class _Held:
+    """By one worker, in one tier."""
+
+    blocks: set[bytes] = field(default_factory=set[bytes])
+    xor: int = 0  # of them; see `Digest`
 
 
 class PrefixIndex:
     def __init__(self) -> None:
         self._workers: list[str | None] = []  # by place
         self._places: dict[str, int] = {}
-        self._holders: dict[bytes, int] = {}
-        self._blocks: dict[str, set[bytes]] = {}
+        self._holders: dict[Tier, dict[bytes, int]] = {tier: {} for tier in OWN_TIERS}
+        self._held: dict[str, dict[Tier, _Held]] = {}
         self._expected: dict[bytes, int] = {}  # who computes it now, or will
         self._expectations: dict[str, dict[str, Sequence[bytes]]] = {}  # worker → request → blocks
 
     def apply(self, worker: str, events: Iterable[KVEvent], *, snapshot: bool = False) -> None:
         """Takes in a worker's events, in order. A snapshot replaces what was known of it."""
-        bit, blocks = 1 << self._place(worker), self._blocks[worker]
+        bit, tiers = 1 << self._place(worker), self._held[worker]
         if snapshot:
-            for key in blocks:
-                _clear(self._holders, key, bit)
-            blocks.clear()
+            self._drop(tiers, bit)
         for event in events:
-            if event.tier is not Tier.DEVICE:
+            held = tiers.get(event.tier)
+            if held is None:
                 continue
-            for key in event.block_hashes:
-                if isinstance(event, BlocksStored):
-                    self._holders[key] = self._holders.get(key, 0) | bit
-                    blocks.add(key)
-                elif key in blocks:
-                    blocks.discard(key)
-                    _clear(self._holders, key, bit)
+            holders, blocks, xor = self._holders[event.tier], held.blocks, held.xor
+            if isinstance(event, BlocksStored):
+                for key in event.block_hashes:
+                    if key not in blocks:
+                        blocks.add(key)
+                        holders[key] = holders.get(key, 0) | bit
+                        xor ^= int.from_bytes(key)
+            else:
+                for key in event.block_hashes:
+                    if key in blocks:
+                        blocks.discard(key)
+                        _clear(holders, key, bit)
+                        xor ^= int.from_bytes(key)
+            held.xor = xor
 
     def remove(self, worker: str) -> None:
         """Forgets a worker."""
         place = self._places.pop(worker, None)
         if place is None:
             return
-        for key in self._blocks.pop(worker):
-            _clear(self._holders, key, 1 << place)
+        self._drop(self._held.pop(worker), 1 << place)
         for hashes in self._expectations.pop(worker).values():
             for key in hashes:
                 _clear(self._expected, key, 1 << place)
@@ -73,15 +88,33 @@ class PrefixIndex:
     def depths(self, hashes: Sequence[bytes]) -> tuple[Depths, Depths]:
         """By place, how many leading blocks of `hashes` each worker holds; and how many it will hold when it has computed what was sent
         there."""
-        held = _depths(self._holders, {}, hashes, len(self._workers))
-        return held, (_depths(self._holders, self._expected, hashes, len(self._workers)) if self._expected else held)
+        holders = self._holders[Tier.DEVICE]
+        held = _depths(holders, {}, hashes, len(self._workers))
+        return held, (_depths(holders, self._expected, hashes, len(self._workers)) if self._expected else held)
 
-    def blocks(self, worker: str) -> frozenset[bytes]:
+    def blocks(self, worker: str, tier: Tier = Tier.DEVICE) -> frozenset[bytes]:
         """What a worker is known to hold; for comparison with the worker's own."""
-        return frozenset(self._blocks.get(worker, ()))
+        return frozenset(self._held[worker][tier].blocks) if worker in self._held else frozenset()
+
+    def digests(self, worker: str) -> dict[Tier, Digest]:
+        """Of what a worker is known to hold."""
+        return {tier: Digest(tier, len(held.blocks), held.xor) for tier, held in self._held.get(worker, {}).items()}
+
+    def agrees(self, worker: str, digests: Iterable[Digest]) -> bool:
+        """Whether that is what the worker says it holds; in tiers of which it says nothing it may be anything."""
+        known = self._held.get(worker, {})
+        compared = ((known[each.tier], each) for each in digests if each.tier in known)
+        return all(held.xor == each.xor and len(held.blocks) == each.num_blocks for held, each in compared)
 
     def __len__(self) -> int:
-        return len(self._holders)
+        """Blocks that somebody has on his device."""
+        return len(self._holders[Tier.DEVICE])
+
+    def _drop(self, tiers: Mapping[Tier, _Held], bit: int) -> None:
+        for tier, held in tiers.items():
+            for key in held.blocks:
+                _clear(self._holders[tier], key, bit)
+            held.blocks, held.xor = set(), 0
 
     def _place(self, worker: str) -> int:
         place = self._places.get(worker)
@@ -90,7 +123,7 @@ class PrefixIndex:
                 self._workers.append(None)
             place = self._places[worker] = self._workers.index(None)
             self._workers[place] = worker
-            self._blocks[worker], self._expectations[worker] = set(), {}
+            self._held[worker], self._expectations[worker] = {tier: _Held() for tier in OWN_TIERS}, {}
         return place
 
 

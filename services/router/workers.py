@@ -1,9 +1,9 @@
 """Workers: the router's live view. Who is there comes from the membership; load and cached blocks from each worker's state stream.
 
 A worker is usable while it is a ready member and its state stream speaks: a broken stream takes it out at once, silence after a lease. The
-stream is opened again until the member is gone, and begins with a snapshot; a gap in its numbers opens it again too. A member that is gone
-gets no new requests, but it is let go of, and what it still answers with it, only when its stream has ended as well: a lease may run out
-under a healthy worker.
+stream is opened again until the member is gone, and begins with a snapshot. A gap in its numbers opens it again too, and so does a digest
+that is not the index's own: then the worker stays usable, with what is known of it. A member that is gone gets no new requests, but it is
+let go of, and what it still answers with it, only when its stream has ended as well: a lease may run out under a healthy worker.
 """
 
 import asyncio
@@ -20,8 +20,9 @@ from baton.hashing import block_hashes
 from baton.rpc import convert
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
-from baton.types import Member, Role
+from baton.types import Digest, Member, Role, Tier
 from services.router.fleet import Fleet, Worker
+from services.router.index import OWN_TIERS
 from services.router.view import View
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Workers:
         self.others: dict[str, Member] = {}  # members that serve no requests: kvstore, routers
         self._changed = asyncio.Condition()
         self._watcher: asyncio.Task[None] | None = None
+        self.counts: dict[str, float] = {"index_gaps": 0, "index_mismatches": 0, "index_snapshots": 0}
+        """Since the start, of all workers."""
 
     def start(self) -> None:
         self._watcher = asyncio.create_task(self._watch_members(), name="members")
@@ -53,6 +56,14 @@ class Workers:
 
     def member(self, worker_id: str) -> Member:
         return self._workers[worker_id].member
+
+    def indexed(self, worker: Worker) -> dict[Tier, frozenset[bytes]]:
+        """The blocks that it is known to hold."""
+        return {tier: self._fleet.index.blocks(worker.member.id, tier) for tier in OWN_TIERS}
+
+    def digests(self, worker: Worker) -> dict[Tier, Digest]:
+        """Of these."""
+        return self._fleet.index.digests(worker.member.id)
 
     @property
     def num_indexed(self) -> int:
@@ -129,7 +140,9 @@ class Workers:
     async def _watch_worker(self, worker: Worker) -> None:
         while True:
             try:
-                await self._follow(worker)
+                if await self._follow(worker):
+                    await asyncio.sleep(_RETRY_S)
+                    continue
             except (grpc.aio.AioRpcError, TimeoutError) as error:
                 if worker.state is not None:
                     logger.warning(
@@ -148,28 +161,39 @@ class Workers:
                 return
             await asyncio.sleep(_RETRY_S)
 
-    async def _follow(self, worker: Worker) -> None:
-        """Until the stream ends or has a gap. Raises on its errors and its silence."""
+    async def _follow(self, worker: Worker) -> bool:
+        """Until the stream ends. True where it is to be opened again because something was missed. Raises on its errors and its silence."""
         stub: Any = worker_pb2_grpc.WorkerStub(self._channels.get(worker.member.address))
         call: grpc.aio.UnaryStreamCall[worker_pb2.WatchStateRequest, worker_pb2.StateUpdate] = stub.WatchState(
             worker_pb2.WatchStateRequest()
         )
-        expected: int | None = None
+        expected, checked = -1, True
         try:
             there = await stub.GetMember(worker_pb2.GetMemberRequest(), timeout=self._lease_s)
             if there.id != worker.member.id:  # a successor has its address
-                return
+                return False
             while True:
                 async with asyncio.timeout(self._lease_s):
                     message = await call.read()
                 if not isinstance(message, worker_pb2.StateUpdate):
-                    return
+                    return False
                 update = convert.state_from_proto(message)
                 if not update.snapshot and update.sequence != expected:
-                    return
+                    worker.gaps += 1
+                    self.counts["index_gaps"] += 1
+                    logger.warning("updates %d to %d of %s did not come; asking for all", expected, update.sequence - 1, worker.member.id)
+                    return True
                 expected = update.sequence + 1
                 if self._fleet.update(worker, update):
                     await self._notify()
+                self.counts["index_snapshots"] += update.snapshot
+                if checked and not self._fleet.index.agrees(worker.member.id, update.digests):
+                    worker.mismatches += 1
+                    self.counts["index_mismatches"] += 1
+                    logger.warning("%s holds other blocks than its updates have told (update %d)", worker.member.id, update.sequence)
+                    if not update.snapshot:
+                        return True
+                    checked = False  # another snapshot would be no better
         finally:
             call.cancel()
 

@@ -1,14 +1,19 @@
 """The router's live view of the workers, over real gRPC: who is usable when names, addresses and leases come and go."""
 
 import asyncio
+import dataclasses
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+
+import pytest
 
 from baton.cluster.membership import InMemoryMembership
 from baton.rpc.channel import Channels
 from baton.types import Member, Role
 from services.router.workers import Workers
-from tests.workers import BLOCK_SIZE, LEASE_S, call, prompt, worker
+from tests.relay import FAULTS, relay
+from tests.workers import BLOCK_SIZE, LEASE_S, NUM_BLOCKS, Worker, call, drained, prompt, worker
 
 
 def member(name: str, address: str, pid: int = 1) -> Member:
@@ -117,3 +122,73 @@ async def test_a_member_that_is_gone_is_let_go_of_when_it_stops_to_answer() -> N
             await until(lambda: usable(workers) == [])
             await w.server.stop(0)
             await until(lambda: not workers._workers and not workers._channels._channels)
+
+
+# -- which blocks the workers hold
+
+
+async def churn(w: Worker, seconds: float, seed: int = 0) -> None:
+    """Prompts that all differ, so that blocks are evicted all the time."""
+    rng, deadline = random.Random(seed), asyncio.get_running_loop().time() + seconds
+    number = 0
+    while asyncio.get_running_loop().time() < deadline:
+        number += 1
+        length = rng.randrange(BLOCK_SIZE, 60 * BLOCK_SIZE)
+        request = dataclasses.replace(prompt(length, name=f"churn-{number}", max_tokens=1), salt=str(number))
+        await drained(call(w, request))
+
+
+def same(workers: Workers, name: str, w: Worker) -> bool:
+    return workers._fleet.index.blocks(name) == set(w.engine.scheduler.cache.pool.hashes())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_updates_that_are_lost_on_the_way_are_missed_and_healed(fault: str) -> None:
+    async with (
+        worker(Role.UNIFIED, {}) as w,
+        relay(w.address) as between,
+        view({"w": member("w", between.address)}) as workers,
+        view({"w": member("w", w.address)}) as direct,
+    ):
+        await until(lambda: usable(workers) == usable(direct) == ["w"])
+        between.faults, between.share = [fault], 0.3
+        while not between.spoiled[fault]:
+            await churn(w, 1.0, seed=1)
+        between.share = 0.0
+        await until(lambda: same(workers, "w", w) and same(direct, "w", w))
+        assert usable(workers) == ["w"]
+        assert len(w.engine.scheduler.cache.pool.hashes()) > NUM_BLOCKS // 2
+        seen = workers._workers["w"]
+        assert seen.snapshots > 1
+        assert (seen.gaps > 0) == (fault == "gap")
+        assert (seen.mismatches > 0) == (fault == "silent")
+        never = direct._workers["w"]
+        assert (never.snapshots, never.gaps, never.mismatches) == (1, 0, 0)
+
+
+async def test_who_is_out_of_step_stays_usable() -> None:
+    async with worker(Role.UNIFIED, {}) as w, relay(w.address) as between, view({"w": member("w", between.address)}) as workers:
+        await until(lambda: usable(workers) == ["w"])
+        between.faults, between.share = ["silent"], 1.0
+        churning = asyncio.create_task(churn(w, 0.5))
+        while not churning.done():
+            assert usable(workers) == ["w"]
+            await asyncio.sleep(0.001)
+        await churning
+        between.share = 0.0
+        await until(lambda: workers._workers["w"].mismatches > 0)
+        assert usable(workers) == ["w"]
+        await until(lambda: same(workers, "w", w))
+
+
+async def test_a_digest_that_no_snapshot_explains_is_told_and_lived_with() -> None:
+    """A worker of a version that counts otherwise, or one with a bug, must not be asked for snapshots for ever."""
+    async with worker(Role.UNIFIED, {}) as w:
+        w.engine.scheduler.cache.pool.journal._xor ^= 1
+        async with view({"w": member("w", w.address)}) as workers:
+            await until(lambda: usable(workers) == ["w"])
+            await churn(w, 0.5)
+            await until(lambda: same(workers, "w", w))
+            seen = workers._workers["w"]
+            assert (seen.snapshots, seen.mismatches) == (1, 1)
+        assert await w.engine.check_integrity() == ["the digest that the routers are told is not that of the cached blocks"]

@@ -53,12 +53,12 @@ def make_prompts(count: int, *, seed: int, vocab_size: int, length: int = 120, m
     return prompts
 
 
-async def stream(client: httpx.AsyncClient, prompt: Prompt, started: asyncio.Event | None = None) -> Outcome:
-    """Runs one stream to its end. Never raises for what the server does: that is the outcome."""
+async def stream(client: httpx.AsyncClient, prompt: Prompt, started: asyncio.Event | None = None, *, url: str = "") -> Outcome:
+    """Runs one stream to its end, at `url` or the client's own. Never raises for what the server does: that is the outcome."""
     outcome = Outcome()
     last = time.monotonic()
     try:
-        async with client.stream("POST", "/v1/completions", json=prompt.body()) as response:
+        async with client.stream("POST", f"{url}/v1/completions", json=prompt.body()) as response:
             if response.status_code != 200:
                 outcome.error = f"HTTP {response.status_code}: {(await response.aread()).decode()}"
                 return outcome

@@ -28,6 +28,7 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_DEVICE: _ClassVar[Tier]
     TIER_HOST: _ClassVar[Tier]
     TIER_POOL: _ClassVar[Tier]
+    TIER_FILES: _ClassVar[Tier]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
@@ -41,6 +42,7 @@ TIER_UNSPECIFIED: Tier
 TIER_DEVICE: Tier
 TIER_HOST: Tier
 TIER_POOL: Tier
+TIER_FILES: Tier
 
 class Member(_message.Message):
     __slots__ = ("id", "role", "address", "state", "pid", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "metrics_address", "max_num_batched_tokens", "instance", "machine", "device", "tensor_parallel_size")
@@ -130,21 +132,33 @@ class KVEvent(_message.Message):
     block_hashes: bytes
     def __init__(self, removed: _Optional[bool] = ..., tier: _Optional[_Union[Tier, str]] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
 
+class Digest(_message.Message):
+    __slots__ = ("tier", "num_blocks", "xor")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    XOR_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    num_blocks: int
+    xor: bytes
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., num_blocks: _Optional[int] = ..., xor: _Optional[bytes] = ...) -> None: ...
+
 class StateUpdate(_message.Message):
-    __slots__ = ("sequence", "state", "load", "events", "snapshot", "arrived")
+    __slots__ = ("sequence", "state", "load", "events", "snapshot", "arrived", "digests")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     ARRIVED_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     state: MemberState
     load: Load
     events: _containers.RepeatedCompositeFieldContainer[KVEvent]
     snapshot: bool
     arrived: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sequence: _Optional[int] = ..., state: _Optional[_Union[MemberState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., events: _Optional[_Iterable[_Union[KVEvent, _Mapping]]] = ..., snapshot: _Optional[bool] = ..., arrived: _Optional[_Iterable[str]] = ...) -> None: ...
+    digests: _containers.RepeatedCompositeFieldContainer[Digest]
+    def __init__(self, sequence: _Optional[int] = ..., state: _Optional[_Union[MemberState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., events: _Optional[_Iterable[_Union[KVEvent, _Mapping]]] = ..., snapshot: _Optional[bool] = ..., arrived: _Optional[_Iterable[str]] = ..., digests: _Optional[_Iterable[_Union[Digest, _Mapping]]] = ...) -> None: ...
 
 class GetMemberRequest(_message.Message):
     __slots__ = ()
