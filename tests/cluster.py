@@ -66,6 +66,10 @@ class RunningCluster:
         """host:port of its etcd."""
         return str(json.loads(self.ready_file.read_text())["etcd"]).removeprefix("http://")
 
+    def url_of(self, router: str) -> str:
+        """Of one of several: router-0, router-1."""
+        return self.urls[int(router.rpartition("-")[2])]
+
     def signal(self, name: str, number: signal.Signals) -> None:
         self.children()[name].send_signal(number)
 

@@ -38,6 +38,8 @@ class Outcome:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     error: str | None = None
+    broken: bool = False  # the error is the connection's: the router is gone
+    ends: int = 0  # finish reasons, and ends of the stream, each counted: two of a whole answer
     slowest: float = 0.0
 
 
@@ -63,6 +65,7 @@ async def stream(client: httpx.AsyncClient, prompt: Prompt, started: asyncio.Eve
                 outcome.error = f"HTTP {response.status_code}: {(await response.aread()).decode()}"
                 return outcome
             async for line in response.aiter_lines():
+                outcome.ends += line == "data: [DONE]"
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
@@ -73,12 +76,13 @@ async def stream(client: httpx.AsyncClient, prompt: Prompt, started: asyncio.Eve
                     now = time.monotonic()
                     outcome.slowest = max(outcome.slowest, now - last)
                     last = now
+                    outcome.ends += choice.get("finish_reason") is not None
                     outcome.token_ids += choice.get("token_ids") or []
                     outcome.text += choice["text"]
                     if started is not None:
                         started.set()
     except httpx.HTTPError as error:
-        outcome.error = f"{type(error).__name__}: {error}"
+        outcome.error, outcome.broken = f"{type(error).__name__}: {error}", isinstance(error, httpx.NetworkError | httpx.ProtocolError)
     outcome.slowest = max(outcome.slowest, time.monotonic() - last)
     return outcome
 
