@@ -207,6 +207,13 @@ class Pace:
         )
 
 
+class Tier(StrEnum):
+    DEVICE = "device"
+    HOST = "host"
+    POOL = "pool"
+    FILES = "files"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """A worker's load at one moment."""
@@ -220,6 +227,7 @@ class Load:
     blocks_total: int = 0
     blocks_free: int = 0  # neither held by a request nor caching anything, plus evictable cached ones
     blocks_cached: int = 0  # blocks that hold a hash (held or evictable)
+    fetch_token_s: tuple[tuple[Tier, float], ...] = ()  # of its tiers that answer: seconds of loading a token's KV; 0: not measured
     pace: Pace = Pace()
 
 
@@ -236,13 +244,6 @@ class PoolState:
     bytes_evicted: int = 0
     num_refused: int = 0  # puts for which there was no room
     segments: tuple[tuple[str, int, int], ...] = ()  # of each node: name, used bytes, capacity bytes
-
-
-class Tier(StrEnum):
-    DEVICE = "device"
-    HOST = "host"
-    POOL = "pool"
-    FILES = "files"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Routing policies on simulated workers: the table of benchmarks/results/routing-simulated.md; and what a decision takes.
 
     python -m benchmarks.routing --trace conversation_trace.jsonl --rows FOLDER [--limit-s 110] [--out FILE]
-    python -m benchmarks.routing --decision 1000 [--excluded 1]
+    python -m benchmarks.routing --decision 1000 [--excluded 1] [--tiers]
 
 Rows that FOLDER has are not computed again; with --limit-s, it stops when so much time has gone by, and goes on in the next call.
 """
@@ -23,8 +23,8 @@ import numpy as np
 from baton.cli.bench import Promise
 from baton.cli.trace import Scaling, play, read_trace
 from baton.config import POLICY_NAMES
-from baton.types import BlocksStored, Load, Member, MemberState, Pace, Role, StateUpdate
-from services.router.fleet import Fleet
+from baton.types import BlocksStored, Load, Member, MemberState, Pace, Role, StateUpdate, Tier
+from services.router.fleet import Fleet, Worker
 from services.router.policies import POLICIES
 from services.router.policy import Facts
 from services.router.simulation.__main__ import DEFAULT_PACE, run
@@ -181,19 +181,28 @@ def verdict(found: dict[str, list[dict[str, Any]]]) -> str:
     )
 
 
-def decision(workers: int, excluded: int, blocks: int = 256, rounds: int = 2000) -> None:
+def decision(workers: int, excluded: int, *, tiers: bool, blocks: int = 256, rounds: int = 2000) -> None:
     """CPU milliseconds from a prompt's hashes to a placement: the match, the view and the policy, in a fleet whose loads change in
-    between. `excluded`: workers that are left out, as while their breakers are open."""
+    between. `excluded`: workers that are left out, as while their breakers are open. `tiers`: each worker holds as much in host memory and
+    files as on its device, and the pool has half of the prompts."""
     rng = random.Random(0)
     fleet, shared = Fleet(), [rng.randbytes(16) for _ in range(blocks // 8)]
     prompts = [[*shared, *(rng.randbytes(16) for _ in range(blocks - len(shared)))] for _ in range(200)]
     pace = Pace(base_s=0.01, token_s=1e-4, pair_s=1e-9, row_s=1e-4, context_s=1e-8, push_token_s=1e-6)
-    everybody = []
+    everybody, fetching = list[Worker](), tuple[tuple[Tier, float], ...]()
     for number in range(workers):
         role = Role.PREFILL if number < workers // 2 else Role.DECODE
         everybody.append(fleet.add(Member(id=f"w{number:05}", role=role, address="", fingerprint="f", block_size=16)))
         held = tuple(key for prompt in rng.sample(prompts, 20) for key in prompt[: rng.randrange(blocks)])
-        fleet.update(everybody[-1], update(rng, pace, BlocksStored(held)))
+        events = [BlocksStored(held)]
+        if tiers:
+            for tier in (Tier.HOST, Tier.FILES):
+                some = (key for prompt in rng.sample(prompts, 20) for key in prompt[: rng.randrange(blocks)])
+                events.append(BlocksStored(tuple(some), tier))
+            if not number:
+                events += [BlocksStored(tuple(prompt), Tier.POOL) for prompt in prompts[::2]]
+            fetching = ((Tier.HOST, 1e-6), (Tier.POOL, 1e-5), (Tier.FILES, 2e-5))
+        fleet.update(everybody[-1], update(rng, pace, fetching, *events))
     left_out = [worker.member.id for worker in everybody[:excluded]]
     print(f"| policy, {workers} workers, {excluded} of them left out, {blocks} blocks | p50, ms | p99, ms |\n|---|---|---|")
     for name, policy in POLICIES.items():
@@ -201,7 +210,7 @@ def decision(workers: int, excluded: int, blocks: int = 256, rounds: int = 2000)
         for number in range(rounds):
             prompt = rng.choice(prompts)
             fleet.routed(everybody[rng.randrange(workers // 2)].member.id, f"{name}-{number}", 1000, 10**6, prompt)
-            fleet.update(rng.choice(everybody), update(rng, pace))
+            fleet.update(rng.choice(everybody), update(rng, pace, fetching))
             begun = time.thread_time()
             view = fleet.view(lambda size, p=prompt: p, left_out)
             policy(Facts(num_prompt_tokens=16 * blocks + 4, turn=number, num_output_tokens=128), view)
@@ -209,7 +218,7 @@ def decision(workers: int, excluded: int, blocks: int = 256, rounds: int = 2000)
         print(f"| {name} | {1e3 * np.percentile(times, 50):.2f} | {1e3 * np.percentile(times, 99):.2f} |", flush=True)
 
 
-def update(rng: random.Random, pace: Pace, *events: BlocksStored) -> StateUpdate:
+def update(rng: random.Random, pace: Pace, fetching: tuple[tuple[Tier, float], ...], *events: BlocksStored) -> StateUpdate:
     pending = rng.choice([0, rng.randrange(50_000)])
     load = Load(
         num_running=rng.randrange(30),
@@ -217,6 +226,7 @@ def update(rng: random.Random, pace: Pace, *events: BlocksStored) -> StateUpdate
         num_waiting_tokens=pending,
         num_waiting_pairs=5000 * pending,
         num_context_tokens=rng.randrange(200_000),
+        fetch_token_s=fetching,
         pace=dataclasses.replace(pace, token_s=pace.token_s * rng.uniform(0.9, 1.1)),
     )
     return StateUpdate(sequence=0, state=MemberState.READY, load=load, events=events, snapshot=bool(events))
@@ -234,9 +244,10 @@ def main() -> None:
     parser.add_argument("--loads", nargs="*", type=float, help="in place of the settings' own")
     parser.add_argument("--decision", type=int, metavar="WORKERS")
     parser.add_argument("--excluded", type=int, default=0, metavar="WORKERS", help="of --decision's, left out")
+    parser.add_argument("--tiers", action="store_true", help="with --decision: blocks in host memory, files and the pool, too")
     arguments = parser.parse_args()
     if arguments.decision:
-        decision(arguments.decision, arguments.excluded)
+        decision(arguments.decision, arguments.excluded, tiers=arguments.tiers)
         return
     if arguments.trace is None or arguments.rows is None:
         parser.error("give --trace and --rows, or --decision")

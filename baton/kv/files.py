@@ -1,8 +1,9 @@
 """FileStore: KV blocks as files of a directory, on a local SSD or on a file system that several workers share.
 
-    {root}/baton-kv              says that this is such a directory; while it is missing, the file system is not there
-    {root}/3f/3fa8…c1            a block: header (magic, length, CRC-32, digest of its key), content
-    {root}/3f/3fa8…c1.77-5.tmp   … being written by process 77; renamed when it is whole
+    {root}/baton-kv                  says that this is such a directory; while it is missing, the file system is not there
+    {root}/3f/c1…-0of1-9d…           a block: header (magic, length, CRC-32, digest of its key), content. Its name is its key, the block's
+                                     hash first; the folder's, two digits of the key's digest
+    {root}/3f/c1…-0of1-9d….77-5.tmp  … being written by process 77; renamed when it is whole
 
 Readers never see half a block: a file has its name only when it is complete, and what a crash of the machine left of it is caught by length
 and checksum, counts as a miss and is removed. There is no index beside the files: a new process finds what the last one left by their
@@ -27,7 +28,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from baton.errors import ConfigError, StoreError
+from baton.kv.holdings import Holdings
 from baton.kv.store import Buffer, Usage
+from baton.types import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +48,11 @@ _TOO_LARGE = errno.EFBIG
 class FileStore:
     """Thread-safe, as far as the load and the save thread need it."""
 
-    def __init__(self, root: Path, capacity: int, *, shared: bool = False) -> None:
+    def __init__(self, root: Path, capacity: int, holdings: Holdings | None = None, *, shared: bool = False) -> None:
         """Creates the directory if it is not there, and lists what it holds. `shared`: others save there, too, and what they have is looked
         for. Raises ConfigError where it can't be used."""
         self._root, self._capacity, self._shared = root, capacity, shared
+        self._holdings = holdings or Holdings(Tier.FILES, "")
         self._files = OrderedDict[str, int]()  # bytes by name, least recently used first
         self._used = self._written = self._evictions = self._damaged = 0
         self._numbers = itertools.count()
@@ -204,24 +208,29 @@ class FileStore:
             for entry in os.scandir(folder):
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat()
-                    if not entry.name.endswith(TEMPORARY):
+                    if not entry.name.endswith(TEMPORARY) and entry.path == self._path(entry.name):
                         found.append((status.st_mtime_ns, entry.name, status.st_size))
-                    elif now - status.st_mtime > ABANDONED_S:
+                    elif not entry.name.endswith(TEMPORARY) or now - status.st_mtime > ABANDONED_S:  # named by another rule
                         os.unlink(entry)
         found.sort()
         with self._lock:
             self._files = OrderedDict((name, size) for _, name, size in found)
             self._used = sum(self._files.values())
             self._written = 0
+            self._holdings.replaced(map(_key, self._files))
 
     def _note(self, name: str, size: int) -> None:
         """It was just used."""
         with self._lock:
+            if name not in self._files:
+                self._holdings.stored(_key(name))
             self._used += size - self._files.pop(name, 0)
             self._files[name] = size
 
     def _forget(self, name: str) -> None:
         with self._lock:
+            if name in self._files:
+                self._holdings.removed(_key(name))
             self._used -= self._files.pop(name, 0)
 
     def _unlink(self, name: str) -> None:
@@ -230,7 +239,7 @@ class FileStore:
             os.unlink(self._path(name))
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name[:2]}/{name}"
+        return f"{self._root}/{_digest(_key(name))[:1].hex()}/{name}"
 
     def _check(self) -> None:
         """Without its marker, the root is an empty mount point, which must not be filled."""
@@ -284,4 +293,8 @@ def _digest(key: str) -> bytes:
 
 
 def _name(key: str) -> str:
-    return _digest(key).hex()
+    return "-".join(reversed(key.split("/")))
+
+
+def _key(name: str) -> str:
+    return "/".join(reversed(name.split("-")))

@@ -14,7 +14,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from baton.errors import ConfigError
+from baton.kv.holdings import Holdings
 from baton.kv.store import Buffer, Memory, Usage
+from baton.types import Tier
 
 PROTECTED_SHARE = 0.8
 HELD_SHARE = 0.5  # of the slots may be held for write-back
@@ -23,7 +25,8 @@ HELD_SHARE = 0.5  # of the slots may be held for write-back
 class HostStore:
     """Thread-safe. Blocks are copied outside of the lock; a slot that is copied from or to is *held*, and never evicted."""
 
-    def __init__(self, capacity: int, block_bytes: int, memory: Memory) -> None:
+    def __init__(self, capacity: int, block_bytes: int, memory: Memory, holdings: Holdings | None = None) -> None:
+        self._holdings = holdings or Holdings(Tier.HOST, "")
         self._count = capacity // block_bytes
         if self._count < 2:
             raise ConfigError(f"host.bytes={capacity} holds {self._count} blocks of {block_bytes} bytes; give at least two blocks' worth")
@@ -82,6 +85,7 @@ class HostStore:
                 else:
                     self._slots[key] = slot
                     self._probation[key] = None
+            self._holdings.stored(*(key for key in filling if key in self._slots))
             return [key in self._slots for key in keys]
 
     def hold(self, keys: Iterable[str]) -> dict[str, Buffer]:
@@ -129,5 +133,6 @@ class HostStore:
                 if key not in self._holds:
                     del segment[key]
                     self._evictions += 1
+                    self._holdings.removed(key)
                     return self._slots.pop(key)
         return None

@@ -8,6 +8,7 @@ import torch
 
 from baton.config import FilesConfig, HostConfig, PoolConfig
 from baton.kv.files import FileStore
+from baton.kv.holdings import Holdings
 from baton.kv.host import HostStore
 from baton.kv.memory import CpuMemory, memory_beside
 from baton.kv.mooncake import MooncakeStore
@@ -16,13 +17,14 @@ from baton.kv.staged import StagedStore
 from baton.kv.store import Buffer
 from baton.kv.transfer import KVTransfer
 from baton.kv.verify import CheckedStore, CheckedTransfer
+from baton.types import Tier
 
 
 class HostTier(KVTransfer):
     """What is saved here is written back from here to a tier behind, so that the device's blocks need not wait for that one."""
 
-    def __init__(self, store: HostStore, behind: KVTransfer | None) -> None:
-        super().__init__(store, "host", shared=False, usage=store.usage)
+    def __init__(self, store: HostStore, behind: KVTransfer | None, holdings: Holdings | None = None) -> None:
+        super().__init__(store, "host", shared=False, usage=store.usage, holdings=holdings)
         self._host, self._behind = store, behind
 
     def save(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
@@ -42,17 +44,19 @@ class HostTier(KVTransfer):
 
 
 def connect_tiers(
-    host: HostConfig, pool: PoolConfig, files: FilesConfig, memory: torch.Tensor, block_bytes: int, *, cluster: str = ""
+    host: HostConfig, pool: PoolConfig, files: FilesConfig, memory: torch.Tensor, block_bytes: int, *, prefix: str = "", cluster: str = ""
 ) -> list[KVTransfer]:
-    """For `memory`, all KV blocks of this worker. A pool may come later; `cluster` is its name where it has several masters. Raises
-    ConfigError where a tier can't be had."""
+    """For `memory`, all KV blocks of this worker. `prefix`: of this worker's keys; a block hash in hex follows. A pool may come later;
+    `cluster` is its name where it has several masters. Raises ConfigError where a tier can't be had."""
     tiers: list[KVTransfer] = []
     beside = memory_beside(memory)
     if files.path:
-        store = FileStore(Path(files.path), files.bytes, shared=files.shared)
+        filed = Holdings(Tier.FILES, prefix)
+        store = FileStore(Path(files.path), files.bytes, filed, shared=files.shared)
         served = store if isinstance(beside, CpuMemory) else StagedStore(store, beside, block_bytes)
         direct = files.shared or not host.bytes  # who waits for what is shared does not wait for the host first
-        tiers.append(KVTransfer(served, "files", shared=files.shared, direct=direct, usage=store.usage))
+        own = None if files.shared else filed
+        tiers.append(KVTransfer(served, "files", shared=files.shared, direct=direct, usage=store.usage, holdings=own))
     if pool.master:
         near = meeting_place(pool.near)
         make = CheckedStore if pool.verify else MooncakeStore
@@ -69,5 +73,6 @@ def connect_tiers(
         tiers.append(CheckedTransfer(mooncake) if isinstance(mooncake, CheckedStore) else KVTransfer(mooncake, stats=mooncake.stats))
     if host.bytes:
         behind = next((tier for tier in tiers if not tier.direct), None)
-        tiers.append(HostTier(HostStore(host.bytes, block_bytes, beside), behind))
+        held = Holdings(Tier.HOST, prefix)
+        tiers.append(HostTier(HostStore(host.bytes, block_bytes, beside, held), behind, held))
     return tiers[::-1]

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 from baton.errors import StoreError
+from baton.kv.holdings import Holdings
 from baton.kv.store import Buffer, KVStore, Usage
 from baton.scheduling.fetching import Rate
 
@@ -135,10 +136,11 @@ class KVTransfer:
         direct: bool = True,
         usage: Callable[[], Usage] | None = None,
         stats: TransferStats | None = None,
+        holdings: Holdings | None = None,
     ) -> None:
         """`shared`: other workers can read what is saved here. `direct`: is saved to from the device, rather than from another tier.
-        `stats`: where the store counts, too."""
-        self.name, self.shared, self.direct = name, shared, direct
+        `stats`: where the store counts, too. `holdings`: what the store keeps up to date, if it is this worker's own."""
+        self.name, self.shared, self.direct, self.holdings = name, shared, direct, holdings
         self._store, self._usage = store, usage
         self._lookup_breaker, self._load_breaker, self._save_breaker = (_Breaker(f"{name}, {kind}") for kind in ("lookup", "load", "save"))
         self.stats, self._rate = stats or TransferStats(), Rate()

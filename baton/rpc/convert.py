@@ -204,12 +204,14 @@ def member_from_proto(message: worker.Member) -> Member:
 def load_to_proto(load: Load) -> worker.Load:
     fields = _plain(load, Load)
     fields["pace"] = worker.Pace(**_plain(load.pace, Pace))
+    fields["fetch_token_s"] = [worker.FetchRate(tier=_TIERS[tier], token_s=seconds) for tier, seconds in load.fetch_token_s]
     return worker.Load(**fields)
 
 
 def load_from_proto(message: worker.Load) -> Load:
     fields = _plain(message, Load)
     fields["pace"] = Pace(**_plain(message.pace, Pace))
+    fields["fetch_token_s"] = tuple((_TIERS_BACK[each.tier], each.token_s) for each in message.fetch_token_s)
     return Load(**fields)
 
 

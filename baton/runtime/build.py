@@ -9,6 +9,7 @@ from pathlib import Path
 from baton.cluster.machine import these_cores
 from baton.config import WorkerConfig, member_id
 from baton.errors import EXIT_SOFTWARE, ConfigError
+from baton.kv.holdings import Holdings
 from baton.kv.layout import block_key
 from baton.kv.shards import Share
 from baton.kv.transfer import TransferStats
@@ -74,6 +75,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         sender=sender,
         receiver=receiver,
         checksums=TeamChecksums(kv, team) if config.push.verify else None,
+        holdings=[tier.holdings for tier in tiers if tier.holdings is not None],
     )
     name = config.served_model_name or model.resolve().name
     member = Member(
@@ -119,6 +121,7 @@ def build_engine(
     sender: Sender | None = None,
     receiver: Receiver | None = None,
     checksums: Checksums | None = None,
+    holdings: Sequence[Holdings] = (),
 ) -> Engine:
     """An engine that can be started. `tiers` hold KV behind the device, fastest first, under `key`; `budget_s` bounds each call to one."""
     block_size = loaded.pool.layout.block_size
@@ -136,4 +139,5 @@ def build_engine(
         sender=sender,
         receiver=receiver,
         checksums=checksums,
+        holdings=holdings,
     )

@@ -9,7 +9,7 @@ from baton.scheduling.backlog import Backlog
 from baton.scheduling.plan import StepPlan
 from baton.scheduling.request import RequestStatus
 from baton.scheduling.scheduler import Scheduler
-from baton.types import Load, Pace
+from baton.types import Load, Pace, Tier
 
 
 class Census:
@@ -21,11 +21,12 @@ class Census:
         entries: Mapping[str, Entry],
         pace: Callable[[], Pace],
         in_flight: Callable[[], Iterable[StepPlan]] = tuple,
+        fetching: Callable[[], tuple[tuple[Tier, float], ...]] = tuple,
     ) -> None:
-        """`entries`: the requests that the engine has taken in. `in_flight`: steps that were submitted and have not ended, whose tokens the
-        scheduler takes for computed."""
+        """`entries`: the requests that the engine has taken in. `fetching`: see `Load.fetch_token_s`. `in_flight`: steps that were
+        submitted and have not ended, whose tokens the scheduler takes for computed."""
         self._scheduler, self._entries, self._pace, self._in_flight = scheduler, entries, pace, in_flight
-        self._backlog = Backlog(scheduler.cache)
+        self._fetching, self._backlog = fetching, Backlog(scheduler.cache)
         self._arriving: dict[Entry, None] = {}  # in the engine's inbox
         self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()  # not told to the routers yet
 
@@ -61,4 +62,5 @@ class Census:
             blocks_free=pool.num_free,
             blocks_cached=pool.num_cached,
             pace=self._pace(),
+            fetch_token_s=self._fetching(),
         )

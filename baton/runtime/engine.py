@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from baton.errors import BatonError, Draining, InternalError, Overloaded, WorkerLost
+from baton.kv.holdings import Holdings
 from baton.kv.store import Buffer
 from baton.runtime.census import Census
 from baton.runtime.entry import Entry
@@ -61,10 +62,11 @@ class Engine:
         sender: Sender | None = None,
         receiver: Receiver | None = None,
         checksums: Checksums | None = None,
+        holdings: Sequence[Holdings] = (),
     ) -> None:
-        """`tiers` hold KV behind the device, fastest first; `key` names a block hash there, `buffer` gives a block's memory, `budget_s`
-        bounds each call. `cores`: see `pace.Stopwatch`. `sender` and `receiver` move blocks between workers past the tiers, with
-        `checksums` if given."""
+        """`tiers` hold KV behind the device, fastest first, and `holdings` tell what is in those that are this worker's own; `key` names
+        a block hash there, `buffer` gives a block's memory, `budget_s` bounds each call. `cores`: see `pace.Stopwatch`. `sender` and
+        `receiver` move blocks between workers past the tiers, with `checksums` if given."""
         self.on_crash: Callable[[], None] = lambda: None
         self.on_stopped: Callable[[], None] = lambda: None  # when all else has ended
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
@@ -96,9 +98,13 @@ class Engine:
         self._outputs = Outputs(await_saves=self.loader.await_saves, end=self.abort)
         self._live: dict[str, EngineSequence] = {}  # the event loop's
         self._census = Census(
-            scheduler, self._entries, lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s), self._flights.plans
+            scheduler,
+            self._entries,
+            lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s),
+            self._flights.plans,
+            self.loader.fetch_token_s,
         )
-        self._publisher = StatePublisher(self._census, cache.pool)
+        self._publisher = StatePublisher(self._census, cache.pool, holdings, self.loader.take_news)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._stalled = True

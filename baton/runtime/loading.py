@@ -27,7 +27,8 @@ from baton.runtime.feed import Feed
 from baton.scheduling.cache import KVCache
 from baton.scheduling.fetching import num_to_fetch
 from baton.scheduling.request import Request
-from baton.types import Fetch, Pace
+from baton.types import BlocksRemoved, BlocksStored, Fetch, KVEvent, Pace
+from baton.types import Tier as TierName
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ class Tier(Protocol):
     name: str
     shared: bool  # other workers can read it
     direct: bool  # is saved to from here
+
+    @property
+    def available(self) -> bool: ...  # it answers, as far as is known
 
     def seconds(self, nbytes: int) -> float: ...
 
@@ -92,6 +96,7 @@ class Loader:
         self._wanting: dict[Feed, None] = {}  # of them, those that wait for free blocks
         self._num_saving = Counter[int]()  # blocks, by tier
         self.num_skipped_saves = 0
+        self._news: list[KVEvent] = []  # of the pool
 
     # -- loading
 
@@ -141,6 +146,7 @@ class Loader:
         if feed.closed or feed.ready:
             return
         feed.answered.add(number)
+        self._notice_gone(feed, number, held)
         for block in compress(feed.asked, held):
             if number not in feed.sources.setdefault(block, []):
                 insort(feed.sources[block], number)
@@ -325,6 +331,9 @@ class Loader:
         for block, good in zip(wanted, stored, strict=True):
             if good:
                 self._keep(feed, number, block)
+        if self._tiers[number].name == TierName.POOL and any(stored):
+            hashes = (feed.request.block_hashes[block] for block in compress(wanted, stored))
+            self._news.append(BlocksStored(tuple(hashes), TierName.POOL))
         if self._tiers[number].shared:
             feed.num_saving -= 1
             self._count_saved(feed)
@@ -335,6 +344,27 @@ class Loader:
         """All is computed: what is not saved within the budget is given up, and `on_saved` called."""
         feed.saves_deadline = time.monotonic() + self._budget_s
         self._feeds[feed] = None
+
+    # -- what the routers are told
+
+    def take_news(self) -> list[KVEvent]:
+        """Of the pool, which nobody owns: what was saved, and, of each prompt, the first block that was not found: there the prefix ends,
+        and no router need know more. Calls that were not made say nothing."""
+        news, self._news = self._news, []
+        return news
+
+    def fetch_token_s(self) -> tuple[tuple[TierName, float], ...]:
+        """See `Load`. In steps of a fifth, so that what ages slowly is not told all the time."""
+        if not self._tiers:
+            return ()
+        nbytes, size = self._buffer(0).nbytes, self._cache.block_size
+        names = frozenset(map(str, TierName))
+        rates = [(TierName(tier.name), tier.seconds(nbytes) / size) for tier in self._tiers if tier.name in names and tier.available]
+        return tuple((tier, 2 ** (round(4 * math.log2(rate)) / 4) if rate > 0 else 0.0) for tier, rate in rates)
+
+    def _notice_gone(self, feed: Feed, number: int, held: list[bool]) -> None:
+        if self._tiers[number].name == TierName.POOL and False in held and self._tiers[number].available:
+            self._news.append(BlocksRemoved((feed.request.block_hashes[feed.asked[held.index(False)]],), TierName.POOL))
 
     # -- time
 

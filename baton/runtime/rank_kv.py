@@ -43,7 +43,8 @@ def connect_kv(config: WorkerConfig, pool: KVPool, layout: KVLayout, share: Shar
     """`apart`: this worker's ranks are on several machines. Raises ConfigError where what the configuration asks for is not to be had."""
     host = config.host.model_copy(update={"bytes": config.host.bytes // share.size})
     store = config.pool.model_copy(update={"master": pool_master(config.pool, config.cluster)})
-    tiers = connect_tiers(host, store, config.files, pool.tensor, pool.layout.block_bytes, cluster=config.cluster.name)
+    prefix = block_key(fingerprint, b"", share.rank, share.size)
+    tiers = connect_tiers(host, store, config.files, pool.tensor, pool.layout.block_bytes, prefix=prefix, cluster=config.cluster.name)
     reached_at = config.push.host or config.server.advertise or config.server.host
     push = config.push.model_copy(update={"host": reached_at})
     if apart:

@@ -168,6 +168,10 @@ class TeamTier:
     def seconds(self, nbytes: int) -> float:
         return self._own.seconds(nbytes)
 
+    @property
+    def available(self) -> bool:
+        return self._own.available
+
     def decline(self, num_blocks: int) -> None:
         self._own.decline(num_blocks)
 

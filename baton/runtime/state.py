@@ -6,11 +6,13 @@ thread.
 """
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from baton.kv.holdings import Holdings
 from baton.runtime.census import Census
 from baton.scheduling.blocks import BlockPool
-from baton.types import BlocksStored, KVEvent, MemberState, StateUpdate
+from baton.types import BlocksStored, Digest, KVEvent, MemberState, StateUpdate
 
 MIN_INTERVAL_S = 0.02
 HEARTBEAT_S = 1.0
@@ -48,8 +50,12 @@ class StateReader:
 
 
 class StatePublisher:
-    def __init__(self, census: Census, pool: BlockPool) -> None:
-        self._census, self._pool = census, pool
+    def __init__(
+        self, census: Census, pool: BlockPool, holdings: Sequence[Holdings] = (), news: Callable[[], list[KVEvent]] = list
+    ) -> None:
+        """`holdings`: of this worker's own tiers behind the device. `news`: what it has noticed of tiers that it shares, since the last
+        call; of those there is no snapshot."""
+        self._census, self._pool, self._holdings, self._news = census, pool, holdings, news
         self._arrived: list[str] = []
         self._readers: dict[StateReader, None] = {}
         self._pending: list[KVEvent] = []
@@ -57,14 +63,18 @@ class StatePublisher:
         self._sent_at = 0.0
         self.load = self._sent = census.measure()
         self._dirty = False
+        self._digests: list[Digest] = []  # of the holdings, after what is pending
+        self._drain()
 
     def reader(self, loop: asyncio.AbstractEventLoop) -> StateReader:
         return StateReader(loop)
 
     def subscribe(self, reader: StateReader) -> None:
-        self._pending += self._pool.drain_events()
+        self._drain()
         self._send_all()
-        reader.send(replace(self._update((BlocksStored(self._pool.hashes()),)), snapshot=True))
+        held = [holdings.snapshot() for holdings in self._holdings]
+        events = BlocksStored(self._pool.hashes()), *(event for event, _ in held)
+        reader.send(self._update(events, [digest for _, digest in held], snapshot=True))
         self._readers[reader] = None
 
     def unsubscribe(self, reader: StateReader) -> None:
@@ -75,7 +85,7 @@ class StatePublisher:
         if now - self._sent_at < MIN_INTERVAL_S:
             self._dirty = True  # for all that is known
             return
-        self._pending += self._pool.drain_events()
+        self._drain()
         self.measure()
         self._dirty = bool(self._pending or self._arrived) or self.load != self._sent
         if self._dirty or now - self._sent_at >= HEARTBEAT_S:
@@ -95,13 +105,20 @@ class StatePublisher:
         events, self._pending = tuple(self._pending), []
         arrived, self._arrived = tuple(self._arrived), []
         self._dirty, self._sent = False, self.load
-        update = replace(self._update(events), arrived=arrived)
+        update = self._update(events, self._digests, arrived=arrived)
         for reader in list(self._readers):
             try:
                 reader.send(update)
             except RuntimeError:  # its loop is closed
                 self.unsubscribe(reader)
 
-    def _update(self, events: tuple[KVEvent, ...]) -> StateUpdate:
-        digests = (self._pool.journal.digest,)
-        return StateUpdate(sequence=self._sequence, state=MemberState.READY, load=self.load, events=events, digests=digests)
+    def _drain(self) -> None:
+        self._pending += [*self._pool.drain_events(), *self._news()]
+        told = [holdings.drain() for holdings in self._holdings]
+        self._pending += [event for events, _ in told for event in events]
+        self._digests = [digest for _, digest in told]
+
+    def _update(self, events: Sequence[KVEvent], digests: Sequence[Digest], **more: Any) -> StateUpdate:
+        """`digests`: of the holdings, after `events`."""
+        state, digests = MemberState.READY, (self._pool.journal.digest, *digests)
+        return StateUpdate(sequence=self._sequence, state=state, load=self.load, events=tuple(events), digests=digests, **more)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.types import Load, Member, MemberState, StateUpdate
-from services.router.index import PrefixIndex
+from baton.types import Load, Member, MemberState, StateUpdate, Tier
+from services.router.index import FETCHED, Depths, PrefixIndex, Readers
 from services.router.view import LOAD_COLUMNS, PACE_COLUMNS, Layout, View
 
 _SINCE = LOAD_COLUMNS.index("computing_s")  # in the fleet's own table: since when
@@ -47,6 +47,7 @@ class Fleet:
         self._layout = self._laid_out(())
         self._table: NDArray[np.float64] = np.zeros((len(LOAD_COLUMNS) + len(PACE_COLUMNS), 0))
         self._places: NDArray[np.intp] = self.index.places(())
+        self._fetch: NDArray[np.float64] = np.zeros((len(FETCHED), 0))  # seconds of a token, by row; infinite: no such tier
 
     def add(self, member: Member) -> Worker:
         worker = self.workers[member.id] = Worker(member)
@@ -72,9 +73,12 @@ class Fleet:
     def update(self, worker: Worker, update: StateUpdate) -> bool:
         """Takes in what it says of itself; whether its state has changed."""
         name, changed = worker.member.id, worker.state is not update.state
+        moved = changed or [tier for tier, _ in worker.load.fetch_token_s] != [tier for tier, _ in update.load.fetch_token_s]
         if self.workers.get(name) is not worker:  # it has a successor
             return False
         self.index.apply(name, update.events, snapshot=update.snapshot)
+        if any(event.tier is Tier.POOL for event in update.events):
+            self.index.pool.apply(_readers(worker.member), update.events)
         worker.sequence, worker.snapshots = update.sequence, worker.snapshots + update.snapshot
         worker.state, worker.load = update.state, update.load
         for request_id in update.arrived:
@@ -83,7 +87,7 @@ class Fleet:
             self.index.settle(name, request_id)
         worker.settling.clear()
         worker.since = self._now()
-        self._stale |= changed
+        self._stale |= moved
         self._write(worker)
         return changed
 
@@ -112,18 +116,25 @@ class Fleet:
         each."""
         if self._stale:
             self._lay_out()
-        layout, table, places = self._layout, self._table, self._places
+        layout, table, places, fetch = self._layout, self._table, self._places, self._fetch
         if exclude:
             layout, rows = layout.without(frozenset(exclude))
-            table, places = table[:, rows], places[rows]
-        matched, expected = np.zeros(len(places)), np.zeros(len(places))
+            table, places, fetch = table[:, rows], places[rows], fetch[:, rows]
+        matched, expected, reachable, fetch_s = np.zeros((4, len(places)))
         for size in layout.block_sizes:
-            held, coming = self.index.depths(hashes(size))
-            np.copyto(matched, held[places] * size, where=layout.block_size == size)
-            np.copyto(expected, coming[places] * size, where=layout.block_size == size)
+            prompt = hashes(size)
+            held, coming, *fetched = (depths[places] for depths in self.index.reaches(prompt))
+            fetched.append(fetched[-1].copy())
+            for readers, rows in layout.readers.items():
+                ends = self.index.pool.ends(readers, prompt)
+                if ends is not None:
+                    fetched[-1][rows] = ends[fetched[-1][rows]]
+            seconds, reached = _fetched(coming, fetched, fetch)
+            for column, values in ((matched, held), (expected, coming), (reachable, reached), (fetch_s, seconds)):
+                np.copyto(column, values * size, where=layout.block_size == size)
         table = table if exclude else table.copy()
         table[_SINCE] = self._now() - table[_SINCE]
-        return View(layout, table, matched, expected)
+        return View(layout, table, matched, expected, reachable, fetch_s)
 
     def _lay_out(self) -> None:
         usable = sorted((worker for worker in self.workers.values() if worker.usable), key=lambda worker: worker.member.id)
@@ -131,6 +142,7 @@ class Fleet:
             worker.row = -1
         self._layout, self._places = self._laid_out(usable), self.index.places(worker.member.id for worker in usable)
         self._table = np.zeros((len(LOAD_COLUMNS) + len(PACE_COLUMNS), len(usable)))
+        self._fetch = np.full((len(FETCHED), len(usable)), np.inf)
         for row, worker in enumerate(usable):
             worker.row = row
             self._write(worker)
@@ -140,12 +152,16 @@ class Fleet:
         members = [worker.member for worker in workers]
         prints, sizes = [m.fingerprint for m in members], [m.block_size for m in members]
         devices = [m.device and f"{m.machine}/{m.device}" for m in members]
-        return Layout([m.id for m in members], [m.role for m in members], prints, sizes, devices)
+        degrees = [m.tensor_parallel_size for m in members]
+        return Layout([m.id for m in members], [m.role for m in members], prints, sizes, devices, degrees)
 
     def _write(self, worker: Worker) -> None:
         if worker.row < 0:
             return
         load, pace = worker.load, worker.load.pace
+        for tier, seconds in load.fetch_token_s:
+            if tier in FETCHED:
+                self._fetch[FETCHED.index(tier), worker.row] = seconds
         tokens = pairs = 0
         for some_tokens, some_pairs in worker.routed.values():
             tokens += some_tokens
@@ -169,3 +185,22 @@ class Fleet:
             pace.push_token_s,
             pace.crowded,
         )
+
+
+def _readers(member: Member) -> Readers:
+    return member.fingerprint, member.tensor_parallel_size
+
+
+def _fetched(own: Depths, reaches: Sequence[Depths], token_s: NDArray[np.float64]) -> tuple[NDArray[np.float64], Depths]:
+    """What each worker can fetch that it has not: blocks, by the seconds of a token each; and how many leading blocks it has then. `own`,
+    `reaches`: leading blocks without fetching, and with each tier more. What a tier adds to the run counts at its own rate, and ends the
+    run where that tier does not answer."""
+    seconds, before, goes_on = np.zeros(len(own)), own, np.ones(len(own), dtype=np.bool_)
+    for reach, each_s in zip(reaches, token_s, strict=True):
+        more = reach > before
+        if more.any():
+            goes_on &= ~more | (each_s < np.inf)
+            more &= goes_on
+            seconds[more] += each_s[more] * (reach - before)[more]
+            before = np.where(more, reach, before)
+    return seconds, before

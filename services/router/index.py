@@ -1,10 +1,14 @@
-"""PrefixIndex: which workers hold which KV blocks, exactly, from their events; and which they are about to hold, from what was sent there.
+"""PrefixIndex: which workers hold which KV blocks, exactly, from their events; which they are about to hold, from what was sent there; and
+what they can read from the pool, as far as it was noticed.
 
 Block hash → set of workers, as the bits of an integer. A worker's bit is its *place*; what is asked for comes as arrays by place.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, compress, repeat
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +16,15 @@ from numpy.typing import NDArray
 from baton.types import BlocksStored, Digest, KVEvent, Tier
 
 Depths = NDArray[np.int64]
-OWN_TIERS = (Tier.DEVICE,)  # what a worker holds for itself
+Readers = tuple[str, int]  # of the same blocks in the pool: fingerprint, and degree of tensor parallelism
+OWN_TIERS = (Tier.DEVICE, Tier.HOST, Tier.FILES)  # what a worker holds for itself, fastest first
+FETCHED = (Tier.HOST, Tier.FILES, Tier.POOL)
+_untyped: Any = operator
+_OR: Callable[[int, int], int] = _untyped.or_
+_AND: Callable[[int, int], int] = _untyped.and_
+_NE: Callable[[int, int], bool] = _untyped.ne
+_STRETCH = 64  # blocks that are looked at together
+MOST_POOL_BLOCKS = 1 << 18  # remembered, for each kind of reader; those that were saved first are forgotten first
 
 
 @dataclass(slots=True)
@@ -29,6 +41,7 @@ class PrefixIndex:
         self._places: dict[str, int] = {}
         self._holders: dict[Tier, dict[bytes, int]] = {tier: {} for tier in OWN_TIERS}
         self._held: dict[str, dict[Tier, _Held]] = {}
+        self.pool = PoolIndex()
         self._expected: dict[bytes, int] = {}  # who computes it now, or will
         self._expectations: dict[str, dict[str, Sequence[bytes]]] = {}  # worker → request → blocks
 
@@ -88,9 +101,13 @@ class PrefixIndex:
     def depths(self, hashes: Sequence[bytes]) -> tuple[Depths, Depths]:
         """By place, how many leading blocks of `hashes` each worker holds; and how many it will hold when it has computed what was sent
         there."""
-        holders = self._holders[Tier.DEVICE]
-        held = _depths(holders, {}, hashes, len(self._workers))
-        return held, (_depths(holders, self._expected, hashes, len(self._workers)) if self._expected else held)
+        held, coming, *_ = self.reaches(hashes)
+        return held, coming
+
+    def reaches(self, hashes: Sequence[bytes]) -> list[Depths]:
+        """As `depths`; then how many it can have by fetching from its host memory, and from its files too."""
+        layers = [self._holders[Tier.DEVICE], self._expected, self._holders[Tier.HOST], self._holders[Tier.FILES]]
+        return _depths(layers, hashes, len(self._workers))
 
     def blocks(self, worker: str, tier: Tier = Tier.DEVICE) -> frozenset[bytes]:
         """What a worker is known to hold; for comparison with the worker's own."""
@@ -127,34 +144,62 @@ class PrefixIndex:
         return place
 
 
-def _depths(holders: dict[bytes, int], more: dict[bytes, int], hashes: Sequence[bytes], count: int) -> Depths:
-    """One AND a block; a worker costs more only at the block where its run ends."""
-    depths = np.zeros(count, dtype=np.int64)
-    alive = (1 << count) - 1
-    depth = 0
-    for depth, key in enumerate(hashes):
-        left = alive & (holders.get(key, 0) | more.get(key, 0) if more else holders.get(key, 0))
-        if left != alive:
-            if depth:
-                _write(depths, alive ^ left, depth)
-            alive = left
-            if not alive:
-                return depths
-    if hashes:
-        _write(depths, alive, depth + 1)
-    return depths
+class PoolIndex:
+    """What the pool holds, as workers noticed it: they tell what they saved, and where a prefix was not found any more. The pool itself
+    tells nothing, so this is what is likely, not what is so."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[Readers, dict[bytes, None]] = {}
+
+    def apply(self, readers: Readers, events: Iterable[KVEvent]) -> None:
+        blocks = self._blocks.setdefault(readers, {})
+        for event in events:
+            if event.tier is not Tier.POOL:
+                continue
+            for key in event.block_hashes:
+                blocks.pop(key, None)
+                if isinstance(event, BlocksStored):
+                    blocks[key] = None
+        while len(blocks) > MOST_POOL_BLOCKS:
+            del blocks[next(iter(blocks))]
+
+    def ends(self, readers: Readers, hashes: Sequence[bytes]) -> Depths | None:
+        """For each number of leading blocks that somebody has, where the run ends that goes on in the pool. None: nothing is there."""
+        blocks = self._blocks.get(readers)
+        if not blocks:
+            return None
+        count = len(hashes)
+        held = np.fromiter(map(blocks.__contains__, hashes), dtype=np.bool_, count=count)
+        gaps = np.append(np.where(held, count, np.arange(count)), count)
+        return np.minimum.accumulate(gaps[::-1])[::-1]
 
 
-def _write(depths: Depths, bits: int, depth: int) -> None:
-    if bits.bit_count() > 8:
-        size = -(-len(depths) // 8)
-        chosen = np.unpackbits(np.frombuffer(bits.to_bytes(size, "little"), dtype=np.uint8), count=len(depths), bitorder="little")
-        depths[chosen.view(bool)] = depth
-        return
-    while bits:
-        lowest = bits & -bits
-        depths[lowest.bit_length() - 1] = depth
-        bits ^= lowest
+def _depths(layers: Sequence[Mapping[bytes, int]], hashes: Sequence[bytes], count: int) -> list[Depths]:
+    """For each layer, by place, how many leading blocks are in it or in one before. One AND a block, for each layer that has any."""
+    used = [layers[0], *(layer for layer in layers[1:] if layer)]
+    runs = [[(1 << count) - 1] for _ in used]  # whose runs go on, from the block in `starts` on
+    starts = [[0] for _ in used]
+    for begin in range(0, len(hashes), _STRETCH):
+        stretch, bits = hashes[begin : begin + _STRETCH], [0] * _STRETCH
+        for layer, run, start in zip(used, runs, starts, strict=True):
+            bits = list(map(_OR, bits, map(layer.get, stretch, repeat(0))))
+            alive = list(accumulate(bits, _AND, initial=run[-1]))
+            for number in compress(range(len(stretch)), map(_NE, alive[1:], alive)):
+                run.append(alive[number + 1])
+                start.append(begin + number)
+        if not runs[-1][-1]:
+            break
+    told = (_lengths(run, [*start, len(hashes)], count) for run, start in zip(runs, starts, strict=True))
+    latest = next(told)
+    return [latest, *((latest := next(told)) if layer else latest for layer in layers[1:])]
+
+
+def _lengths(runs: Sequence[int], starts: Sequence[int], count: int) -> Depths:
+    """By place, the block at which its run ends. `runs[i]`: whose run goes on from block `starts[i]` to `starts[i + 1]`; always fewer."""
+    size = -(-count // 8)
+    packed = np.frombuffer(b"".join(bits.to_bytes(size, "little") for bits in runs), dtype=np.uint8).reshape(len(runs), size)
+    bits = np.unpackbits(packed, axis=1, count=count, bitorder="little")
+    return np.array(starts, dtype=np.int64)[np.add.reduce(bits, axis=0, dtype=np.uint8 if len(runs) < 256 else np.uint32)]
 
 
 def _clear(holders: dict[bytes, int], key: bytes, bit: int) -> None:

@@ -195,8 +195,19 @@ def _waits(view: View, pace: Paces, row: int) -> float:
 
 
 def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
-    """Seconds of its device until it has computed the prompt, and those of them that the prompt itself takes."""
-    matched = np.minimum(view.expected_tokens, facts.num_prompt_tokens - 1)  # the last token is always computed
+    """Seconds of its device until it has computed the prompt, and those of them that the prompt itself takes; with or without fetching
+    what it has not, whichever is faster. It fetches beside what is queued."""
+    work, own = _computing(facts, view, pace, view.expected_tokens)
+    if not (view.reachable_tokens > view.expected_tokens).any():
+        return work, own
+    then, less = _computing(facts, view, pace, view.reachable_tokens)
+    then = np.maximum(then - less, view.fetch_s) + less
+    return np.where(then < work, then, work), np.where(then < work, less, own)
+
+
+def _computing(facts: Facts, view: View, pace: Paces, cached: Column) -> tuple[Column, Column]:
+    """The same, with so many tokens of the prompt cached."""
+    matched = np.minimum(cached, facts.num_prompt_tokens - 1)  # the last token is always computed
     missing = facts.num_prompt_tokens - matched
     work = view.pending_tokens + missing
     at_most = np.where(view.batched_tokens > 0, view.batched_tokens, work)

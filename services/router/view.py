@@ -31,6 +31,8 @@ class WorkerView:
     pending_tokens: int
     matched_tokens: int  # leading prompt tokens in its prefix cache
     expected_tokens: int = 0  # the same, when it will have computed what was sent there; never less than matched_tokens, whatever is given
+    reachable_tokens: int = 0  # the same, when it has fetched too what its other tiers and the pool hold; never less than expected_tokens
+    fetch_s: float = 0.0  # of fetching those
     pending_pairs: int = 0  # of tokens that the pending ones attend to, or are attended by
     num_waiting: int = 0  # of num_requests
     num_held: int = 0  # of num_waiting: another worker computes their prompts
@@ -75,14 +77,26 @@ class Layout:
     """Who the workers are; made anew when one comes or goes. What is made of it is kept: a breaker stays open for many decisions."""
 
     def __init__(
-        self, ids: Sequence[str], roles: Sequence[Role], fingerprints: Sequence[str], block_sizes: Sequence[int], devices: Sequence[str]
+        self,
+        ids: Sequence[str],
+        roles: Sequence[Role],
+        fingerprints: Sequence[str],
+        block_sizes: Sequence[int],
+        devices: Sequence[str],
+        degrees: Sequence[int] = (),
     ) -> None:
+        """`degrees`: of tensor parallelism, where it matters who reads the same blocks in the pool."""
         self.ids, self.roles, self.fingerprints, self.devices = tuple(ids), tuple(roles), tuple(fingerprints), tuple(devices)
         self.block_size = np.array(block_sizes, dtype=np.float64)
         self.block_sizes = frozenset(block_sizes)
         self.is_prefill = np.array([role is Role.PREFILL for role in roles], dtype=bool)
         self.is_decode = np.array([role is Role.DECODE for role in roles], dtype=bool)
         rows = range(len(self.ids))
+        self._degrees = tuple(degrees)
+        alike: dict[tuple[str, int], list[int]] = {}
+        for row, degree in enumerate(degrees):
+            alike.setdefault((fingerprints[row], degree), []).append(row)
+        self.readers = {who: np.array(some, dtype=np.intp) for who, some in alike.items()}
         self._fitting = {
             name: np.array([row for row in rows if roles[row] is Role.PREFILL and fingerprints[row] == name], dtype=np.intp)
             for name in {fingerprints[row] for row in rows if roles[row] is Role.PREFILL}
@@ -117,6 +131,7 @@ class Layout:
             [self.fingerprints[row] for row in rows],
             [int(self.block_size[row]) for row in rows],
             [self.devices[row] for row in rows],
+            [self._degrees[row] for row in rows] if self._degrees else (),
         )
 
     def without(self, names: frozenset[str]) -> "tuple[Layout, Rows]":
@@ -155,10 +170,13 @@ class View(Sequence[WorkerView]):
     batched_tokens: Column
     computing_s: Column
 
-    def __init__(self, layout: Layout, table: NDArray[np.float64], matched: Column, expected: Column) -> None:
+    def __init__(
+        self, layout: Layout, table: NDArray[np.float64], matched: Column, expected: Column, reachable: Column, fetch_s: Column
+    ) -> None:
         """`table`: LOAD_COLUMNS, then PACE_COLUMNS, by worker."""
         self.layout, self._table = layout, table
         self.matched_tokens, self.expected_tokens = matched, expected
+        self.reachable_tokens, self.fetch_s = reachable, fetch_s
         (
             self.num_requests, self.pending_tokens, self.pending_pairs, self.num_waiting, self.num_held, self.context_tokens,
             self.kv_used, self.batched_tokens, self.computing_s, *pace,
@@ -177,7 +195,9 @@ class View(Sequence[WorkerView]):
         for row, worker in enumerate(ordered):
             table[:, row] = [*(getattr(worker, name) for name in LOAD_COLUMNS), *(getattr(worker.pace, name) for name in PACE_COLUMNS)]
         matched = np.array([w.matched_tokens for w in ordered], dtype=np.float64)
-        return View(layout, table, matched, np.maximum(matched, [w.expected_tokens for w in ordered]))
+        expected = np.maximum(matched, [w.expected_tokens for w in ordered])
+        reachable = np.maximum(expected, [w.reachable_tokens for w in ordered])
+        return View(layout, table, matched, expected, reachable, np.array([w.fetch_s for w in ordered], dtype=np.float64))
 
     def only(self, rows: Rows) -> "View":
         return self._of(self.layout.only(rows.tolist()), rows)
@@ -187,7 +207,8 @@ class View(Sequence[WorkerView]):
         return self._of(*self.layout.alone)
 
     def _of(self, layout: Layout, rows: Rows) -> "View":
-        return View(layout, self._table[:, rows], self.matched_tokens[rows], self.expected_tokens[rows])
+        columns = (self.matched_tokens, self.expected_tokens, self.reachable_tokens, self.fetch_s)
+        return View(layout, self._table[:, rows], *(column[rows] for column in columns))
 
     def worker(self, name: str) -> WorkerView:
         """Of the one with this id. Raises ValueError where there is none."""
@@ -219,6 +240,8 @@ class View(Sequence[WorkerView]):
             device=layout.devices[row],
             matched_tokens=int(self.matched_tokens[row]),
             expected_tokens=int(self.expected_tokens[row]),
+            reachable_tokens=int(self.reachable_tokens[row]),
+            fetch_s=float(self.fetch_s[row]),
             pace=Pace(**pace),
             **numbers,
         )

@@ -1,7 +1,7 @@
 """Is each router's index what the workers hold? Two routers, four workers with small caches, one prefill and one decode worker behind
 relays that lose updates and cut streams (tests/relay.py); in each round prompts that evict each other, and a fault: a worker or a router is
 killed, or stopped for shorter or longer than a lease. When the round's prompts have ended, every router's sets of blocks are compared with
-the workers' own, which come from snapshots of their streams.
+the workers' own, which come from snapshots of their streams: of what is on the device, in host memory and in files.
 
     python -m tests.faults.churn --minutes 5 [--seed 0]
 """
@@ -11,6 +11,7 @@ import asyncio
 import collections
 import random
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -36,6 +37,7 @@ HEALED_S = 10.0  # after the last prompt
 FAULTS = ("kill worker", "kill router", "stop worker", "kill worker", "stop router", "kill both routers")
 SETTINGS = (
     f"all.cluster.lease_s={LEASE_S:g}", "prefill.engine.num_blocks=150", "decode.engine.num_blocks=200", "router.max_migrations=10",
+    "prefill.host.bytes=12MiB", "decode.host.bytes=12MiB", "prefill-0.files.bytes=16MiB", "decode-1.files.bytes=16MiB",
 )  # fmt: skip
 Blocks = dict[str, set[str]]  # block hashes, in hex, by tier
 
@@ -45,7 +47,7 @@ class Report:
     rounds: int = 0
     finished: int = 0
     failed: int = 0  # where a router was killed under them
-    compared: int = 0  # blocks
+    compared: collections.Counter[str] = field(default_factory=collections.Counter)  # blocks, by tier
     wrong: list[str] = field(default_factory=list)
     slowest: float = 0.0  # until all was the same, in seconds
     faults: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -58,8 +60,8 @@ class Report:
             return ", ".join(f"{count} × {name}" for name, count in sorted(counts.items()))
 
         rows = [
-            f"{self.rounds} rounds, {self.finished} prompts ended, {self.failed} with a router that was killed; {self.compared} blocks "
-            f"compared, {len(self.wrong)} wrong; the same {self.slowest:.1f} s after the last prompt at the latest",
+            f"{self.rounds} rounds, {self.finished} prompts ended, {self.failed} with a router that was killed; blocks compared: "
+            f"{told(self.compared)}, {len(self.wrong)} wrong; the same {self.slowest:.1f} s after the last prompt at the latest",
             f"faults: {told(self.faults)}; updates with blocks that were spoiled: {told(self.spoiled)}",
             f"seen of the workers behind a relay: {told(self.relayed)}; of the others: {told(self.direct)}",
         ]
@@ -142,10 +144,10 @@ class Churn:
         report.slowest = max(report.slowest, time.monotonic() - began)
 
     async def _differences(self, client: httpx.AsyncClient) -> list[str]:
-        found, compared = list[str](), 0
+        found, compared = list[str](), collections.Counter[str]()
         for worker in self._cluster.workers():
             own = await own_blocks(worker["address"].replace("127.0.0.2", "127.0.0.1"))
-            compared += sum(map(len, own.values()))
+            compared.update({tier: len(blocks) for tier, blocks in own.items()})
             for url in self._cluster.urls:
                 known = (await client.get(f"{url}/debug/index/{worker['id']}")).json()
                 self._count(url, worker["id"], known)
@@ -155,7 +157,7 @@ class Churn:
                         text = f"{worker['id']}, {tier}: {url} knows {len(more)} that it has not, and not {len(less)} that it has"
                         found.append(f"{time.strftime('%X')} {text}")
         if not found:
-            self._report.compared += compared
+            self._report.compared.update(compared)
         return found
 
     def _count(self, url: str, worker: str, known: dict[str, Any]) -> None:
@@ -180,6 +182,8 @@ async def relays(seed: int) -> AsyncIterator[tuple[list[Relay], list[str]]]:
 async def churn(model: Path, *, seconds: float, seed: int, round_s: float = 4.0) -> Report:
     report = Report()
     async with relays(seed) as (between, settings), AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-churn-"))
+        settings += [f"{name}.files.path={folder}/{name}" for name in ("prefill-0", "decode-1")]
         options = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
         manager = running_cluster(model=model, prefill=2, decode=2, routers=2, kvstore=0, options=options)
         cluster = await asyncio.to_thread(manager.__enter__)

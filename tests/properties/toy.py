@@ -61,6 +61,7 @@ class ToyTransfer:
     """A tier of blocks whose calls are answered when the test says so, right, wrong or late. `Buffer.address` is a block id."""
 
     direct = True
+    available = True
 
     def __init__(self, runner: ToyRunner, pool: dict[str, tuple[int | None, ...]], name: str = "pool", *, shared: bool = True) -> None:
         self._runner, self.pool, self.name, self.shared = runner, pool, name, shared

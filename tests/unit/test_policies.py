@@ -8,8 +8,9 @@ import pytest
 from baton.config import POLICY_NAMES, check_policy
 from baton.errors import ConfigError, Overloaded
 from baton.hashing import block_hashes
-from baton.types import BlocksRemoved, BlocksStored, Load, Member, MemberState, Pace, Role, StateUpdate
+from baton.types import BlocksRemoved, BlocksStored, Load, Member, MemberState, Pace, Role, StateUpdate, Tier
 from services.router.fleet import Fleet, Worker
+from services.router.index import PoolIndex
 from services.router.policies import POLICIES
 from services.router.policy import Facts, Placement
 from services.router.predicted import predicted
@@ -257,7 +258,17 @@ def test_what_is_laid_out_without_some_is_kept_until_somebody_comes_or_goes() ->
 
 def test_columns_of_rows_and_rows_of_columns_are_the_same() -> None:
     rows = [
-        worker("a", Role.UNIFIED, num_requests=3, num_waiting=2, kv_used=0.25, matched_tokens=40, expected_tokens=50, batched_tokens=64)
+        worker(
+            "a",
+            Role.UNIFIED,
+            num_requests=3,
+            num_waiting=2,
+            kv_used=0.25,
+            matched_tokens=40,
+            expected_tokens=50,
+            reachable_tokens=60,
+            fetch_s=0.5,
+        )
     ]
     assert list(View.of(rows)) == rows
 
@@ -279,3 +290,71 @@ def test_a_worker_is_at_its_step_since_it_told_of_it_or_got_something_to_do() ->
     say(made, p0, 1, num_waiting_tokens=1000, num_waiting=1)
     now[0] = 14.5
     assert computing_s() == pytest.approx(0.5)
+
+
+# -- tiers
+
+
+def fetching(**seconds: float) -> tuple[tuple[Tier, float], ...]:
+    return tuple((Tier(name), each) for name, each in seconds.items())
+
+
+def test_what_a_worker_can_fetch_leads_on_from_what_it_holds() -> None:
+    made, (p0, p1, d0) = fleet("p0", "p1", "d0")
+    say(made, p0, 1, BlocksStored(tuple(HASHES[:30])), fetch_token_s=fetching(host=0.01, files=0.1, pool=1.0))
+    say(made, p0, 2, BlocksStored(tuple(HASHES[20:50]), Tier.HOST), fetch_token_s=p0.load.fetch_token_s)
+    say(made, p0, 3, BlocksStored(tuple(HASHES[50:60]), Tier.FILES), fetch_token_s=p0.load.fetch_token_s)
+    say(made, p0, 4, BlocksStored(tuple(HASHES[55:80]), Tier.POOL), fetch_token_s=p0.load.fetch_token_s)
+    say(made, p1, 1, BlocksStored(tuple(HASHES[:55]), Tier.HOST), fetch_token_s=fetching(host=0.0, pool=0.5))
+    say(made, d0, 1, BlocksStored(tuple(HASHES[:55]), Tier.POOL))  # it has told of a pool, but has none now
+
+    view = made.view(lambda size: HASHES)
+    assert view.layout.ids == ("d0", "p0", "p1")
+    assert view.matched_tokens.tolist() == view.expected_tokens.tolist() == [0, 300, 0]
+    assert view.reachable_tokens.tolist() == [0, 800, 800]
+    assert view.fetch_s.tolist() == pytest.approx([0, 200 * 0.01 + 100 * 0.1 + 200 * 1.0, 250 * 0.5])
+
+    say(made, p1, 2, BlocksRemoved((HASHES[70],), Tier.POOL), fetch_token_s=p1.load.fetch_token_s)
+    assert made.view(lambda size: HASHES).reachable_tokens.tolist() == [0, 700, 700]
+    say(made, p0, 5, BlocksRemoved((HASHES[35],), Tier.HOST), fetch_token_s=fetching(host=0.01, files=0.1))  # its pool is away
+    assert made.view(lambda size: HASHES).reachable_tokens.tolist() == [0, 350, 700]
+    assert made.view(lambda size: HASHES, exclude=["p1"]).reachable_tokens.tolist() == [0, 350]
+    made.remove(p0)
+    made.remove(p1)
+    assert made.view(lambda size: HASHES).reachable_tokens.tolist() == [0]
+
+
+def test_the_pool_of_another_fingerprint_or_degree_is_another_one() -> None:
+    made = Fleet()
+    for name, degree, fingerprint in (("a", 1, "f"), ("b", 2, "f"), ("c", 1, "g"), ("d", 1, "f")):
+        each = made.add(Member(id=name, role=Role.UNIFIED, address="", fingerprint=fingerprint, block_size=10, tensor_parallel_size=degree))
+        events = (BlocksStored(tuple(HASHES[:9]), Tier.POOL),) if name == "a" else ()
+        say(made, each, 0, *events, fetch_token_s=fetching(pool=0.0))
+    assert made.view(lambda size: HASHES).reachable_tokens.tolist() == [90, 0, 0, 90]
+
+
+def test_what_is_known_of_the_pool_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.router.index.MOST_POOL_BLOCKS", 20)
+    pool = PoolIndex()
+    pool.apply(("f", 1), [BlocksStored(tuple(HASHES[:25]), Tier.POOL)])
+    assert pool.ends(("f", 1), HASHES[5:])[:2].tolist() == [20, 20]  # type: ignore[index]
+    assert pool.ends(("f", 1), HASHES)[:2].tolist() == [0, 1]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("fetch_s", "chosen"), [(0.1, "p0"), (0.4, "p1"), (5.0, "p1")])
+def test_predicted_counts_what_is_fetched_at_the_seconds_of_fetching_it(fetch_s: float, chosen: str) -> None:
+    """p0 can fetch 800 of 1,000 tokens, which takes 0.8 s to compute; p1 has 500 on its device."""
+    workers = [
+        worker("p0", Role.PREFILL, reachable_tokens=800, fetch_s=fetch_s),
+        worker("p1", Role.PREFILL, matched_tokens=500),
+        worker("d0", Role.DECODE),
+    ]
+    assert placed("predicted", workers, num_output_tokens=10, local_prefill=False).prefills[0] == chosen
+
+
+def test_fetching_goes_on_beside_what_is_queued() -> None:
+    """Behind 600 tokens, it costs what it takes longer than those."""
+    workers = [worker("p0", Role.PREFILL, reachable_tokens=800, fetch_s=0.5, pending_tokens=600), worker("d0", Role.DECODE)]
+    then = placed("predicted", workers, num_output_tokens=10, local_prefill=False).ttft_s
+    cached = [worker("p0", Role.PREFILL, matched_tokens=800, pending_tokens=600), workers[1]]
+    assert then == placed("predicted", cached, num_output_tokens=10, local_prefill=False).ttft_s

@@ -1,7 +1,9 @@
 """Fetching against computing, and the ways of blocks between tiers."""
 
 import functools
+import random
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,11 +11,19 @@ from hypothesis import strategies as st
 
 from baton.config import FilesConfig, HostConfig, WorkerConfig, load_config
 from baton.errors import ConfigError
+from baton.hashing import block_hashes
+from baton.kv.files import FileStore
+from baton.kv.holdings import Holdings
+from baton.kv.host import HostStore
+from baton.kv.layout import block_key
+from baton.kv.memory import CpuMemory
 from baton.scheduling import fetching
 from baton.scheduling.fetching import Rate, num_to_fetch
-from baton.types import OutputToken, Pace, PushTarget
+from baton.types import BlocksRemoved, BlocksStored, OutputToken, Pace, PushTarget, Tier
+from services.router.index import PrefixIndex
 from tests.properties.test_engine_machine import BUDGET_S, EngineMachine
 from tests.properties.toy import BLOCK_SIZE, ToyTransfer, reference
+from tests.unit.test_files import Slot
 
 BLOCK = 4096
 
@@ -77,8 +87,6 @@ class Tiers:
         self.host, self.pool, self.files = self.machine.tiers
 
     def fill(self, tier: ToyTransfer, *numbers: int) -> None:
-        from baton.hashing import block_hashes
-
         for number, key in enumerate(block_hashes(PROMPT, BLOCK_SIZE)):
             if number in numbers:
                 tier.pool[key.hex()] = tuple(PROMPT[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE])
@@ -348,3 +356,76 @@ def test_who_ends_before_it_was_looked_up_reserves_nothing(tiers: Tiers) -> None
     assert answers == [None]
     tiers.answer()
     assert machine.engine._check_integrity() == []
+
+
+# -- what the routers are told
+
+
+def test_the_pool_is_told_of_by_who_saves_and_by_who_does_not_find(tiers: Tiers) -> None:
+    hashes = block_hashes(PROMPT, BLOCK_SIZE)
+    loader = tiers.machine.engine.loader
+    tiers.fill(tiers.pool, 0)
+    name = tiers.submit()
+    tiers.answer()
+    assert loader.take_news() == [BlocksRemoved((hashes[1],), Tier.POOL)]  # where the prefix ends
+    tiers.machine.step()
+    tiers.answer()
+    assert loader.take_news() == [BlocksStored(tuple(hashes[1:NUM_FULL]), Tier.POOL)]
+    tiers.end(name)
+
+
+def test_a_pool_that_does_not_answer_is_not_said_to_hold_nothing(tiers: Tiers) -> None:
+    tiers.pool.available = False
+    name = tiers.submit()
+    tiers.answer(works=False)
+    loader = tiers.machine.engine.loader
+    assert loader.take_news() == []
+    tiers.host.block_s, tiers.files.block_s = 4.0, 0.0
+    assert [tier for tier, _ in loader.fetch_token_s()] == [Tier.HOST, Tier.FILES]
+    told = dict(loader.fetch_token_s())
+    assert told[Tier.HOST] == pytest.approx(1.0, rel=0.2)  # in steps, so that ageing is not told all the time
+    assert told[Tier.FILES] == 0
+    tiers.pool.available = True
+    tiers.end(name)
+
+
+@pytest.mark.parametrize("kind", [Tier.HOST, Tier.FILES])
+def test_what_the_routers_are_told_of_a_tier_is_what_it_holds(kind: Tier, tmp_path: Path) -> None:
+    """Through evictions, and for files through the next process; others' blocks are nobody's news."""
+    size, rng = 4096, random.Random(0)
+    keys = [block_key("f" * 32, bytes([number] * 16)) for number in range(60)]
+
+    def make() -> tuple[HostStore | FileStore, Holdings]:
+        holdings = Holdings(kind, block_key("f" * 32, b""))
+        if kind is Tier.HOST:
+            return HostStore(10 * size, size, CpuMemory(), holdings), holdings
+        return FileStore(tmp_path / "kv", 10 * (size + 36), holdings), holdings
+
+    store, holdings = make()
+    index, slot = PrefixIndex(), Slot(bytes(size))
+    for round_ in range(40):
+        store.put([block_key("another", bytes(16))], [slot.buffer])
+        some = rng.sample(keys, 3)
+        (store.put if round_ % 3 else store.get)(some, [slot.buffer] * 3)
+        if round_ == 20:  # a router comes, while not all is told
+            event, digest = holdings.snapshot()
+            index.apply("w", [event], snapshot=True)
+            assert index.agrees("w", [digest])
+        if round_ % 4 == 0:
+            events, digest = holdings.drain()
+            index.apply("w", events)
+            assert index.agrees("w", [digest])
+            held = {key for key, here in zip(keys, [store.contains([key])[0] for key in keys], strict=True) if here}
+            assert {block_key("f" * 32, key) for key in index.blocks("w", kind)} == held
+            assert len(held) > 3 or round_ < 8
+    if kind is Tier.FILES:
+        _, again = make()
+        assert again.snapshot()[1] == holdings.snapshot()[1]
+
+
+def test_files_of_another_naming_are_removed(tmp_path: Path) -> None:
+    FileStore(tmp_path, 1 << 20)
+    (tmp_path / "3f").mkdir()
+    (tmp_path / "3f" / "3fa8").write_bytes(b"x")
+    assert FileStore(tmp_path, 1 << 20).usage().used_bytes == 0
+    assert not (tmp_path / "3f" / "3fa8").exists()

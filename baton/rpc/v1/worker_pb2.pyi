@@ -98,8 +98,16 @@ class Pace(_message.Message):
     crowded: float
     def __init__(self, base_s: _Optional[float] = ..., token_s: _Optional[float] = ..., pair_s: _Optional[float] = ..., row_s: _Optional[float] = ..., context_s: _Optional[float] = ..., push_token_s: _Optional[float] = ..., crowded: _Optional[float] = ...) -> None: ...
 
+class FetchRate(_message.Message):
+    __slots__ = ("tier", "token_s")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    token_s: float
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., token_s: _Optional[float] = ...) -> None: ...
+
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "blocks_total", "blocks_free", "blocks_cached", "pace", "num_context_tokens", "num_waiting_pairs", "num_held")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "blocks_total", "blocks_free", "blocks_cached", "pace", "num_context_tokens", "num_waiting_pairs", "num_held", "fetch_token_s")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +118,7 @@ class Load(_message.Message):
     NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_PAIRS_FIELD_NUMBER: _ClassVar[int]
     NUM_HELD_FIELD_NUMBER: _ClassVar[int]
+    FETCH_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
@@ -120,7 +129,8 @@ class Load(_message.Message):
     num_context_tokens: int
     num_waiting_pairs: int
     num_held: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., num_context_tokens: _Optional[int] = ..., num_waiting_pairs: _Optional[int] = ..., num_held: _Optional[int] = ...) -> None: ...
+    fetch_token_s: _containers.RepeatedCompositeFieldContainer[FetchRate]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., num_context_tokens: _Optional[int] = ..., num_waiting_pairs: _Optional[int] = ..., num_held: _Optional[int] = ..., fetch_token_s: _Optional[_Iterable[_Union[FetchRate, _Mapping]]] = ...) -> None: ...
 
 class KVEvent(_message.Message):
     __slots__ = ("removed", "tier", "block_hashes")
