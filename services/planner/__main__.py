@@ -42,6 +42,7 @@ class Planner:
     def __init__(self, slo: Slo, bounds: Mapping[Role, Bounds], *, startup_s: float, scale_in_after_s: float, hands: Hands | None) -> None:
         self._slo, self._bounds, self._hands = slo, bounds, hands
         self._steady, self._history = Steady(scale_in_after_s), History(startup_s)
+        self._told: list[tuple[int, int | None, str]] = []
 
     async def look(self, observer: Observer) -> None:
         self._history.add(await observer.look(time.monotonic()))
@@ -52,14 +53,16 @@ class Planner:
         check_pools(cluster)
         planned = plan(self._history.load(), rates_of(cluster), self._slo, self._bounds)
         actions = {role: await self._act(role, planned) for role in POOLS}
-        table = Table("pool", "there", "needed", "why", title=f"{cluster['model']}, at {time.strftime('%H:%M:%S')}", show_lines=True)
-        for role in POOLS:
-            there = len([worker for worker in cluster["workers"] if worker["role"] == role and worker["state"] == "ready"])
-            pool = planned[role]
-            table.add_row(role, str(there), "?" if pool.workers is None else str(pool.workers), f"{pool.reason}\n{actions[role]}".strip())
-        console = Console()
-        console.width = max(console.width, 120)
-        console.print(table)
+        there = {role: len([w for w in cluster["workers"] if w["role"] == role and w["state"] == "ready"]) for role in POOLS}
+        told = [(there[role], planned[role].workers, actions[role]) for role in POOLS]
+        if told != self._told:  # else only the reasons' figures differ
+            self._told = told
+            table = Table("pool", "there", "needed", "why", title=f"{cluster['model']}, at {time.strftime('%H:%M:%S')}", show_lines=True)
+            for role, (ready, needed, action) in zip(POOLS, told, strict=True):
+                table.add_row(role, str(ready), "?" if needed is None else str(needed), f"{planned[role].reason}\n{action}".strip())
+            console = Console()
+            console.width = max(console.width, 120)
+            console.print(table)
 
     async def _act(self, role: Role, planned: Plan) -> str:
         needed, workers = planned[role].workers, [w for w in self._history.last.cluster["workers"] if w["role"] == role]

@@ -98,7 +98,7 @@ def plan(load: Load, rates: Rates, slo: Slo, bounds: Mapping[Role, Bounds]) -> P
     """Of Role.PREFILL and Role.DECODE."""
     prompts = _Prompts(load, rates, slo)
     prefill = _bounded(*_prefill(prompts, load, rates, slo), bounds[Role.PREFILL])
-    decode = _decode(prompts, prefill.workers or 1, load, rates, slo)
+    decode = _decode(prompts, prefill.workers or load.num_prefilling or 1, load, rates, slo)
     return {Role.PREFILL: prefill, Role.DECODE: _bounded(*decode, bounds[Role.DECODE])}
 
 
@@ -175,7 +175,7 @@ class _Prompts:
             return 0.0
         likely = erlang_c(workers, asked) / (1 - self._share)
         longest = math.log(likely) * self._square / (2 * self.mean) / (workers - asked) if likely > 1 else 0.0
-        return max(longest, self.backlog_s / max(self._load.num_prefilling, 1))
+        return max(min(longest, self.budget_s), self.backlog_s / max(self._load.num_prefilling, 1))
 
 
 def waits_longer(seconds: float, workers: int, busy: float, mean: float, square: float) -> float:
