@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from baton.types import Load, PoolState
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+TOKEN_BUCKETS = tuple(round(2 ** (i / 2)) for i in range(12, 37))  # 64 to 262,144
 _ERROR = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)  # relative
 _TWINS = frozenset(
     {
@@ -213,6 +214,9 @@ class RouterMetrics(Metrics):
         self.prompt_tokens = self.labelled(self.counter("prompt_tokens", "Prompt tokens of finished requests"))
         self.cached_tokens = self.labelled(self.counter("cached_tokens", "Prompt tokens that nobody had to compute"))
         self.generation_tokens = self.labelled(self.counter("generation_tokens", "Tokens generated"))
+        self.arrived_prompt_tokens = self.histogram(
+            "arrived_prompt_tokens", "Prompt tokens of each sequence that was asked for, let in or not", TOKEN_BUCKETS
+        )
         self.migrations = self.labelled(self.counter("migrations", "Sequences continued on another worker"))
         self._prediction = self.histogram("ttft_prediction_error", "|predicted - actual| / actual time to first token", _ERROR)
         self._success = self.counter("request_success", "Finished requests", "finished_reason")

@@ -152,6 +152,16 @@ ETCD = closed(
     storage=closed(size=SIZE, storageClass=TEXT),
 )
 ETCD["properties"]["replicas"] = {"enum": [1, 3]}
+ABOVE_ZERO: Schema = {"type": "number", "exclusiveMinimum": 0}
+PLANNER = closed(
+    enabled=FLAG,
+    apply=FLAG,
+    slo=closed(ttftSeconds=ABOVE_ZERO, itlSeconds=ABOVE_ZERO, share={"type": "number", "minimum": 0.5, "exclusiveMaximum": 1}),
+    everySeconds={"type": "number", "minimum": 1},
+    startupSeconds={"type": "number", "minimum": 0},
+    scaleInAfterSeconds={"type": "number", "minimum": 0},
+    resources=closed(requests=MAPPING, limits=MAPPING),
+)
 
 
 def build() -> Schema:
@@ -161,6 +171,7 @@ def build() -> Schema:
         image=closed(registry=TEXT, tag=TEXT, pullPolicy=choice("Always", "IfNotPresent", "Never"), pullSecrets=LIST),
         pod=closed(**POD),
         etcd=ETCD,
+        planner=PLANNER,
         logFormat=choice("text", "json"),
         serviceAccount=closed(create=FLAG, name=TEXT, annotations=TEXTS),
         networkPolicy=closed(enabled=FLAG, clients=LIST, monitoring=LIST),

@@ -223,6 +223,12 @@ def simulate(context: typer.Context) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "services.router.simulation", *context.args])
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def planner(context: typer.Context) -> None:
+    """Say how many prefill and decode workers the load needs, or scale them on Kubernetes; --help lists its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "services.planner", *context.args])
+
+
 @model_app.command("new")
 def model_new(
     folder: Annotated[Path, typer.Argument(help="Where to write it.")],

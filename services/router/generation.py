@@ -109,6 +109,9 @@ class Generator:
     async def run(self, request_id: str, asks: Sequence[Ask], claim: Claim, traceparent: str = "") -> AsyncGenerator[tuple[Choice, Piece]]:
         """Pieces of all sequences as they come, once the request is let in; sequence i of prompt p has index p * n + i. Leaving early
         cancels them all. `request_id`: what the client knows it by; `traceparent`: of the client's span."""
+        for ask in asks:
+            for _ in range(ask.n):
+                self._metrics.arrived_prompt_tokens.observe(len(ask.prompt_token_ids))
         prompts = [_Prompt(ask, HashesBySize(ask.prompt_token_ids, ask.salt)) for ask in asks]
         with request_span(self._tracer, self._model, request_id, asks, traceparent) as (span, choices):
             promised = self.admission.promised(claim)

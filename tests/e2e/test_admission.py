@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from baton.rpc.v1 import common_pb2, router_pb2, router_pb2_grpc
+from tests.certificates import certificate
 from tests.cluster import RunningCluster, running_cluster
 from tests.e2e.test_kvstore import free_port
 from tests.e2e.test_up import BATON, baton
@@ -280,14 +281,6 @@ def test_nobody_waits_for_workers_that_are_gone(cluster: RunningCluster) -> None
 
 
 # -- TLS and bodies
-
-
-def certificate(folder: Path) -> tuple[Path, Path]:
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
-    subprocess.run(command, check=True, capture_output=True)
-    return cert, key
 
 
 def test_https_and_a_bound_on_bodies(tiny_model: Path, tmp_path: Path) -> None:
