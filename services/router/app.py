@@ -22,6 +22,7 @@ from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCance
 from baton.metrics import RouterMetrics
 from baton.tokenizer import Tokenizer
 from baton.types import MemberState
+from services.router import console
 from services.router.admission import Claim
 from services.router.answers import Answers, error_body, to_json
 from services.router.dispatch import Dispatcher
@@ -199,6 +200,7 @@ def make_app(gateway: Gateway) -> FastAPI:
         known, policy = record.copy(), gateway.dispatcher.placer.policy
         return await asyncio.to_thread(lambda: JSONResponse({"request_id": request_id, **explain(known, policy)}))
 
+    console.mount(app, gateway)
     return app
 
 
