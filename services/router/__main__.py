@@ -24,8 +24,9 @@ from baton.tokenizer import Tokenizer, read_settings
 from baton.tracing import OFF, Tracer, make_tracer
 from baton.types import Member, Role
 from services.router.admission import Admission
-from services.router.app import Gateway, front, make_app
+from services.router.app import Gateway, make_app
 from services.router.dispatch import Dispatcher
+from services.router.events import front
 from services.router.generation import Generator
 from services.router.policies import POLICIES
 from services.router.servicer import RouterServicer

@@ -1,22 +1,20 @@
 """The HTTP face: OpenAI's API with vLLM's extensions, and the pages of operators. Parses, streams and maps errors; decides nothing."""
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
 import math
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCancelled, TooLarge, Unauthorized, Unavailable
 from baton.metrics import RouterMetrics
@@ -26,6 +24,7 @@ from services.router import console
 from services.router.admission import Claim
 from services.router.answers import Answers, error_body, to_json
 from services.router.dispatch import Dispatcher
+from services.router.events import EventStream, until_gone
 from services.router.explain import explain
 from services.router.fleet import Worker
 from services.router.generation import Ask, Choice, Generator
@@ -35,11 +34,9 @@ from services.router.text import Piece
 from services.router.workers import Workers
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 Stream = AsyncGenerator[tuple[Choice, Piece]]
 ROUTE_HEADER, TTFT_HEADER, TPOT_HEADER = "x-baton-route", "x-slo-ttft-ms", "x-slo-tpot-ms"
 _GAUGES_S = 1.0
-_STRAIGHT = "baton.send"  # the server's own, in a scope
 
 
 @dataclass(slots=True)
@@ -343,10 +340,10 @@ async def _answer(
     answers = Answers(kind, request_id, gateway.model, gateway.tokenizer, asks, token_ids=body.return_token_ids)
     stream = gateway.generator.run(request_id, asks, claim, request.headers.get("traceparent", ""))
     if not body.stream:
-        choices = await _until_gone(request.receive, lambda: _collect(stream))
+        choices = await until_gone(request.receive, lambda: _collect(stream))
         return JSONResponse(answers.whole(choices, echo=echo, silent=silent), headers=_headers(request_id, choices))
     try:  # errors before the first token are HTTP statuses
-        first = await _until_gone(request.receive, lambda: anext(stream))
+        first = await until_gone(request.receive, lambda: anext(stream))
     except BaseException:
         await stream.aclose()
         raise
@@ -385,62 +382,6 @@ async def _events(
 
 def _event(line: str) -> bytes:
     return f"data: {line}\n\n".encode()
-
-
-class EventStream(Response):
-    """Server-sent events. Chunks go to the server past the framework's layers: each of them costs every token something, and has nothing
-    to say once an answer has started."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
-        self._events, self.status_code, self.background = events, 200, None
-        self.init_headers(headers)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        straight: Send = scope.get(_STRAIGHT, send)
-
-        async def tell() -> None:
-            async with aclosing(self._events):
-                async for event in self._events:
-                    await straight({"type": "http.response.body", "body": event, "more_body": True})
-            await straight({"type": "http.response.body", "body": b""})
-
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        with contextlib.suppress(RequestCancelled):
-            await _until_gone(receive, tell)
-
-
-def front(app: ASGIApp) -> ASGIApp:
-    """The app, for a server: with what EventStream needs."""
-
-    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        scope[_STRAIGHT] = send
-        await app(scope, receive, send)
-
-    return serve
-
-
-async def _until_gone(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
-    """The work's result; RequestCancelled, and the work cancelled, when the client goes away first."""
-
-    async def run() -> T:
-        return await work()
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    task, watcher = asyncio.create_task(run()), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise RequestCancelled("the client went away")
-    finally:
-        for each in (task, watcher):
-            each.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
 
 
 def _headers(request_id: str, choices: Sequence[Choice]) -> dict[str, str]:

@@ -17,7 +17,8 @@ from baton.rpc.channel import Channels
 from baton.tracing import OFF, Tracer, make_tracer
 from baton.types import Member, Role
 from services.router.__main__ import build
-from services.router.app import front, make_app
+from services.router.app import make_app
+from services.router.events import front
 from services.router.workers import Workers
 from tests.cluster import running_cluster
 from tests.otlp import Told, collector

@@ -1,0 +1,71 @@
+"""Server-sent events to a client that may go away."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import TypeVar
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from baton.errors import RequestCancelled
+
+T = TypeVar("T")
+_STRAIGHT = "baton.send"  # the server's own, in a scope
+
+
+class EventStream(Response):
+    """Server-sent events. Chunks go to the server past the framework's layers: each of them costs every token something, and has nothing
+    to say once an answer has started."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
+        self._events, self.status_code, self.background = events, 200, None
+        self.init_headers(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        straight: Send = scope.get(_STRAIGHT, send)
+
+        async def tell() -> None:
+            async with aclosing(self._events):
+                async for event in self._events:
+                    await straight({"type": "http.response.body", "body": event, "more_body": True})
+            await straight({"type": "http.response.body", "body": b""})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with contextlib.suppress(RequestCancelled):
+            await until_gone(receive, tell)
+
+
+def front(app: ASGIApp) -> ASGIApp:
+    """The app, for a server: with what EventStream needs."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[_STRAIGHT] = send
+        await app(scope, receive, send)
+
+    return serve
+
+
+async def until_gone(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
+    """The work's result; RequestCancelled, and the work cancelled, when the client goes away first."""
+
+    async def run() -> T:
+        return await work()
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.create_task(run()), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise RequestCancelled("the client went away")
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
