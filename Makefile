@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TOOLS := .tools/.installed
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: images setup demo test test-all test-chart test-gpu test-gpus lint proto bench clean
+.PHONY: images setup demo test test-all test-chart test-browser test-gpu test-gpus lint proto bench clean
 
 setup: $(STAMP)
 
@@ -24,14 +24,19 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup lint
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not chart'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not chart and not browser'
 
 test-all: setup lint $(TOOLS)
+	bash scripts/system-packages.sh browser
 	$(BIN)/python -m pytest -m 'not gpu'
 
 test-chart: setup $(TOOLS)
 	$(BIN)/python -m pytest tests/chart -m 'not slow'
 	.tools/venv/bin/hadolint deploy/images/*.Dockerfile
+
+test-browser: setup
+	bash scripts/system-packages.sh browser
+	$(BIN)/python -m pytest -m browser
 
 $(TOOLS): scripts/chart-tools.sh
 	bash scripts/chart-tools.sh

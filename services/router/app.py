@@ -22,6 +22,7 @@ from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCance
 from baton.metrics import RouterMetrics
 from baton.tokenizer import Tokenizer
 from baton.types import MemberState
+from services.router import console
 from services.router.admission import Claim
 from services.router.answers import Answers, error_body, to_json
 from services.router.dispatch import Dispatcher
@@ -217,6 +218,7 @@ def make_app(gateway: Gateway) -> FastAPI:
                 return {**describe_index(workers, worker), "block_hashes": hashes}
         raise HTTPException(404, f"there is no worker {worker_id!r}; /debug/index names those that there are")
 
+    console.mount(app, gateway)
     return app
 
 

@@ -2,6 +2,7 @@
 a pure function, it is asked again: for the same answer, and for who would have been next."""
 
 import dataclasses
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +68,11 @@ class Records:
     def find(self, request_id: str, tenant: str) -> Record | None:
         """None: not known (any more), or another tenant's."""
         return self._records.get((tenant, request_id))
+
+    def latest(self, tenant: str, limit: int) -> list[tuple[str, Record]]:
+        """A tenant's latest requests, by id, newest first."""
+        own = ((key[1], record) for key, record in reversed(self._records.items()) if key[0] == tenant)
+        return list(itertools.islice(own, limit))
 
     def _decided(self, record: Record, route: Route, decision: Decision) -> None:
         rows = len(decision.view)
