@@ -39,7 +39,7 @@ def main() -> None:
         chromium() as page,
     ):
         talks = [threading.Thread(target=talk, args=(cluster.url, topic, end)) for topic in TOPICS]
-        page.open(f"{cluster.url}/console", width=1160, height=712)
+        page.open(f"{cluster.url}/console", width=1150, height=666)
         for each in talks:
             each.start()
         time.sleep(12)  # workers have learned their pace

@@ -14,7 +14,8 @@ function h(tag, attributes, ...children) {
 // ---- figures in words
 
 const NOTHING = "–";
-const count = (n) => n >= 1e6 ? (n / 1e6).toPrecision(3) + "\u00a0M" : n >= 1e4 ? Number((n / 1e3).toPrecision(3)) + "\u00a0k" : String(Math.round(n));
+const count = (n) => n >= 1e6 ? (n / 1e6).toPrecision(3) + "\u00a0M"
+  : n >= 1e4 ? Number((n / 1e3).toPrecision(3)) + "\u00a0k" : String(Math.round(n));
 const percent = (share) => (share > 0 && share < 0.01 ? "<\u00a01" : String(Math.round(100 * share))) + "\u00a0%";
 const few = (n) => n > 0 && n < 10 ? n.toPrecision(2) : count(n);
 const plural = (n, what) => `${count(n)} ${what}${n === 1 ? "" : "s"}`;
@@ -306,7 +307,8 @@ async function converse(message) {
   const report = () => {
     const s = (performance.now() - began) / 1000, tokens = usage ? usage.completion_tokens : 0;
     const speed = tokens > 1 && s > first ? `, ${plural(tokens, "token")}, ${few((tokens - 1) / (s - first))} a second` : "";
-    $("told").textContent = first === null ? "" : `First token after ${seconds(first)}${speed}. ${route}`;
+    const way = route.replace(/; reason=.*/, "");  // its row below has the reason
+    $("told").textContent = first === null ? "" : `First token after ${seconds(first)}${speed}. ${way}`;
   };
   streaming = new AbortController();
   busy(true);
@@ -324,7 +326,7 @@ async function converse(message) {
       if (event.error) throw new Error(event.error.message);
       if (first === null) first = (performance.now() - began) / 1000;
       usage = event.usage || usage;
-      if (event.baton) route = event.baton.route;
+      if (event.baton) route = event.baton.route;  // as it was in the end
       const choice = event.choices[0];
       const piece = choice && choice.delta.content ? choice.delta.content : "";
       if (piece) answer.append(piece);
