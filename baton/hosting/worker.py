@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from baton.config import WorkerConfig
-from baton.errors import EXIT_SOFTWARE, BatonError, Draining, InternalError
+from baton.errors import EXIT_SOFTWARE, BatonError, Draining, InternalError, RequestCancelled
 from baton.hosting.engine import Engine, Sequence
 from baton.hosting.heartbeat import with_heartbeat
 from baton.hosting.server import Host
@@ -119,6 +119,8 @@ class guarded:
 def as_ours(error: Exception) -> BatonError:
     if isinstance(error, BatonError):
         return error
+    if isinstance(error, grpc.aio.InternalError):  # a message could not be sent
+        return RequestCancelled("the caller is gone")
     logger.error("a call failed", exc_info=error)
     return InternalError(f"{type(error).__name__}: {error}")
 

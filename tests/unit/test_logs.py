@@ -5,9 +5,12 @@ import logging
 import subprocess
 import sys
 
+import grpc.aio
 import pytest
 
+from baton.errors import InternalError, RequestCancelled
 from baton.hosting.logs import JsonLines
+from baton.hosting.worker import as_ours
 
 
 def test_a_record_is_a_line_with_its_request_and_its_exception() -> None:
@@ -34,3 +37,11 @@ def test_a_process_that_cannot_start_says_so_in_the_form_that_was_asked_for(form
     (text,) = done.stderr.splitlines()
     said = json.loads(text)["message"] if form == "json" else text.removeprefix("router: ")
     assert said.startswith("model is not set")
+
+
+def test_a_caller_that_is_gone_while_it_is_told_something_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    """grpc.aio's write fails by its own InternalError then."""
+    assert isinstance(as_ours(grpc.aio.InternalError("Failed execute_batch")), RequestCancelled)
+    assert not caplog.records
+    assert isinstance(as_ours(KeyError("a bug")), InternalError)
+    assert [record.message for record in caplog.records] == ["a call failed"]
