@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/system-packages.sh
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,mooncake,ray,test]'
+	$(BIN)/python -c 'from baton.kernels import cpu; cpu.load()'
 	touch $(STAMP)
 
 demo: setup

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from baton.errors import BatonError, ConfigError
+from baton.cli.command import run_command
+from baton.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Baton: disaggregated LLM serving.", pretty_exceptions_enable=False)
 model_app = typer.Typer(no_args_is_help=True, help="Make models.")
@@ -20,11 +21,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def main() -> None:
-    try:
-        app(standalone_mode=True)
-    except BatonError as error:
-        print(f"baton: {error.message}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(app, "baton")
 
 
 @app.command()

@@ -89,15 +89,7 @@ class PaceLearner:
         if not self._seen or seconds <= 0:
             self._seen = True
             return
-        tokens = pairs = rows = context = 0
-        for item in plan.scheduled:
-            count = item.num_new_tokens
-            if count > 1:
-                tokens += count
-                pairs += count * (item.start + count // 2)
-            else:
-                rows += 1
-                context += item.start
+        tokens, pairs, rows, context = plan.work()
         features = _SCALE * (1.0, tokens, pairs, rows, context)
         expected = float(features @ self._values)  # by what was published last
         counted = min(seconds, _OUTLIER * expected) if expected and (self._pace.token_s or not tokens) else seconds

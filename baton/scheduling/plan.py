@@ -34,6 +34,20 @@ class StepPlan:
     def needs_history(self) -> bool:
         return any(item.samples and item.request.needs_history for item in self.scheduled)
 
+    def work(self) -> tuple[int, int, int, int]:
+        """What takes a step's time: prompts' tokens, and the pairs of tokens that attend to each other; rows that decode, and the tokens of
+        their contexts."""
+        tokens = pairs = rows = context = 0
+        for item in self.scheduled:
+            count = item.num_new_tokens
+            if count > 1:
+                tokens += count
+                pairs += count * (item.start + count // 2)
+            else:
+                rows += 1
+                context += item.start
+        return tokens, pairs, rows, context
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

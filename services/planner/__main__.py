@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from baton.cli.command import run_command
 from baton.errors import BatonError, ConfigError, Unavailable
 from baton.types import Role
 from services.planner.kubernetes import ACCOUNT, Kubernetes
@@ -185,11 +186,7 @@ def _own_namespace() -> str:
 
 
 def main() -> None:
-    try:
-        app(prog_name="baton planner")
-    except BatonError as error:
-        print(f"baton: {error.message}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(app, "baton planner")
 
 
 if __name__ == "__main__":

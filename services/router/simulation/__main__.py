@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from baton.cli.bench import Promise, columns
+from baton.cli.command import run_command
 from baton.cli.trace import Scaling, play, read_trace
 from baton.config import POLICY_NAMES, check_policy
-from baton.errors import BatonError, ConfigError
+from baton.errors import ConfigError
 from baton.types import Pace
 from services.router.policies import POLICIES
 from services.router.simulation.cluster import Plan, SimulatedCluster
@@ -171,13 +172,7 @@ def parse_pace(text: str | None) -> Pace:
 
 
 def main() -> None:
-    import sys
-
-    try:
-        app(prog_name="baton simulate")
-    except BatonError as error:
-        print(f"baton: {error.message}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(app, "baton simulate")
 
 
 if __name__ == "__main__":

@@ -326,13 +326,5 @@ class SimulatedEngine:
 
 def step_seconds(pace: Pace, plan: StepPlan) -> float:
     """What a step takes, by the same sum that a worker's pace is learned by."""
-    tokens = pairs = rows = context = 0
-    for item in plan.scheduled:
-        count = item.num_new_tokens
-        if count > 1:
-            tokens += count
-            pairs += count * (item.start + count // 2)
-        else:
-            rows += 1
-            context += item.start
+    tokens, pairs, rows, context = plan.work()
     return pace.base_s + pace.token_s * tokens + pace.pair_s * pairs + pace.decode_s(rows, context)
