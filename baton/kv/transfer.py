@@ -103,6 +103,15 @@ class _Lane:
             return False
         return True
 
+    def flush(self, limit_s: float) -> bool:
+        """Waits until the calls already there have been made; False where that takes longer."""
+        deadline, made = time.monotonic() + limit_s, threading.Event()
+        try:
+            self._queue.put(made.set, timeout=limit_s)
+        except queue.Full:
+            return False
+        return made.wait(max(deadline - time.monotonic(), 0))
+
     def end(self, limit_s: float) -> bool:
         """After the calls already there; False where they take longer."""
         deadline = time.monotonic() + limit_s
@@ -202,6 +211,11 @@ class KVTransfer:
             return stored
 
         self._submit(self._saves, self._save_breaker, call, [False] * len(keys), done)
+
+    def flush(self, limit_s: float) -> None:
+        """Before `close`: waits until what was given to be saved has been, or has failed; for `limit_s` at most."""
+        if not self._closed and not self._saves.flush(limit_s):
+            logger.warning("KV %s: what is still to be saved is lost", self.name)
 
     def close(self) -> None:
         """Ends the threads after the calls in hand; calls still queued are misses. Idempotent."""

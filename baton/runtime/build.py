@@ -19,10 +19,10 @@ from baton.runtime.crew import Crew, Solo
 from baton.runtime.engine import Engine
 from baton.runtime.launch import connect_launcher
 from baton.runtime.loaded import LoadedModel, check_degree, check_devices, device_kind, load
-from baton.runtime.loading import Tier
 from baton.runtime.pushing import Checksums, Receiver, Sender
 from baton.runtime.rank_kv import connect_kv
 from baton.runtime.spread import TeamChecksums, TeamReceiver, TeamSender, TeamTier
+from baton.runtime.tier import Tier
 from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache
 from baton.scheduling.scheduler import Scheduler

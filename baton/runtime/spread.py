@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from baton.errors import BatonError
@@ -15,13 +16,14 @@ from baton.kv.push import Door, PushResult, PushStatus
 from baton.kv.shards import Joint, ShareSender
 from baton.kv.store import Buffer
 from baton.kv.transfer import KVTransfer
-from baton.runtime.crew import Team
+from baton.runtime.crew import ASK_S, Team
 from baton.runtime.rank_kv import RankKV
 from baton.types import PushShard, PushTarget
 
 Answer = Callable[..., None]
 """(value, last=True)"""
 _ANSWER_S = 1.0  # that a rank has to tell of a push beyond the push's own limit
+_FLUSH_S = ASK_S / 2  # of a tier, at most: a rank must have answered within ASK_S
 
 
 class _Part:
@@ -187,6 +189,11 @@ class TeamTier:
         together = self._on_all("save", keys, buffers, done)
         self._own.save(self._keys(keys), buffers, together)
 
+    def flush(self, limit_s: float) -> None:
+        limit_s = min(limit_s, _FLUSH_S)
+        self._team.ask("flush_tier", tier=self._number, limit_s=limit_s)  # its saves and ours go on beside each other
+        self._own.flush(limit_s)
+
     def close(self) -> None:
         try:
             self._team.ask("close_tier", tier=self._number)
@@ -252,6 +259,8 @@ class Handlers:
             answer(_door_to_json(kv.door()))
         elif name == "close_tier":
             self._slowly(kv.tiers[arguments["tier"]].close, answer)
+        elif name == "flush_tier":
+            self._slowly(partial(kv.tiers[arguments["tier"]].flush, arguments["limit_s"]), answer)
         elif name == "close_sender" and kv.sender is not None:
             self._slowly(kv.sender.close, answer)
         else:

@@ -112,6 +112,9 @@ class ToyTransfer:
             return False
         return True
 
+    def flush(self, limit_s: float) -> None:
+        pass
+
     def close(self) -> None:
         while self.answer_one(False):
             pass
