@@ -88,11 +88,10 @@ class HostStore:
             return [key in self._slots for key in keys]
 
     def hold(self, keys: Iterable[str]) -> dict[str, Buffer]:
-        """Where those blocks lie that are here; they stay until they are released. None where too much is held already."""
+        """Where those blocks lie that are here; they stay until they are released. Only the first ones, where too much is held already."""
         with self._lock:
-            here = [key for key in keys if key in self._slots]
-            if sum(self._holds.values()) + len(here) > self._count * HELD_SHARE:
-                return {}
+            room = max(int(self._count * HELD_SHARE) - sum(self._holds.values()), 0)
+            here = [key for key in keys if key in self._slots][:room]
             self._holds.update(here)
             return {key: self._buffer(self._slots[key]) for key in here}
 

@@ -46,6 +46,7 @@ class TransferStats:
     failures: int = 0
     skipped: int = 0  # calls not made because the store was left alone, or the queue was full
     blocks_declined: int = 0  # found, but computed instead, which was predicted to be faster
+    blocks_left_out: int = 0  # not saved, since too many others waited for that
 
     def values(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -174,6 +175,10 @@ class KVTransfer:
     def decline(self, num_blocks: int) -> None:
         """What was found here is computed instead."""
         self.stats.blocks_declined += num_blocks
+
+    def leave_out(self, num_blocks: int) -> None:
+        """What would be saved here is not, since this tier is behind with its saves."""
+        self.stats.blocks_left_out += num_blocks
 
     def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None:
         """`done(found)`: which keys can be read now."""

@@ -74,7 +74,6 @@ class Loader:
         self._fetching: dict[Feed, None] = {}  # with something to load
         self._wanting: dict[Feed, None] = {}  # of them, those that wait for free blocks
         self._num_saving = Counter[int]()  # blocks, by tier
-        self.num_skipped_saves = 0
         self._outlasting = [tier for tier in tiers if tier.name != TierName.HOST]
         self._touched: OrderedDict[bytes, float] = OrderedDict()  # last blocks of prefixes
         self._news: list[KVEvent] = []  # of the pool
@@ -300,13 +299,11 @@ class Loader:
         """`blocks`: device blocks by their number in the prompt."""
         for number in tiers:
             wanted = [block for block in blocks if block not in feed.kept[number]]
-            limit = self._cache.pool.num_blocks * MAX_SAVING_FRACTION / len(self._direct)
-            if not wanted:
-                continue
-            if self._num_saving[number] + len(wanted) > limit:
-                self.num_skipped_saves += len(wanted)
-                continue
-            self._save_to(number, feed, wanted, [blocks[block] for block in wanted])
+            room = max(int(self._cache.pool.num_blocks * MAX_SAVING_FRACTION / len(self._direct)) - self._num_saving[number], 0)
+            if wanted[room:]:
+                self._tiers[number].leave_out(len(wanted[room:]))
+            if wanted[:room]:
+                self._save_to(number, feed, wanted[:room], [blocks[block] for block in wanted[:room]])
 
     def _save_to(self, number: int, feed: Feed, wanted: Sequence[int], pinned: list[int]) -> None:
         keys = [self._key(feed.request.block_hashes[block]) for block in wanted]

@@ -177,6 +177,9 @@ class TeamTier:
     def decline(self, num_blocks: int) -> None:
         self._own.decline(num_blocks)
 
+    def leave_out(self, num_blocks: int) -> None:
+        self._own.leave_out(num_blocks)
+
     def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None:
         together = self._on_all("lookup", keys, [], done)
         self._own.lookup(self._keys(keys), together)
