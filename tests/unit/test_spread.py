@@ -69,7 +69,7 @@ def kv(rank: int, *, sends: bool) -> RankKV:
         sender = ShareSender(direct, LAYOUT, share, pool.buffer)
     else:
         receiver = DirectReceiver({"tcp": MooncakeReceiver(pool.region, host="127.0.0.1", protocol="tcp")})
-    return RankKV(pool=pool, layout=LAYOUT, share=share, fingerprint="f", sender=sender, receiver=receiver, tiers=())
+    return RankKV(pool=pool, layout=LAYOUT, share=share, prefix=f"f/{rank}of2/", sender=sender, receiver=receiver, tiers=())
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def test_what_is_queued_is_saved_on_every_rank() -> None:
         transfer = KVTransfer(BreakableStore())
         pool = KVPool(LAYOUT.share(2), 4, torch.device("cpu"))
         share = Share(rank, 2)
-        return RankKV(pool=pool, layout=LAYOUT, share=share, fingerprint="f", sender=None, receiver=None, tiers=(transfer,))
+        return RankKV(pool=pool, layout=LAYOUT, share=share, prefix=f"f/{rank}of2/", sender=None, receiver=None, tiers=(transfer,))
 
     ranks = [tiered(rank) for rank in range(2)]
     theirs = ranks[1].tiers[0]._store
