@@ -68,6 +68,7 @@ _TOTALS = {
     "evicted": ("kvstore_evicted_keys", "Blocks that the pool evicted"),
     "evicted_bytes": ("kvstore_evicted_bytes", "Bytes that the pool evicted"),
     "refused": ("kvstore_failed_puts", "Puts for which the pool had no room"),
+    "replicated": ("kvstore_replicated_keys", "Blocks that were read often and got a second replica"),
     "master_restarts": ("kvstore_master_restarts", "How often mooncake_master was started again"),
 }
 
@@ -267,6 +268,7 @@ class KVStoreMetrics(Metrics):
             "evicted": self.state.num_evicted,
             "evicted_bytes": self.state.bytes_evicted,
             "refused": self.state.num_refused,
+            "replicated": self.state.num_replicated,
         }
 
 

@@ -240,6 +240,9 @@ def test_blocks_that_are_read_often_survive_a_killed_node(pool: Pool, client: tu
         assert store.get(keys("hot"), memory.blocks) == [True] * COUNT
         assert time.monotonic() < deadline
         time.sleep(0.3)
+    while pool.metric("kvstore_replicated_keys_total") < COUNT:
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
     pool.processes["node0"].kill()
     pool.processes["node0"].wait()
     memory.fill(100)
