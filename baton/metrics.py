@@ -43,6 +43,7 @@ _TOTALS = {
     ),
     "blocks_saved": ("kv_pool_saved_blocks", "Blocks saved to the KV pool"),
     "blocks_refused": ("kv_pool_refused_blocks", "Blocks that the KV pool did not take"),
+    "blocks_left_out": ("kv_pool_left_out_blocks", "Blocks not saved to the KV pool, since too many others waited for that"),
     "bytes_loaded": ("kv_pool_loaded_bytes", "Bytes loaded from the KV pool"),
     "bytes_saved": ("kv_pool_saved_bytes", "Bytes saved to the KV pool"),
     "seconds_loading": ("kv_pool_load_seconds", "Time spent in loads that went through"),
@@ -67,6 +68,7 @@ _TOTALS = {
     "evicted": ("kvstore_evicted_keys", "Blocks that the pool evicted"),
     "evicted_bytes": ("kvstore_evicted_bytes", "Bytes that the pool evicted"),
     "refused": ("kvstore_failed_puts", "Puts for which the pool had no room"),
+    "replicated": ("kvstore_replicated_keys", "Blocks that were read often and got a second replica"),
     "master_restarts": ("kvstore_master_restarts", "How often mooncake_master was started again"),
 }
 
@@ -141,6 +143,7 @@ _TIERS = {  # of each tier of KV: counters, and two gauges
     "blocks_declined": "KV blocks found in the tier, but computed, which was predicted to be faster",
     "blocks_saved": "KV blocks saved to the tier",
     "blocks_refused": "KV blocks that the tier did not take",
+    "blocks_left_out": "KV blocks not saved to the tier, since too many others waited for that",
     "bytes_loaded": "Bytes fetched from the tier",
     "bytes_saved": "Bytes saved to the tier",
     "seconds_loading": "Seconds of fetching from the tier",
@@ -265,6 +268,7 @@ class KVStoreMetrics(Metrics):
             "evicted": self.state.num_evicted,
             "evicted_bytes": self.state.bytes_evicted,
             "refused": self.state.num_refused,
+            "replicated": self.state.num_replicated,
         }
 
 

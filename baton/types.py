@@ -243,6 +243,7 @@ class PoolState:
     num_evicted: int = 0  # keys, since the master's start
     bytes_evicted: int = 0
     num_refused: int = 0  # puts for which there was no room
+    num_replicated: int = 0  # keys that got a second replica
     segments: tuple[tuple[str, int, int], ...] = ()  # of each node: name, used bytes, capacity bytes
 
 

@@ -101,6 +101,7 @@ class Engine(Protocol):
         """Problems found in the block bookkeeping; empty when every block is accounted for."""
         ...
 
-    async def stop(self) -> None:
-        """Ends every sequence with an error, then the engine's thread. Idempotent."""
+    async def stop(self, flush_s: float = 0.0) -> None:
+        """Ends every sequence with an error, then the engine's thread. What is on its way to tiers by then is saved, as far as that takes
+        no longer than `flush_s`. Idempotent."""
         ...

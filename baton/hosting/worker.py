@@ -164,10 +164,11 @@ async def host_worker(
     services = add_services(host, intake)
 
     async def drain() -> None:
+        end = asyncio.get_running_loop().time() + config.drain_grace_s
         left = await intake.drain(config.drain_grace_s)
         if left:
             logger.warning("%d requests are not finished after %.0f s; they must move", left, config.drain_grace_s)
-        await engine.stop()
+        await engine.stop(flush_s=max(end - asyncio.get_running_loop().time(), 0.0))
 
     def start_draining() -> None:
         intake.draining = True

@@ -7,9 +7,10 @@
 
 Readers never see half a block: a file has its name only when it is complete, and what a crash of the machine left of it is caught by length
 and checksum, counts as a miss and is removed. There is no index beside the files: a new process finds what the last one left by their
-names, and its order of use by their times, which are set by each use. Several processes may write the same directory, which each
-should know (`shared`): else it looks for nothing that it has not written or counted itself. It counts what is there when it has itself
-written a sixteenth of the budget, so the budget may be passed by so much for each of them.
+names, and the order of their use by their times, which reading sets. A process alone keeps a better order in memory: a lookup is a use
+of a whole prompt. Several processes may write the same directory, which each should know (`shared`): else it looks for nothing that it
+has not written or counted itself; then a lookup sets times that are old. It counts what is there when it has itself written a sixteenth
+of the budget, so the budget may be passed by so much for each of them.
 """
 
 import contextlib
@@ -39,6 +40,7 @@ TEMPORARY = ".tmp"
 ABANDONED_S = 60.0  # a temporary file that is older was left by a process that died
 GAP = 16  # missing blocks in a row, after which a lookup asks the file system no more
 RECOUNT_SHARE = 1 / 16  # of the budget written since the last count
+STALE_S = 600.0  # a shared file's time that is older is set by a lookup
 _HEADER = struct.Struct("<8sQI16s")
 _MAGIC = b"BATONKV1"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -73,15 +75,16 @@ class FileStore:
     def contains(self, keys: Sequence[str]) -> list[bool]:
         self._check()
         if not self._shared:
-            with self._lock:
-                return [_name(key) in self._files for key in keys]
+            names = list(map(_name, keys))
+            self._use(names)
+            return [name in self._files for name in names]
         found: list[bool] = []
         missing = 0
         for key in keys:
-            name = _name(key)
-            here = missing < GAP and os.path.exists(self._path(name))  # others evict, too
+            here = missing < GAP and self._seen(_name(key))  # others evict, too
             missing = 0 if here else missing + 1
             found.append(here)
+        self._use([_name(key) for key, here in zip(keys, found, strict=True) if here])
         return found
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
@@ -105,6 +108,7 @@ class FileStore:
                     logger.debug("%s: %s", self._root, error.strerror)
                     return stored + [False] * (len(keys) - len(stored))
                 raise StoreError(f"{self._root} cannot be written: {error.strerror}") from error
+        self._use(list(map(_name, keys)))
         return stored
 
     def usage(self) -> Usage:
@@ -114,6 +118,17 @@ class FileStore:
         pass
 
     # -- one block
+
+    def _seen(self, name: str) -> bool:
+        """By others, too."""
+        path = self._path(name)
+        try:
+            if time.time() - os.stat(path).st_mtime > STALE_S:
+                with contextlib.suppress(OSError):  # read only
+                    os.utime(path)
+        except OSError:
+            return False
+        return True
 
     def _open(self, name: str) -> int | None:
         """The disk begins to read it, beside the others that are opened."""
@@ -212,20 +227,28 @@ class FileStore:
                         found.append((status.st_mtime_ns, entry.name, status.st_size))
                     elif not entry.name.endswith(TEMPORARY) or now - status.st_mtime > ABANDONED_S:  # named by another rule
                         os.unlink(entry)
-        found.sort()
         with self._lock:
+            known = {} if self._shared else {name: place for place, name in enumerate(self._files)}
+            found.sort(key=lambda file: (known.get(file[1], -1), *file))
             self._files = OrderedDict((name, size) for _, name, size in found)
             self._used = sum(self._files.values())
             self._written = 0
             self._holdings.replaced(map(_key, self._files))
 
     def _note(self, name: str, size: int) -> None:
-        """It was just used."""
+        """It is there."""
         with self._lock:
             if name not in self._files:
                 self._holdings.stored(_key(name))
-            self._used += size - self._files.pop(name, 0)
+            self._used += size - self._files.get(name, 0)
             self._files[name] = size
+
+    def _use(self, names: Sequence[str]) -> None:
+        """Of what is used together the end is the first to go."""
+        with self._lock:
+            for name in reversed(names):
+                if name in self._files:
+                    self._files.move_to_end(name)
 
     def _forget(self, name: str) -> None:
         with self._lock:

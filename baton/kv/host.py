@@ -2,10 +2,10 @@
 
 Two least recently used lists (segmented LRU): a block comes into *probation*, and what is used again there moves to *protected*, four
 fifths of the slots at most, from where the oldest falls back. Eviction takes from probation first. So prompts that come once flush each
-other, not the prefixes that requests share.
+other, not the prefixes that requests share. A lookup is what counts as use: it names all of a prompt, and loads come in pieces.
 
-    put ──▶ probation ──used again──▶ protected
-              │  ▲                        │ too many
+    put ──▶ probation ──looked up──▶ protected
+              │  ▲                       │ too many
         evicted  └────────────────────────┘
 """
 
@@ -47,6 +47,7 @@ class HostStore:
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         with self._lock:
+            self._use(keys)
             return [key in self._slots for key in keys]
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
@@ -59,8 +60,6 @@ class HostStore:
             self._memory.copy([buffer for buffer, hit in zip(buffers, found, strict=True) if hit], sources)
         finally:
             self.release(hits)
-        with self._lock:
-            self._use(hits)
         return found
 
     def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
@@ -89,11 +88,10 @@ class HostStore:
             return [key in self._slots for key in keys]
 
     def hold(self, keys: Iterable[str]) -> dict[str, Buffer]:
-        """Where those blocks lie that are here; they stay until they are released. None where too much is held already."""
+        """Where those blocks lie that are here; they stay until they are released. Only the first ones, where too much is held already."""
         with self._lock:
-            here = [key for key in keys if key in self._slots]
-            if sum(self._holds.values()) + len(here) > self._count * HELD_SHARE:
-                return {}
+            room = max(int(self._count * HELD_SHARE) - sum(self._holds.values()), 0)
+            here = [key for key in keys if key in self._slots][:room]
             self._holds.update(here)
             return {key: self._buffer(self._slots[key]) for key in here}
 

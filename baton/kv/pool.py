@@ -20,18 +20,16 @@ class KVPool:
         start = -self._memory.data_ptr() % _PAGE
         self.tensor = self._memory[start : start + count].view(dtype).view(num_blocks, *layout.block_shape)
         """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]"""
+        self.region = Buffer(self.tensor.data_ptr(), count)
+        """All blocks, for registration with a store."""
+        self._block_bytes = layout.block_bytes
 
     @property
     def num_blocks(self) -> int:
         return self.tensor.shape[0]
 
-    @property
-    def region(self) -> Buffer:
-        """All blocks, for registration with a store."""
-        return Buffer(self.tensor.data_ptr(), self.num_blocks * self.layout.block_bytes)
-
     def buffer(self, block_id: int) -> Buffer:
-        return Buffer(self.tensor.data_ptr() + block_id * self.layout.block_bytes, self.layout.block_bytes)
+        return Buffer(self.region.address + block_id * self._block_bytes, self._block_bytes)
 
 
 def num_blocks_for(layout: KVLayout, memory: int) -> int:

@@ -42,7 +42,8 @@ class KVStore(Protocol):
         ...
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
-        """Which keys could be read now. Raises StoreError."""
+        """Which keys, of a prompt in its order, could be read now. They count as used, of which what was used longest ago goes first, and
+        of what was used together the end. Raises StoreError."""
         ...
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:

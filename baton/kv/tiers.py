@@ -39,8 +39,7 @@ class HostTier(KVTransfer):
         held = self._host.hold(keys)
         if held:
             behind.save(list(held), list(held.values()), lambda _: self._host.release(held))
-        elif keys:
-            behind.stats.skipped += 1
+        behind.leave_out(len(keys) - len(held))
 
 
 def connect_tiers(

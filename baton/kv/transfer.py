@@ -46,6 +46,7 @@ class TransferStats:
     failures: int = 0
     skipped: int = 0  # calls not made because the store was left alone, or the queue was full
     blocks_declined: int = 0  # found, but computed instead, which was predicted to be faster
+    blocks_left_out: int = 0  # not saved, since too many others waited for that
 
     def values(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -102,6 +103,15 @@ class _Lane:
         except queue.Full:
             return False
         return True
+
+    def flush(self, limit_s: float) -> bool:
+        """Waits until the calls already there have been made; False where that takes longer."""
+        deadline, made = time.monotonic() + limit_s, threading.Event()
+        try:
+            self._queue.put(made.set, timeout=limit_s)
+        except queue.Full:
+            return False
+        return made.wait(max(deadline - time.monotonic(), 0))
 
     def end(self, limit_s: float) -> bool:
         """After the calls already there; False where they take longer."""
@@ -166,6 +176,10 @@ class KVTransfer:
         """What was found here is computed instead."""
         self.stats.blocks_declined += num_blocks
 
+    def leave_out(self, num_blocks: int) -> None:
+        """What would be saved here is not, since this tier is behind with its saves."""
+        self.stats.blocks_left_out += num_blocks
+
     def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None:
         """`done(found)`: which keys can be read now."""
         if self._load_breaker.open or self._loads.busy_s > STALLED_S:  # what is found could not be loaded
@@ -202,6 +216,11 @@ class KVTransfer:
             return stored
 
         self._submit(self._saves, self._save_breaker, call, [False] * len(keys), done)
+
+    def flush(self, limit_s: float) -> None:
+        """Before `close`: waits until what was given to be saved has been, or has failed; for `limit_s` at most."""
+        if not self._closed and not self._saves.flush(limit_s):
+            logger.warning("KV %s: what is still to be saved is lost", self.name)
 
     def close(self) -> None:
         """Ends the threads after the calls in hand; calls still queued are misses. Idempotent."""

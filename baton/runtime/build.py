@@ -19,10 +19,10 @@ from baton.runtime.crew import Crew, Solo
 from baton.runtime.engine import Engine
 from baton.runtime.launch import connect_launcher
 from baton.runtime.loaded import LoadedModel, check_degree, check_devices, device_kind, load
-from baton.runtime.loading import Tier
 from baton.runtime.pushing import Checksums, Receiver, Sender
 from baton.runtime.rank_kv import connect_kv
 from baton.runtime.spread import TeamChecksums, TeamReceiver, TeamSender, TeamTier
+from baton.runtime.tier import Tier
 from baton.runtime.validation import Limits
 from baton.scheduling.cache import KVCache
 from baton.scheduling.scheduler import Scheduler
@@ -124,13 +124,13 @@ def build_engine(
     holdings: Sequence[Holdings] = (),
 ) -> Engine:
     """An engine that can be started. `tiers` hold KV behind the device, fastest first, under `key`; `budget_s` bounds each call to one."""
-    block_size = loaded.pool.layout.block_size
+    block_size, prefix = loaded.pool.layout.block_size, block_key(loaded.fingerprint, b"")
     cache = KVCache(loaded.pool.num_blocks, block_size, prefix_caching=prefix_caching)
     return Engine(
         Scheduler(cache, max_num_batched_tokens=loaded.max_num_batched_tokens, max_num_seqs=loaded.max_num_seqs),
         loaded.runner,
         tiers,
-        key=key or (lambda block_hash: block_key(loaded.fingerprint, block_hash)),
+        key=key or (lambda block_hash: prefix + block_hash.hex()),
         buffer=loaded.pool.buffer,
         limits=Limits(vocab_size=loaded.config.vocab_size, max_model_len=loaded.max_model_len),
         eos_token_ids=loaded.config.eos_token_ids,

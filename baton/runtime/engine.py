@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from baton.errors import BatonError, Draining, InternalError, Overloaded, WorkerLost
 from baton.kv.holdings import Holdings
@@ -28,12 +29,13 @@ from baton.runtime.entry import Entry
 from baton.runtime.feed import Feed
 from baton.runtime.flights import Flights, Runner
 from baton.runtime.leases import EngineLeases, asked
-from baton.runtime.loading import Loader, Tier
+from baton.runtime.loading import Loader
 from baton.runtime.outputs import Outputs
 from baton.runtime.pace import PaceLearner, Stopwatch
 from baton.runtime.pushing import Checksums, Pusher, Receiver, Reservations, Sender
 from baton.runtime.sequence import EngineSequence
 from baton.runtime.state import StatePublisher
+from baton.runtime.tier import Tier
 from baton.runtime.validation import Limits, validate
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import Request, RequestStatus
@@ -159,17 +161,22 @@ class Engine:
             return []
         return await asked(self._post, lambda tell: tell(self._check_integrity()))
 
-    async def stop(self) -> None:
+    async def stop(self, flush_s: float = 0.0) -> None:
         if self._stopping:
             return
+        deadline = time.monotonic() + flush_s
         self._stopping = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
         for sequence in list(self._live.values()):
             sequence.deliver(Draining("this worker is stopping; send the request to another one"))
-        for part in (self._sender, self._receiver, *reversed(self._tiers)):  # a tier may read from a faster one
+        for part in (self._sender, self._receiver):
             if part is not None:
                 await _end(part.close)
+        for tier in self._tiers if flush_s else ():  # what a faster one has saved goes to the one behind it
+            await _end(partial(tier.flush, max(deadline - time.monotonic(), 0.0)))
+        for tier in reversed(self._tiers):  # it may read from a faster one
+            await _end(tier.close)
         self.pusher.stop()  # the thread has ended: nobody else touches it
         await _end(self.on_stopped)
 

@@ -17,13 +17,13 @@ import logging
 import math
 import time
 from bisect import insort
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import compress, takewhile
-from typing import Protocol
 
 from baton.kv.store import Buffer
 from baton.runtime.feed import Feed
+from baton.runtime.tier import Tier
 from baton.scheduling.cache import KVCache
 from baton.scheduling.fetching import num_to_fetch
 from baton.scheduling.request import Request
@@ -35,29 +35,8 @@ logger = logging.getLogger(__name__)
 MAX_SAVING_FRACTION = 0.5  # of all blocks may wait to be saved; beyond, saves are skipped
 MAX_BLOCKS_PER_LOAD = 64  # one call's worth: smaller calls give earlier progress
 SURPRISE = 1.5  # a tier that turns out to be so much slower than was assumed is decided about again
-
-
-class Tier(Protocol):
-    """`kv.transfer`, as far as it is needed here. `done` is called exactly once, on any thread."""
-
-    name: str
-    shared: bool  # other workers can read it
-    direct: bool  # is saved to from here
-
-    @property
-    def available(self) -> bool: ...  # it answers, as far as is known
-
-    def seconds(self, nbytes: int) -> float: ...
-
-    def decline(self, num_blocks: int) -> None: ...
-
-    def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None: ...
-
-    def load(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None: ...
-
-    def save(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None: ...
-
-    def close(self) -> None: ...
+TOUCH_S = 60.0  # that a prefix on the device is not told again to be in use
+_REMEMBERED = 4096  # such prefixes
 
 
 class Loader:
@@ -95,7 +74,8 @@ class Loader:
         self._fetching: dict[Feed, None] = {}  # with something to load
         self._wanting: dict[Feed, None] = {}  # of them, those that wait for free blocks
         self._num_saving = Counter[int]()  # blocks, by tier
-        self.num_skipped_saves = 0
+        self._outlasting = [tier for tier in tiers if tier.name != TierName.HOST]
+        self._touched: OrderedDict[bytes, float] = OrderedDict()  # last blocks of prefixes
         self._news: list[KVEvent] = []  # of the pool
 
     # -- loading
@@ -113,11 +93,27 @@ class Loader:
         feed.asked = range(first, last)
         if not feed.asked or not self._tiers:
             self._found(feed)
+        else:
+            self._expect(feed)
+            keys = [self._key(key) for key in request.block_hashes[first:last]]
+            for number, tier in enumerate(self._tiers):
+                tier.lookup(keys, lambda held, number=number: self._post(lambda: self._looked_up(feed, number, held)))
+        if self._outlasting and first > 0:
+            self._touch(request.block_hashes[:first])
+
+    def _touch(self, prefix: Sequence[bytes]) -> None:
+        """A lookup whose answer nobody needs: what is always found on the device is what tiers have not heard of for longest, and would
+        drop first, though other workers may need it, and this one after a restart. Host memory better keeps what the device does not."""
+        now = time.monotonic()
+        if now - self._touched.get(prefix[-1], -TOUCH_S) < TOUCH_S:
             return
-        self._expect(feed)
-        keys = [self._key(key) for key in request.block_hashes[first:last]]
-        for number, tier in enumerate(self._tiers):
-            tier.lookup(keys, lambda held, number=number: self._post(lambda: self._looked_up(feed, number, held)))
+        self._touched[prefix[-1]] = now
+        self._touched.move_to_end(prefix[-1])
+        if len(self._touched) > _REMEMBERED:
+            self._touched.popitem(last=False)
+        keys = list(map(self._key, prefix))
+        for tier in self._outlasting:
+            tier.lookup(keys, lambda held: None)
 
     def offer(self, feed: Feed, num_blocks: int) -> None:
         """The shared tiers hold the first `num_blocks` full blocks by now."""
@@ -303,13 +299,11 @@ class Loader:
         """`blocks`: device blocks by their number in the prompt."""
         for number in tiers:
             wanted = [block for block in blocks if block not in feed.kept[number]]
-            limit = self._cache.pool.num_blocks * MAX_SAVING_FRACTION / len(self._direct)
-            if not wanted:
-                continue
-            if self._num_saving[number] + len(wanted) > limit:
-                self.num_skipped_saves += len(wanted)
-                continue
-            self._save_to(number, feed, wanted, [blocks[block] for block in wanted])
+            room = max(int(self._cache.pool.num_blocks * MAX_SAVING_FRACTION / len(self._direct)) - self._num_saving[number], 0)
+            if wanted[room:]:
+                self._tiers[number].leave_out(len(wanted[room:]))
+            if wanted[:room]:
+                self._save_to(number, feed, wanted[:room], [blocks[block] for block in wanted[:room]])
 
     def _save_to(self, number: int, feed: Feed, wanted: Sequence[int], pinned: list[int]) -> None:
         keys = [self._key(feed.request.block_hashes[block]) for block in wanted]

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from baton.errors import BatonError
@@ -15,13 +16,14 @@ from baton.kv.push import Door, PushResult, PushStatus
 from baton.kv.shards import Joint, ShareSender
 from baton.kv.store import Buffer
 from baton.kv.transfer import KVTransfer
-from baton.runtime.crew import Team
+from baton.runtime.crew import ASK_S, Team
 from baton.runtime.rank_kv import RankKV
 from baton.types import PushShard, PushTarget
 
 Answer = Callable[..., None]
 """(value, last=True)"""
 _ANSWER_S = 1.0  # that a rank has to tell of a push beyond the push's own limit
+_FLUSH_S = ASK_S / 2  # of a tier, at most: a rank must have answered within ASK_S
 
 
 class _Part:
@@ -175,6 +177,9 @@ class TeamTier:
     def decline(self, num_blocks: int) -> None:
         self._own.decline(num_blocks)
 
+    def leave_out(self, num_blocks: int) -> None:
+        self._own.leave_out(num_blocks)
+
     def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None:
         together = self._on_all("lookup", keys, [], done)
         self._own.lookup(self._keys(keys), together)
@@ -186,6 +191,11 @@ class TeamTier:
     def save(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
         together = self._on_all("save", keys, buffers, done)
         self._own.save(self._keys(keys), buffers, together)
+
+    def flush(self, limit_s: float) -> None:
+        limit_s = min(limit_s, _FLUSH_S)
+        self._team.ask("flush_tier", tier=self._number, limit_s=limit_s)  # its saves and ours go on beside each other
+        self._own.flush(limit_s)
 
     def close(self) -> None:
         try:
@@ -252,6 +262,8 @@ class Handlers:
             answer(_door_to_json(kv.door()))
         elif name == "close_tier":
             self._slowly(kv.tiers[arguments["tier"]].close, answer)
+        elif name == "flush_tier":
+            self._slowly(partial(kv.tiers[arguments["tier"]].flush, arguments["limit_s"]), answer)
         elif name == "close_sender" and kv.sender is not None:
             self._slowly(kv.sender.close, answer)
         else:

@@ -95,9 +95,8 @@ async def _poll(admin: MasterAdmin, metrics: KVStoreMetrics) -> None:
         except Exception as error:
             if not isinstance(error, StoreError):
                 logger.exception("the pool's state cannot be read")
-            metrics.state = PoolState(  # counters stay
-                num_evicted=metrics.state.num_evicted, bytes_evicted=metrics.state.bytes_evicted, num_refused=metrics.state.num_refused
-            )
+            counters = ("num_evicted", "bytes_evicted", "num_refused", "num_replicated")
+            metrics.state = PoolState(**{name: getattr(metrics.state, name) for name in counters})  # they stay
         await asyncio.sleep(_POLL_S)
 
 

@@ -61,6 +61,7 @@ class MasterAdmin:
             num_evicted=int(values.get("master_evicted_key_count", 0)),
             bytes_evicted=int(values.get("master_evicted_size_bytes", 0)),
             num_refused=int(values.get("master_put_start_alloc_failures_total", 0)),
+            num_replicated=int(values.get("master_copy_end_requests_total", 0)),
             segments=tuple((each.name, each.used_bytes, each.capacity_bytes) for each in segments),
         )
 

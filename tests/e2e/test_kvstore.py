@@ -82,9 +82,10 @@ class Pool:
 
     def signal_mooncake_master(self, number: signal.Signals) -> None:
         (child,) = psutil.Process(self.processes["master"].pid).children()
-        child.send_signal(number)
-        while number is signal.SIGSTOP and child.status() != psutil.STATUS_STOPPED:
-            time.sleep(0.01)
+        _send(child, number)
+
+    def signal_node(self, number: signal.Signals) -> None:
+        _send(psutil.Process(self.processes["node0"].pid), number)
 
     def stop(self) -> None:
         for process in self.processes.values():
@@ -93,6 +94,14 @@ class Pool:
                 process.terminate()
         for process in self.processes.values():
             process.wait(30)
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    """When all its threads have stopped, if that is what they shall."""
+    process.send_signal(number)
+    stats = list(Path(f"/proc/{process.pid}/task").glob("*/stat"))
+    while number is signal.SIGSTOP and any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in stats):
+        time.sleep(0.01)
 
 
 def free_port() -> int:
@@ -231,6 +240,9 @@ def test_blocks_that_are_read_often_survive_a_killed_node(pool: Pool, client: tu
         assert store.get(keys("hot"), memory.blocks) == [True] * COUNT
         assert time.monotonic() < deadline
         time.sleep(0.3)
+    while pool.metric("kvstore_replicated_keys_total") < COUNT:
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
     pool.processes["node0"].kill()
     pool.processes["node0"].wait()
     memory.fill(100)
@@ -282,14 +294,13 @@ def test_a_stopped_node_costs_one_timeout_and_writes_nothing_late(pool: Pool, cl
     store, memory = client
     memory.fill(1)
     assert all(store.put(keys("a"), memory.blocks))
-    node = pool.processes["node0"]
-    node.send_signal(signal.SIGSTOP)
+    pool.signal_node(signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(StoreError, match="nodes do not answer"):
         store.get(keys("a"), memory.blocks)
     assert time.monotonic() - started < 4
     untouched = memory.fill(100)
-    node.send_signal(signal.SIGCONT)
+    pool.signal_node(signal.SIGCONT)
     deadline = time.monotonic() + 15
     while True:  # the node comes back by itself
         try:

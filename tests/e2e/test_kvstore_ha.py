@@ -1,8 +1,10 @@
 """Two masters of the KV pool: the one that leads is killed, requests go on, and the other one knows all keys; nobody else is restarted."""
 
-import ctypes
+import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +16,12 @@ import pytest
 from baton.errors import StoreError
 from baton.hashing import block_hashes
 from baton.kv.layout import block_key
-from baton.kv.mooncake import MooncakeStore, leader
-from baton.kv.store import Buffer
+from baton.kv.mooncake import leader
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from tests.cluster import RunningCluster, running_cluster
 
 pytestmark = pytest.mark.timeout(240)
-BLOCK_SIZE, BLOCK_BYTES, COUNT = 16, 49152, 12
+BLOCK_SIZE, COUNT = 16, 12
 LEASE_S = 3.0
 
 
@@ -55,6 +56,29 @@ def until_stats(cluster: RunningCluster, name: str, timeout_s: float = 40, **wan
         time.sleep(0.2)
 
 
+class Client:
+    """See `pool_peer`."""
+
+    def __init__(self, etcd: str) -> None:
+        command = [sys.executable, "-m", "tests.e2e.pool_peer", etcd, "baton"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def digest(self, keys: list[str]) -> str | None:
+        """Of the blocks; None where not all are to be had."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(keys) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
 def complete(cluster: RunningCluster, prompt: list[int]) -> list[int]:
     body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60).raise_for_status()
@@ -72,14 +96,11 @@ def test_the_leader_is_killed_and_nothing_is_lost(cluster: RunningCluster) -> No
     prompts = [make_prompt(seed) for seed in range(5)]
     expected = [complete(cluster, prompt) for prompt in prompts]
     until_stats(cluster, "kvstore-1", num_keys=len(prompts) * COUNT)
-    store, memory = MooncakeStore(f"etcd://{etcd}", host="127.0.0.1", cluster="baton"), ctypes.create_string_buffer(COUNT * BLOCK_BYTES)
-    store.register(Buffer(ctypes.addressof(memory), len(memory)))
-    blocks = [Buffer(ctypes.addressof(memory) + i * BLOCK_BYTES, BLOCK_BYTES) for i in range(COUNT)]
     fingerprint = cluster.workers()[0]["fingerprint"]
     keys = [[block_key(fingerprint, key) for key in block_hashes(prompt, BLOCK_SIZE, "")] for prompt in prompts]
-    try:
-        assert [store.get(each, blocks) for each in keys] == [[True] * COUNT] * len(prompts)
-        content = memory.raw
+    with Client(etcd) as client:
+        content = [client.digest(each) for each in keys]
+        assert None not in content
         before = {name: child.pid for name, child in cluster.children().items()}
         leads, standby = ("0", "1") if stats(cluster, "kvstore-master-0").available else ("1", "0")
         assert "stands by" in stats(cluster, f"kvstore-master-{standby}").problem
@@ -94,9 +115,11 @@ def test_the_leader_is_killed_and_nothing_is_lost(cluster: RunningCluster) -> No
             slowest, number = max(slowest, time.monotonic() - began), number + 1
             assert time.monotonic() - killed < 60
         assert slowest < LEASE_S + 2
-        wait_for_keys(store, keys[0], blocks, timeout_s=30)
-        assert [store.get(each, blocks) for each in keys] == [[True] * COUNT] * len(prompts)
-        assert memory.raw == content
+        deadline = time.monotonic() + 30
+        while client.digest(keys[0]) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert [client.digest(each) for each in keys] == content
         until_stats(cluster, "kvstore-0", num_keys=len(prompts) * COUNT, num_nodes=2)
         deadline = time.monotonic() + 30
         while stats(cluster, "kvstore-1").num_keys == len(prompts) * COUNT:  # new ones are taken, too
@@ -108,8 +131,6 @@ def test_the_leader_is_killed_and_nothing_is_lost(cluster: RunningCluster) -> No
             time.sleep(0.2)
         after = {name: child.pid for name, child in cluster.children().items()}
         assert {name for name in before if before[name] != after[name]} == {f"mooncake_master-{leads}"}
-    finally:
-        store.close()
     cluster.assert_clean()
 
 
@@ -118,15 +139,3 @@ def leader_or_none(etcd: str) -> str | None:
         return leader(etcd, "baton")
     except StoreError:
         return None
-
-
-def wait_for_keys(store: MooncakeStore, keys: list[str], blocks: list[Buffer], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            if all(store.get(keys, blocks)):
-                return
-        except StoreError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.2)

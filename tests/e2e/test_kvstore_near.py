@@ -237,10 +237,10 @@ def test_a_stopped_node_is_read_on_and_a_stopped_master_is_noticed(pool: Pool, w
     content = worker.memory.fill(1)
     assert all(worker.store.put(keys("a"), worker.memory.blocks))
     worker.meet("a")
-    pool.processes["node0"].send_signal(signal.SIGSTOP)
+    pool.signal_node(signal.SIGSTOP)
     assert worker.get("a") == [True] * COUNT
     assert worker.memory.bytes.raw == content
-    pool.processes["node0"].send_signal(signal.SIGCONT)
+    pool.signal_node(signal.SIGCONT)
     pool.signal_mooncake_master(signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(StoreError, match="mooncake_master"):

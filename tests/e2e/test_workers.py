@@ -306,6 +306,18 @@ async def test_a_part_that_does_not_end_leaves_the_others_to_end(monkeypatch: py
     assert ended == ["tier", "all"]
 
 
+@pytest.mark.parametrize(("flush_s", "calls"), [(0.0, "close_files close_pool"), (5.0, "flush_pool flush_files close_files close_pool")])
+async def test_an_end_with_time_left_saves_first(flush_s: float, calls: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    async with worker(Role.DECODE, {}) as d:
+        d.engine._tiers = (d.engine._tiers[0], PromptTransfer(d.runner, {}, "files"))
+        for tier in d.engine._tiers:
+            monkeypatch.setattr(tier, "flush", lambda limit_s, tier=tier: made.append(f"flush_{tier.name}"))
+            monkeypatch.setattr(tier, "close", lambda tier=tier: made.append(f"close_{tier.name}"))
+        await d.engine.stop(flush_s)
+    assert made == calls.split()
+
+
 async def test_the_state_stream_starts_with_a_snapshot_and_is_never_silent() -> None:
     async with worker(Role.UNIFIED, {}) as d:
         stream = worker_pb2_grpc.WorkerStub(d.channel).WatchState(worker_pb2.WatchStateRequest())

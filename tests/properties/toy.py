@@ -66,7 +66,7 @@ class ToyTransfer:
     def __init__(self, runner: ToyRunner, pool: dict[str, tuple[int | None, ...]], name: str = "pool", *, shared: bool = True) -> None:
         self._runner, self.pool, self.name, self.shared = runner, pool, name, shared
         self.block_s = 0.0  # predicted
-        self.num_declined = 0
+        self.num_declined = self.num_left_out = 0
         self._calls: queue.SimpleQueue[Callable[[bool], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
@@ -75,6 +75,9 @@ class ToyTransfer:
 
     def decline(self, num_blocks: int) -> None:
         self.num_declined += num_blocks
+
+    def leave_out(self, num_blocks: int) -> None:
+        self.num_left_out += num_blocks
 
     def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None:
         def answer(works: bool) -> None:
@@ -111,6 +114,9 @@ class ToyTransfer:
         except queue.Empty:
             return False
         return True
+
+    def flush(self, limit_s: float) -> None:
+        pass
 
     def close(self) -> None:
         while self.answer_one(False):

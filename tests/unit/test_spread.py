@@ -2,6 +2,7 @@
 
 import json
 import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +17,13 @@ from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.pool import KVPool
 from baton.kv.push import PushResult, PushStatus
 from baton.kv.shards import Share, ShareSender
+from baton.kv.transfer import KVTransfer
 from baton.kv.transfer_engine import describe
 from baton.runtime.crew import Solo
 from baton.runtime.rank_kv import RankKV
-from baton.runtime.spread import Handlers, TeamReceiver, TeamSender
+from baton.runtime.spread import Handlers, TeamReceiver, TeamSender, TeamTier
 from baton.types import PushTarget
+from tests.unit.test_transfer import Answers, BreakableStore
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=4, head_dim=2, block_size=4, dtype="float32")
 LIMIT_S = 0.5
@@ -66,7 +69,7 @@ def kv(rank: int, *, sends: bool) -> RankKV:
         sender = ShareSender(direct, LAYOUT, share, pool.buffer)
     else:
         receiver = DirectReceiver({"tcp": MooncakeReceiver(pool.region, host="127.0.0.1", protocol="tcp")})
-    return RankKV(pool=pool, layout=LAYOUT, share=share, fingerprint="f", sender=sender, receiver=receiver, tiers=())
+    return RankKV(pool=pool, layout=LAYOUT, share=share, prefix=f"f/{rank}of2/", sender=sender, receiver=receiver, tiers=())
 
 
 @contextmanager
@@ -77,6 +80,28 @@ def receiving() -> Iterator[tuple[TeamReceiver, list[RankKV]]]:
         yield made, ranks
     finally:
         made.close()
+
+
+def test_what_is_queued_is_saved_on_every_rank() -> None:
+    def tiered(rank: int) -> RankKV:
+        transfer = KVTransfer(BreakableStore())
+        pool = KVPool(LAYOUT.share(2), 4, torch.device("cpu"))
+        share = Share(rank, 2)
+        return RankKV(pool=pool, layout=LAYOUT, share=share, prefix=f"f/{rank}of2/", sender=None, receiver=None, tiers=(transfer,))
+
+    ranks = [tiered(rank) for rank in range(2)]
+    theirs = ranks[1].tiers[0]._store
+    assert isinstance(theirs, BreakableStore)
+    theirs.gate.clear()
+    team, saved = TeamTier(0, ranks[0], Ranks(ranks[1])), Answers()
+    team.save([bytes(16).hex()], [ranks[0].pool.buffer(1)], saved)
+    opens = threading.Timer(0.2, theirs.gate.set)
+    opens.start()
+    team.flush(10)
+    assert saved.values == [[True]]
+    assert theirs.contains([ranks[1].key(bytes(16))]) == [True]
+    opens.join()
+    team.close()
 
 
 def open_sessions(receiver: TeamReceiver) -> list[str]:
