@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from baton.cluster.machine import free_port
 from baton.errors import StoreError
 from baton.kv.mooncake import MooncakeStore
 from baton.kv.store import Buffer
@@ -93,12 +94,6 @@ class Pool:
                 process.terminate()
         for process in self.processes.values():
             process.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

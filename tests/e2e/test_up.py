@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from baton.cli.cluster import Cluster, Plan
+from baton.cluster.machine import free_port
 from tests.cluster import RunningCluster, running_cluster, stop
-from tests.e2e.test_kvstore import free_port
 from tests.e2e.test_membership import Etcd
 
 BATON = [sys.executable, "-c", "from baton.cli import main; main()"]

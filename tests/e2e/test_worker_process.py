@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from baton.cluster.machine import free_port
 from baton.errors import Draining
 from baton.rpc import convert
 from baton.rpc.v1 import decode_pb2, decode_pb2_grpc
@@ -24,9 +24,7 @@ class Process:
     """A unified worker of its own, which nobody else knows."""
 
     def __init__(self, model: Path, *settings: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "services.decode", f"model={model}", f"server.grpc_port={self.address.split(':')[1]}", *settings]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
