@@ -6,6 +6,7 @@ import queue
 import re
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -45,11 +46,18 @@ class Memory:
 class Pool:
     """A master and nodes, each `python -m services.kvstore`."""
 
+    untouched = True  # nobody has laid hands on what it is made of
+
     def __init__(self, folder: Path) -> None:
         self.ports = {name: free_port() for name in ("master", "metrics", "master-grpc", "master-own", "node0-grpc", "node1-grpc")}
         self.master = f"127.0.0.1:{self.ports['master']}"
         self._folder, self.near = folder, folder / "near"
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def processes(self) -> dict[str, subprocess.Popen[bytes]]:
+        self.untouched = False
+        return self._processes
 
     def start(self, name: str, mode: str, memory: str = "32MiB") -> None:
         settings = [f"mode={mode}", f"server.id={name}", f"server.grpc_port={self.ports[name + '-grpc']}", "client_ttl_s=3"]
@@ -81,31 +89,51 @@ class Pool:
         (value,) = re.findall(rf"^baton:{name}{{[^}}]*}} (\S+)$", page, re.MULTILINE)
         return float(value)
 
+    def empty(self) -> None:
+        with self.channel() as channel:
+            for prefix in string.ascii_lowercase:
+                self.stub(channel).Remove(kvstore_pb2.RemoveRequest(prefix=prefix), timeout=10)
+        self.wait(lambda seen: not seen.num_keys and len(seen.segments) == 1)
+
     def signal_mooncake_master(self, number: signal.Signals) -> None:
         (child,) = psutil.Process(self.processes["master"].pid).children()
         child.send_signal(number)
         while number is signal.SIGSTOP and child.status() != psutil.STATUS_STOPPED:
             time.sleep(0.01)
 
-    def stop(self) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.terminate()
-        for process in self.processes.values():
+    def kill(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
             process.wait(30)
 
 
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Pool]]:
+    """The same one again, emptied, until somebody has touched it: to start one takes seconds."""
+
+    def give() -> Iterator[Pool]:
+        while True:
+            made = Pool(tmp_path_factory.mktemp("pool"))
+            try:
+                made.start("master", "master")
+                made.start("node0", "node")
+                made.wait(lambda seen: seen.available and len(seen.segments) == 1)
+                made.untouched = True
+                while made.untouched:
+                    yield made
+                    if made.untouched:
+                        made.empty()
+            finally:
+                made.kill()
+
+    with contextlib.closing(give()) as given:
+        yield given
+
+
 @pytest.fixture
-def pool(tmp_path: Path) -> Iterator[Pool]:
-    made = Pool(tmp_path)
-    try:
-        made.start("master", "master")
-        made.start("node0", "node")
-        made.wait(lambda seen: seen.available and len(seen.segments) == 1)
-        yield made
-    finally:
-        made.stop()
+def pool(pools: Iterator[Pool]) -> Pool:
+    return next(pools)
 
 
 @pytest.fixture
