@@ -6,7 +6,6 @@ import queue
 import re
 import signal
 import socket
-import string
 import subprocess
 import sys
 import time
@@ -71,7 +70,8 @@ class Pool:
         return kvstore_pb2_grpc.KVStoreStub(channel)
 
     def channel(self, name: str = "master") -> grpc.Channel:
-        return grpc.insecure_channel(f"127.0.0.1:{self.ports[name + '-grpc']}")
+        again = [(f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("initial", "min", "max")]  # it may have to start first
+        return grpc.insecure_channel(f"127.0.0.1:{self.ports[name + '-grpc']}", again)
 
     def stats(self) -> kvstore_pb2.GetStatsResponse:
         with self.channel() as channel:
@@ -91,8 +91,7 @@ class Pool:
 
     def empty(self) -> None:
         with self.channel() as channel:
-            for prefix in string.ascii_lowercase:
-                self.stub(channel).Remove(kvstore_pb2.RemoveRequest(prefix=prefix), timeout=10)
+            self.stub(channel).Remove(kvstore_pb2.RemoveRequest(all=True), timeout=10)
         self.wait(lambda seen: not seen.num_keys and len(seen.segments) == 1)
 
     def signal_mooncake_master(self, number: signal.Signals) -> None:
