@@ -191,7 +191,7 @@ def test_a_router_alone_is_not_ready_and_says_what_is_missing(tiny_model: Path, 
         process = subprocess.Popen([*BATON, "serve", "router", "--config", str(config), "policy=round_robin"], stdout=log, stderr=log)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=0), timeout=10) as client:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while True:
                 try:
                     assert client.get("/health").status_code == 200
