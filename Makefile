@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
+QUICK := not slow and not gpu and not chart and not browser
 TOOLS := .tools/.installed
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
@@ -24,8 +25,10 @@ $(STAMP): pyproject.toml constraints.txt scripts/system-packages.sh
 demo: setup
 	$(BIN)/python examples/demo.py
 
+# In two lanes, a file at a time; then alone what dies under load, for that has its times to keep.
 test: setup lint
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not chart and not browser'
+	$(BIN)/python -m pytest -m '$(QUICK)' --ignore tests/faults --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m '$(QUICK)' tests/faults
 
 test-all: setup lint $(TOOLS)
 	bash scripts/system-packages.sh browser

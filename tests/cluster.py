@@ -3,9 +3,7 @@
 import asyncio
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -145,17 +143,6 @@ def running_cluster(
             raise
         finally:
             stop(cluster)
-
-
-def free_ports(count: int) -> list[int]:
-    """Below those that the kernel gives to connections."""
-    found = list[int]()
-    while len(found) < count:
-        port = random.randrange(18_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("0.0.0.0", port))
-            found += [port] * (port not in found)
-    return found
 
 
 def _wait_for_start(cluster: RunningCluster) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import os
-import random
 import re
 import shutil
 import signal
@@ -28,7 +27,7 @@ from typing import Any
 import httpx
 import yaml
 
-from baton.cluster.machine import die_with_parent
+from baton.cluster.machine import die_with_parent, free_port
 from baton.config import check_policy
 from baton.errors import EXIT_CONFIG, BatonError, ConfigError
 
@@ -88,7 +87,7 @@ class Cluster:
         self._stopping = self._was_ready = False
         self._failed: asyncio.Future[str] | None = None
         scheme = "https" if any(setting.startswith("router.tls.cert=") for setting in plan.settings) else "http"
-        ports = [[port + i if port else _free_port() for port in (plan.http_port, plan.grpc_port)] for i in range(plan.routers)]
+        ports = [[port + i if port else free_port() for port in (plan.http_port, plan.grpc_port)] for i in range(plan.routers)]
         names = [f"router-{i}" if plan.routers > 1 else "router" for i in range(plan.routers)]
         self.routers = [
             {"id": name, "http": f"{scheme}://127.0.0.1:{http}", "grpc": f"127.0.0.1:{grpc}"}
@@ -147,7 +146,7 @@ class Cluster:
         groups: list[list[Child]] = []
         program = shutil.which("etcd")
         if plan.etcd == "auto" and program is not None:
-            client, peer = _free_port(), _free_port()
+            client, peer = free_port(), free_port()
             self.etcd = f"http://127.0.0.1:{client}"
             command = [program, "--name=baton", f"--data-dir={self._folder / 'etcd'}", "--log-level=warn"]
             command += [f"--listen-client-urls={self.etcd}", f"--advertise-client-urls={self.etcd}"]
@@ -158,7 +157,7 @@ class Cluster:
             self.etcd = plan.etcd
         counts = {"prefill": plan.prefill, "decode": plan.decode, "unified": plan.unified}
         names = [(role, f"{role}-{i}") for role, count in counts.items() for i in range(count)]
-        ports = {name: _free_port() for _, name in names}
+        ports = {name: free_port() for _, name in names}
         cluster = {"etcd": self.etcd} if self.etcd else {"workers": [f"127.0.0.1:{port}" for port in ports.values()]}
         masters, pool, node = self._plan_pool(cluster)
         if masters:
@@ -196,7 +195,7 @@ class Cluster:
     def _plan_pool(self, cluster: Mapping[str, Any]) -> tuple[list[Child], dict[str, Any], dict[str, Any]]:
         """The masters, a worker's `pool` section and a node's configuration. Of several masters one leads, by etcd."""
         count = self._plan.kvstore_masters if self._plan.kvstore else 0
-        ports = [(_free_port(), _free_port()) for _ in range(count)]
+        ports = [(free_port(), free_port()) for _ in range(count)]
         if not ports:
             return [], {}, {}
         several = count > 1
@@ -364,17 +363,6 @@ def _degree(plan: Plan, role: str, name: str) -> int:
         if rest == "engine.tensor_parallel_size" and value.isdecimal() and target in (role, service, name, "all"):
             degree = max(int(value), 1)
     return degree
-
-
-def _free_port() -> int:
-    """A child takes it seconds later, and again whenever it is started again: so none that the kernel may give to a connection meanwhile
-    (from 32768 on, as a rule), nor one of Mooncake's own (12000 to 17000)."""
-    for port in random.sample(range(18_000, 32_000), 1000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise ConfigError("no free port was found between 18000 and 32000")
 
 
 def _tail(log: Path, lines: int = 15) -> str:

@@ -1,13 +1,18 @@
 """Which machine this process runs on, which of its cores, and what its kernel does for us."""
 
+import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import sys
 from pathlib import Path
 
+from baton.errors import ConfigError
+
 _PR_SET_PDEATHSIG = 1
+_claims: list[socket.socket] = []
 
 
 def this_machine() -> str:
@@ -28,3 +33,19 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before we asked
             os._exit(1)
+
+
+def free_port() -> int:
+    """For a child that takes it seconds later, and again whenever it is started again: so none that the kernel may give to a connection
+    meanwhile (from 32768 on, as a rule), none of Mooncake's own (12000 to 17000), and none that another process has from here: a name
+    that the kernel keeps for as long as that process lives says so."""
+    for port in random.sample(range(18_000, 32_000), 1000):
+        claim = socket.socket(socket.AF_UNIX)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("0.0.0.0", port))
+            claim.bind(f"\0baton-port-{port}")
+            _claims.append(claim)
+            return port
+        claim.close()
+    raise ConfigError("no free port was found between 18000 and 32000")

@@ -61,7 +61,7 @@ async def serve(config: KVStoreConfig) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         memory.close()
-        if served:  # else it ends with its error, and the master forgets it
+        if served and not is_master:  # else it ends with its error, and the master forgets it; or the master ends with it
             await _leave(store, admin)
         await admin.close()
         if supervisor is not None:

@@ -16,8 +16,8 @@ from baton.kv.neighbours import Lender
 from services.kvstore.admin import MasterAdmin, Segment
 
 logger = logging.getLogger(__name__)
-_RETRY_S = 1.0
-_PATIENCE = 5  # attempts before somebody is told
+_MIN_RETRY_S, _MAX_RETRY_S = 0.1, 1.0
+_PATIENCE = 8  # attempts, in five seconds at least, before somebody is told
 _TOUCH_BYTES = 64 << 20  # at a time: the process's other page faults wait meanwhile
 _MADV_POPULATE_WRITE = 23
 
@@ -45,7 +45,7 @@ class LentMemory:
                 attempts += 1
                 if attempts == _PATIENCE:
                     logger.warning("%s; trying on", error)
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(min(_MIN_RETRY_S * 2**attempts, _MAX_RETRY_S))
 
     async def drain(self, grace_s: float) -> None:
         if not self._joined or not self._nbytes:

@@ -125,12 +125,13 @@ class Admission:
         """Inside, the request is at the workers. Raises Overloaded, RateLimited or NoWorkers where it never gets there; whoever is
         cancelled meanwhile is out of the queue at once."""
         arrived, tenant, ttft_slo_s = time.monotonic(), claim.tenant, self._ttft_slo_s(claim)
+        limit_s = min(math.inf if ttft_slo_s is None else ttft_slo_s, self._config.max_wait_s)
         queued = _Queued(
             tenant=tenant.name,
             cost=work.cost,
             weight=tenant.weight,
             priority=tenant.allowed(claim.priority),
-            deadline=arrived + min(math.inf if ttft_slo_s is None else ttft_slo_s, self._config.max_wait_s),
+            deadline=arrived + limit_s,
             work=work,
         )
         self.check_rates(tenant)
@@ -144,7 +145,7 @@ class Admission:
                 self._queue.push(queued)
                 self._go(queued)
             else:
-                await self._wait(queued, queued.deadline - arrived)
+                await self._wait(queued, limit_s)
                 ticket.queued_s = time.monotonic() - arrived
                 self._metrics.queue_seconds.observe(ticket.queued_s)
                 self._check_slo(claim, work, work.forecast, ticket.queued_s, 0.0)

@@ -16,10 +16,10 @@ import httpx
 import openai
 import pytest
 
+from baton.cluster.machine import free_port
 from baton.rpc.v1 import common_pb2, router_pb2, router_pb2_grpc
 from tests.certificates import certificate
 from tests.cluster import RunningCluster, running_cluster
-from tests.e2e.test_kvstore import free_port
 from tests.e2e.test_up import BATON, baton
 
 SLOW_S = 2

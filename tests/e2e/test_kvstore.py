@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from baton.cluster.machine import free_port
 from baton.errors import StoreError
 from baton.kv.mooncake import MooncakeStore
 from baton.kv.store import Buffer
@@ -44,11 +45,18 @@ class Memory:
 class Pool:
     """A master and nodes, each `python -m services.kvstore`."""
 
+    untouched = True  # nobody has laid hands on what it is made of
+
     def __init__(self, folder: Path) -> None:
         self.ports = {name: free_port() for name in ("master", "metrics", "master-grpc", "master-own", "node0-grpc", "node1-grpc")}
         self.master = f"127.0.0.1:{self.ports['master']}"
         self._folder, self.near = folder, folder / "near"
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def processes(self) -> dict[str, subprocess.Popen[bytes]]:
+        self.untouched = False
+        return self._processes
 
     def start(self, name: str, mode: str, memory: str = "32MiB") -> None:
         settings = [f"mode={mode}", f"server.id={name}", f"server.grpc_port={self.ports[name + '-grpc']}", "client_ttl_s=3"]
@@ -62,7 +70,8 @@ class Pool:
         return kvstore_pb2_grpc.KVStoreStub(channel)
 
     def channel(self, name: str = "master") -> grpc.Channel:
-        return grpc.insecure_channel(f"127.0.0.1:{self.ports[name + '-grpc']}")
+        again = [(f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("initial", "min", "max")]  # it may have to start first
+        return grpc.insecure_channel(f"127.0.0.1:{self.ports[name + '-grpc']}", again)
 
     def stats(self) -> kvstore_pb2.GetStatsResponse:
         with self.channel() as channel:
@@ -80,6 +89,11 @@ class Pool:
         (value,) = re.findall(rf"^baton:{name}{{[^}}]*}} (\S+)$", page, re.MULTILINE)
         return float(value)
 
+    def empty(self) -> None:
+        with self.channel() as channel:
+            self.stub(channel).Remove(kvstore_pb2.RemoveRequest(all=True), timeout=10)
+        self.wait(lambda seen: not seen.num_keys and len(seen.segments) == 1)
+
     def signal_mooncake_master(self, number: signal.Signals) -> None:
         (child,) = psutil.Process(self.processes["master"].pid).children()
         _send(child, number)
@@ -87,12 +101,10 @@ class Pool:
     def signal_node(self, number: signal.Signals) -> None:
         _send(psutil.Process(self.processes["node0"].pid), number)
 
-    def stop(self) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.terminate()
-        for process in self.processes.values():
+    def kill(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
             process.wait(30)
 
 
@@ -104,22 +116,32 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         time.sleep(0.01)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Pool]]:
+    """The same one again, emptied, until somebody has touched it: to start one takes seconds."""
+
+    def give() -> Iterator[Pool]:
+        while True:
+            made = Pool(tmp_path_factory.mktemp("pool"))
+            try:
+                made.start("master", "master")
+                made.start("node0", "node")
+                made.wait(lambda seen: seen.available and len(seen.segments) == 1)
+                made.untouched = True
+                while made.untouched:
+                    yield made
+                    if made.untouched:
+                        made.empty()
+            finally:
+                made.kill()
+
+    with contextlib.closing(give()) as given:
+        yield given
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> Iterator[Pool]:
-    made = Pool(tmp_path)
-    try:
-        made.start("master", "master")
-        made.start("node0", "node")
-        made.wait(lambda seen: seen.available and len(seen.segments) == 1)
-        yield made
-    finally:
-        made.stop()
+def pool(pools: Iterator[Pool]) -> Pool:
+    return next(pools)
 
 
 @pytest.fixture

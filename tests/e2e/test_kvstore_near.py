@@ -18,9 +18,9 @@ from baton.kv.mooncake import MooncakeStore
 from baton.kv.neighbours import Neighbours, pool_name
 from baton.kv.store import Buffer
 from baton.kv.verify import CheckedStore
-from tests.e2e.test_kvstore import BLOCK, COUNT, Memory, Pool, keys, pool
+from tests.e2e.test_kvstore import BLOCK, COUNT, Memory, Pool, keys, pool, pools
 
-__all__ = ["pool"]
+__all__ = ["pool", "pools"]
 
 
 class Interrupted(CpuMemory):
@@ -96,6 +96,7 @@ def test_blocks_are_those_that_were_saved_and_what_is_missing_is_a_miss(pool: Po
 
 
 def test_without_a_socket_blocks_come_over_the_network(pool: Pool, worker: Worker) -> None:
+    pool.untouched = False
     for path in pool.near.iterdir():
         path.unlink()
     content = worker.memory.fill(1)

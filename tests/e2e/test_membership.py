@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from baton.cluster.etcd import EtcdMembership
+from baton.cluster.machine import free_port
 from baton.cluster.membership import InMemoryMembership, Membership, View
 from baton.cluster.static import StaticMembership
 from baton.errors import ConfigError, MembershipError, WorkerLost
@@ -27,10 +28,7 @@ class Etcd:
     def __init__(self, folder: Path) -> None:
         program = shutil.which("etcd")
         assert program, "etcd is not installed: run make setup"
-        with socket.socket() as a, socket.socket() as b:
-            a.bind(("127.0.0.1", 0))
-            b.bind(("127.0.0.1", 0))
-            client, peer = a.getsockname()[1], b.getsockname()[1]
+        client, peer = free_port(), free_port()
         self.url, self._folder = f"http://127.0.0.1:{client}", folder
         self._command = [program, "--name=t", f"--data-dir={folder}", "--log-level=error", "--unsafe-no-fsync"]
         self._command += [f"--listen-client-urls={self.url}", f"--advertise-client-urls={self.url}"]

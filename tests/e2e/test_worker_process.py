@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from baton.cluster.machine import free_port
 from baton.errors import Draining
 from baton.rpc import convert
 from baton.rpc.v1 import decode_pb2, decode_pb2_grpc
@@ -24,9 +24,7 @@ class Process:
     """A unified worker of its own, which nobody else knows."""
 
     def __init__(self, model: Path, *settings: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "services.decode", f"model={model}", f"server.grpc_port={self.address.split(':')[1]}", *settings]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -49,7 +47,7 @@ class Process:
 async def test_a_process_that_is_told_to_stop_finishes_first(tiny_model: Path) -> None:
     with Process(tiny_model) as process:
         async with grpc.aio.insecure_channel(process.address) as channel:
-            await asyncio.wait_for(channel.channel_ready(), 30)
+            await asyncio.wait_for(channel.channel_ready(), 60)
             health, stub = health_pb2_grpc.HealthStub(channel), decode_pb2_grpc.DecodeStub(channel)
             assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
             request = dataclasses.replace(prompt(8, max_tokens=300), sampling=SamplingParams(max_tokens=300, ignore_eos=True))
@@ -68,14 +66,14 @@ async def test_a_process_that_is_told_to_stop_finishes_first(tiny_model: Path) -
 async def test_a_second_signal_ends_it_at_once(tiny_model: Path) -> None:
     with Process(tiny_model) as process:
         async with grpc.aio.insecure_channel(process.address) as channel:
-            await asyncio.wait_for(channel.channel_ready(), 30)
+            await asyncio.wait_for(channel.channel_ready(), 60)
             request = dataclasses.replace(prompt(8), sampling=SamplingParams(max_tokens=900, ignore_eos=True))
             stream = decode_pb2_grpc.DecodeStub(channel).Generate(decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request)))
             await stream.read()
             process.signal(signal.SIGTERM)
             await asyncio.sleep(0.2)
             process.signal(signal.SIGINT)
-            assert (await process.ended(2))[0] == 1
+            assert (await process.ended(5))[0] == 1
 
 
 def test_a_stuck_engine_ends_its_process() -> None:
@@ -94,7 +92,7 @@ async def main():
 
 asyncio.run(main())
 """
-    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=20)
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=60)
     assert ended.returncode == 70
     assert "stuck in a step" in ended.stderr
 
@@ -109,7 +107,7 @@ asyncio.run(main())
 )
 async def test_what_cannot_start_says_why_in_one_line(tiny_model: Path, settings: list[str], says: str) -> None:
     with Process(tiny_model, *settings) as process:
-        code, said = await process.ended(30)
+        code, said = await process.ended(60)
         assert code == 2
         assert said.splitlines()[-1].startswith(says)
         assert "Traceback" not in said

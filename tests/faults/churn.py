@@ -22,10 +22,11 @@ from typing import Any
 import grpc.aio
 import httpx
 
+from baton.cluster.machine import free_port
 from baton.rpc import convert
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.types import BlocksStored
-from tests.cluster import RunningCluster, free_ports, running_cluster
+from tests.cluster import RunningCluster, running_cluster
 from tests.faults.traffic import Prompt, stream
 from tests.relay import Relay, relay
 
@@ -173,7 +174,8 @@ async def relays(seed: int) -> AsyncIterator[tuple[list[Relay], list[str]]]:
     """And the settings of the workers behind them, which say that they listen at another of this machine's addresses."""
     async with AsyncExitStack() as stack:
         made, settings = list[Relay](), list[str]()
-        for name, port in zip(RELAYED, free_ports(len(RELAYED)), strict=True):
+        for name in RELAYED:
+            port = free_port()
             made.append(await stack.enter_async_context(relay(f"127.0.0.1:{port}", address=f"127.0.0.2:{port}", seed=seed + port)))
             settings += [f"{name}.server.advertise=127.0.0.2", f"{name}.server.grpc_port={port}", f"{name}.push.host=127.0.0.1"]
         yield made, settings
