@@ -24,18 +24,23 @@ LEASE_S = 2.0
 
 
 class Etcd:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificates: Path | None = None) -> None:
+        """`certificates`: the folder of its own; it then asks clients for theirs."""
         program = shutil.which("etcd")
         assert program, "etcd is not installed: run make setup"
         with socket.socket() as a, socket.socket() as b:
             a.bind(("127.0.0.1", 0))
             b.bind(("127.0.0.1", 0))
             client, peer = a.getsockname()[1], b.getsockname()[1]
-        self.url, self._folder = f"http://127.0.0.1:{client}", folder
+        scheme = "http" if certificates is None else "https"
+        self.url, self._folder = f"{scheme}://127.0.0.1:{client}", folder
         self._command = [program, "--name=t", f"--data-dir={folder}", "--log-level=error", "--unsafe-no-fsync"]
         self._command += [f"--listen-client-urls={self.url}", f"--advertise-client-urls={self.url}"]
         self._command += [f"--listen-peer-urls=http://127.0.0.1:{peer}", f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}"]
         self._command += [f"--initial-cluster=t=http://127.0.0.1:{peer}"]
+        if certificates is not None:
+            files = {"cert-file": "tls.crt", "key-file": "tls.key", "trusted-ca-file": "ca.crt"}
+            self._command += [f"--{option}={certificates / file}" for option, file in files.items()] + ["--client-cert-auth"]
         self._port = client
         self.start()
 
