@@ -183,6 +183,7 @@ def build() -> Schema:
         networkPolicy=closed(enabled=FLAG, clients=LIST, monitoring=LIST),
         security=closed(
             runAsUser={"type": "integer", "minimum": 1},
+            insecure=FLAG,
             tls=closed(secret=TEXT, name={"type": "string", "minLength": 1}, etcd=FLAG),
         ),
         monitoring=closed(

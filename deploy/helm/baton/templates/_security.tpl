@@ -3,8 +3,10 @@
 {{- define "baton.security" -}}{{/* root's context: the setting `security` */}}
 {{- if .Values.security.tls.secret -}}
 {cert: /etc/baton-tls/tls.crt, key: /etc/baton-tls/tls.key, authority: /etc/baton-tls/ca.crt, name: {{ .Values.security.tls.name }}}
-{{- else -}}
+{{- else if or .Values.networkPolicy.enabled .Values.security.insecure -}}
 {insecure: true}
+{{- else }}
+{{- fail "networkPolicy.enabled=false and no security.tls.secret: whoever reaches a pod would be believed; where something else keeps others out, say security.insecure=true" }}
 {{- end }}
 {{- end }}
 

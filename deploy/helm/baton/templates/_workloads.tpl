@@ -162,7 +162,7 @@ liveness: {httpGet: {path: /health, port: metrics}}
 {{- define "baton.workload.master" -}}
 {{- $asks := or (include "baton.etcdTLS" .root) .root.Values.etcd.access.user (hasPrefix "https:" (include "baton.etcd" .root)) }}
 {{- if and .ha $asks }}
-{{- fail (printf "models.%s: kvstore.master.replicas: several masters agree by etcd, to which Mooncake speaks without certificates and passwords; take one master, or security.tls.etcd=false (and leave that to NetworkPolicies)" .model) }}
+{{- fail (printf "models.%s: kvstore.master.replicas: several masters agree by etcd, to which Mooncake speaks without certificates and passwords; take one master, or an etcd that asks for neither (security.tls.etcd=false) behind NetworkPolicies" .model) }}
 {{- end }}
 {{- $own := dict "mode" "master" "ha" .ha "master_port" 50051 "master_metrics_port" 9003 "drain_grace_s" .master.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
