@@ -206,12 +206,12 @@ class EtcdMembership:
 
     def _new_client(self) -> aetcd.Client:
         host, port = next(self._endpoints)
-        credentials, user = _shown(self._url, self._access)
-        client = aetcd.Client if credentials is None else _SecureClient
-        made = client(host=host, port=port, timeout=int(self._lease_s) or 1, **user)
-        if isinstance(made, _SecureClient):
-            made.credentials, made.name = credentials, self._access.name or host.strip("[]")
-        return made
+        credentials, password = _shown(self._url, self._access)
+        who = {"username": self._access.user, "password": password} if self._access.user else {}
+        options: dict[str, Any] = {"host": host, "port": port, "timeout": int(self._lease_s) or 1, **who}
+        if credentials is None:
+            return aetcd.Client(**options)
+        return _SecureClient(credentials, self._access.name or host.strip("[]"), **options)
 
     async def _bounded(self, call: Coroutine[Any, Any, T], limit_s: float | None = None) -> T:
         async with asyncio.timeout(limit_s or self._lease_s / 2):
@@ -224,8 +224,10 @@ class EtcdMembership:
 class _SecureClient(aetcd.Client):
     """aetcd makes a channel without TLS, and knows no other: what it makes is not used, and connects to nobody."""
 
-    credentials: grpc.ChannelCredentials | None = None
-    name = ""
+    def __init__(self, credentials: grpc.ChannelCredentials, name: str, **options: Any) -> None:
+        """`name`: in the certificate of etcd."""
+        self._credentials, self._name = credentials, name
+        super().__init__(**options)
 
     @property
     def channel(self) -> grpc.aio.Channel | None:
@@ -233,12 +235,13 @@ class _SecureClient(aetcd.Client):
 
     @channel.setter
     def channel(self, made: grpc.aio.Channel | None) -> None:
-        name = (("grpc.ssl_target_name_override", self.name),)
-        self._channel = made and grpc.aio.secure_channel(f"{self._host}:{self._port}", self.credentials, options=name)
+        name = (("grpc.ssl_target_name_override", self._name),)
+        self._channel = made and grpc.aio.secure_channel(f"{self._host}:{self._port}", self._credentials, options=name)
 
 
-def _shown(url: str, access: EtcdAccessConfig) -> tuple[grpc.ChannelCredentials | None, dict[str, str]]:
-    """What the files of `access` say now: for each connection anew, so that they may be renewed. Raises ConfigError."""
+def _shown(url: str, access: EtcdAccessConfig) -> tuple[grpc.ChannelCredentials | None, str]:
+    """Certificates and password, as the files of `access` have them now: for each connection anew, so that they may be renewed. Raises
+    ConfigError."""
 
     def read(setting: str) -> bytes | None:
         path = getattr(access, setting)
@@ -248,10 +251,9 @@ def _shown(url: str, access: EtcdAccessConfig) -> tuple[grpc.ChannelCredentials 
             raise ConfigError(f"cluster.etcd_access.{setting}: {path} cannot be read: {error.strerror}") from error
 
     password = (read("password_file") or b"").decode().partition("\n")[0].rstrip("\r")
-    user = {"username": access.user, "password": password} if access.user else {}
     if not url.startswith("https://"):
-        return None, user
-    return grpc.ssl_channel_credentials(read("authority"), read("key"), read("cert")), user
+        return None, password
+    return grpc.ssl_channel_credentials(read("authority"), read("key"), read("cert")), password
 
 
 def _parse(url: str) -> list[tuple[str, int]]:

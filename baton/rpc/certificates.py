@@ -9,6 +9,7 @@ import logging
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 
@@ -50,7 +51,7 @@ class Certificates:
             shown = now
             return _configuration(now)
 
-        return grpc.dynamic_ssl_server_credentials(_configuration(shown), renewed, demand)
+        return cast(Any, grpc).dynamic_ssl_server_credentials(_configuration(shown), renewed, demand)
 
     def channel(self) -> grpc.ChannelCredentials:
         """Another object only when the files have changed."""

@@ -206,7 +206,7 @@ async def test_an_unreachable_etcd_is_an_error_at_once() -> None:
     with pytest.raises(MembershipError, match="cannot be reached"):
         await membership.join(member("w1"))
     await membership.close()
-    for wrong in ("http://", "http://a:b", "https://a:1", "http://a:1,,"):
+    for wrong in ("http://", "http://a:b", "ftp://a:1", "https://a:1,http://b:1", "http://a:1,,"):
         with pytest.raises(ConfigError, match="must look like"):
             EtcdMembership(wrong, "test", lease_s=LEASE_S)
 
