@@ -16,9 +16,10 @@ import pytest
 
 from baton.cluster.etcd import EtcdMembership
 from baton.config import EtcdAccessConfig
-from baton.errors import ConfigError
+from baton.errors import ConfigError, Unavailable
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import common_pb2, router_pb2, router_pb2_grpc
+from services.planner.scaling import Drains
 from tests.certificates import Authority, settings
 from tests.cluster import RunningCluster, running_cluster
 from tests.e2e.test_kvstore import free_port
@@ -166,3 +167,16 @@ def test_a_service_with_a_wrong_password_ends_and_says_so(guarded: Guarded, tiny
     ran = baton("serve", "router", f"model={tiny_model}", f"http_port={free_port()}", *told)
     assert ran.returncode == 2
     assert "refuses user baton" in ran.stderr
+
+
+async def test_the_planner_shows_a_certificate_too(locked: RunningCluster, guarded: Guarded) -> None:
+    """The last, since the worker drains from now on."""
+    (decode,) = [worker for worker in locked.workers() if worker["id"] == "decode-0"]
+    for certificates in (None, of(guarded.folder)):
+        drains = Drains(certificates)
+        if certificates is None:
+            with pytest.raises(Unavailable, match="cannot be told to drain"):
+                await drains(decode)
+        else:
+            assert await drains(decode) == 0
+        await drains.close()
