@@ -60,11 +60,60 @@ class ServerConfig(Strict):
     log_format: Literal["text", "json"] = "text"  # of standard error; json: an object a line
 
 
+class SecurityConfig(Strict):
+    """mTLS between services (docs/security.md), the same in all of a cluster. Nothing set: none, and they listen on the loopback alone."""
+
+    cert: str = ""  # PEM file, chain included: what this process shows, called or calling
+    key: str = ""  # PEM file, not encrypted
+    authority: str = ""  # PEM file: of who signs the certificates of these services, and nobody else's
+    name: str = Field(default="baton.internal", min_length=1)  # among the names in each of them; addresses need not be
+    insecure: bool = False  # listen elsewhere too without certificates: whoever reaches a port may then ask for anything
+
+    @model_validator(mode="after")
+    def _whole(self) -> "SecurityConfig":
+        given = [bool(self.cert), bool(self.key), bool(self.authority)]
+        if any(given) and not all(given):
+            raise ValueError("mTLS needs three files: give security.cert, security.key and security.authority")
+        if all(given) and self.insecure:
+            raise ValueError(
+                "security.insecure=true is for services without certificates: take it away, or security.cert, key and authority"
+            )
+        return self
+
+
+class EtcdAccessConfig(Strict):
+    """What etcd is shown, where it asks."""
+
+    authority: str = ""  # PEM file: of who signed etcd's certificate; with https:// in cluster.etcd
+    name: str = ""  # in that certificate; empty: the host in cluster.etcd
+    cert: str = ""  # PEM file, chain included: this process's own; empty: none
+    key: str = ""  # PEM file
+    user: str = ""  # empty: none
+    password_file: str = ""  # the password is its first line
+
+    @model_validator(mode="after")
+    def _whole(self) -> "EtcdAccessConfig":
+        for one, other in (("cert", "key"), ("user", "password_file")):
+            if bool(getattr(self, one)) != bool(getattr(self, other)):
+                raise ValueError(f"one is nothing without the other: give cluster.etcd_access.{one} and {other}")
+        return self
+
+
 class ClusterConfig(Strict):
     name: str = "baton"  # clusters of different names share an etcd without seeing each other
-    etcd: str = ""  # http://host:port[,host:port]; empty: static membership
+    etcd: str = ""  # http://host:port[,host:port], or https://…; empty: static membership
+    etcd_access: EtcdAccessConfig = EtcdAccessConfig()
     workers: tuple[str, ...] = ()  # static membership: gRPC addresses, host:port
     lease_s: float = Field(default=5.0, gt=0)  # how long a silent member is believed alive; no wait in the system is longer
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ClusterConfig":
+        encrypted, access = self.etcd.startswith("https://"), self.etcd_access
+        if encrypted and not access.authority:
+            raise ValueError("an etcd at https:// shows a certificate: give cluster.etcd_access.authority, the file of who signed it")
+        if not encrypted and (access.authority or access.cert or access.name):
+            raise ValueError("cluster.etcd_access has files of certificates, and cluster.etcd is not at https://")
+        return self
 
 
 class EngineConfig(Strict):
@@ -152,6 +201,7 @@ class WorkerConfig(Strict):
     served_model_name: str = ""  # empty: the folder's name
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
+    security: SecurityConfig = SecurityConfig()
     engine: EngineConfig = EngineConfig()
     parallel: ParallelConfig = ParallelConfig()
     host: HostConfig = HostConfig()
@@ -187,9 +237,9 @@ class AdmissionConfig(Strict):
 
 
 class TLSConfig(Strict):
-    """Of the router's HTTP."""
+    """Of the router's ports for clients."""
 
-    cert: str = ""  # PEM file, chain included; empty: plain HTTP
+    cert: str = ""  # PEM file, chain included; empty: plain HTTP, and gRPC as `security` has it
     key: str = ""  # PEM file
 
     @model_validator(mode="after")
@@ -205,6 +255,7 @@ class RouterConfig(Strict):
     server: ServerConfig = ServerConfig()
     http_port: int = Field(default=8000, ge=0, le=65535)
     cluster: ClusterConfig = ClusterConfig()
+    security: SecurityConfig = SecurityConfig()
     policy: PolicyName = "predicted"
     local_prefill: bool = True  # predicted: a decode worker may be told to compute a whole prompt where that costs everybody less
     max_body: Size = 16 * 2**20
@@ -230,6 +281,7 @@ class KVStoreConfig(Strict):
     mode: Literal["master", "node"] = "node"
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
+    security: SecurityConfig = SecurityConfig()
     pool: PoolConfig = PoolConfig()
     memory: Size = 512 * 2**20  # node: bytes lent
     ha: bool = False  # master: one of several, of which one leads; needs cluster.etcd
@@ -248,6 +300,11 @@ def pool_master(pool: PoolConfig, cluster: ClusterConfig) -> str:
         return pool.master
     if not cluster.etcd:
         raise ConfigError("pool.master=etcd asks etcd for the leading master: set cluster.etcd, or give host:port of a master")
+    if cluster.etcd.startswith("https://") or cluster.etcd_access.user:
+        raise ConfigError(
+            "several masters of the pool agree by etcd, to which Mooncake speaks without TLS and without a password: with an etcd that "
+            "asks for either, run one master and give pool.master=host:port"
+        )
     return "etcd://" + etcd_endpoints(cluster)
 
 

@@ -4,7 +4,8 @@ time under its name, so that dashboards and autoscalers made for vLLM work as th
 A process makes one `Metrics` of its kind, hands it to whom it concerns, and serves it with `serve_metrics`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -13,6 +14,9 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from baton.types import Load, PoolState
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_BUCKETS = tuple(round(2 ** (i / 2)) for i in range(12, 37))  # 64 to 262,144
@@ -272,10 +276,25 @@ class KVStoreMetrics(Metrics):
         }
 
 
-def serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[WSGIServer, int]:
-    """Serves /metrics on a thread of its own; the server (to shut down) and the port it got (`port` 0 takes a free one). Raises OSError."""
+def serve_metrics(metrics: Metrics, host: str, port: int, healthy: Callable[[], bool]) -> tuple[WSGIServer, int]:
+    """Serves /metrics on a thread of its own, and /health: 200 if `healthy` says so, else 503. The server (to shut down) and the port it
+    got (`port` 0 takes a free one). Raises OSError."""
 
     server, _ = start_http_server(port, host, metrics.registry)
+    exporter = server.get_app()
+    assert exporter is not None
+
+    def answer(environ: dict[str, Any], start_response: "StartResponse") -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/health":
+            return exporter(environ, start_response)
+        try:
+            well = healthy()
+        except Exception:  # no answer in time, or nobody left to ask
+            well = False
+        start_response("200 OK" if well else "503 Service Unavailable", [("content-type", "text/plain")])
+        return [b"serving\n" if well else b"not serving\n"]
+
+    server.set_app(answer)
     return server, int(server.server_address[1])
 
 

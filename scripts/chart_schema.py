@@ -25,18 +25,21 @@ TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 QUANTITY: Schema = {"type": "string", "pattern": "^[0-9]+(Mi|Gi|Ti)$"}
 SIZE: Schema = {"type": "string", "pattern": "^([0-9]+(Mi|Gi|Ti))?$"}  # or nothing
 NAME: Schema = {"pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}
+EVERYWHERE = {"server", "cluster", "security", "drain_grace_s"}
 OWNED = {  # by the chart
-    "router": {"model", "served_model_name", "server", "cluster", "http_port", "tls", "drain_grace_s"},
-    "worker": {"role", "model", "served_model_name", "server", "cluster", "files", "drain_grace_s", "parallel"},
-    "master": {"mode", "server", "cluster", "pool", "memory", "ha", "masters", "master_port", "master_metrics_port", "drain_grace_s"},
-    "node": {"mode", "server", "cluster", "memory", "ha", "oplog", "masters", "master_port", "master_metrics_port", "hot_reads"}
-    | {"client_ttl_s", "drain_grace_s"},
+    "router": EVERYWHERE | {"model", "served_model_name", "http_port", "tls"},
+    "worker": EVERYWHERE | {"role", "model", "served_model_name", "files", "parallel"},
+    "master": EVERYWHERE | {"mode", "pool", "memory", "ha", "masters", "master_port", "master_metrics_port"},
+    "node": EVERYWHERE | {"mode", "memory", "ha", "oplog", "masters", "master_port", "master_metrics_port", "hot_reads", "client_ttl_s"},
 }
 OWNED_INSIDE = {"PoolConfig": {"master", "host", "protocol", "devices"}, "PushConfig": {"host"}}
 
 
 def closed(**properties: Schema) -> Schema:
     return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+SECRET = closed(name=TEXT, key=TEXT)
 
 
 def choice(*values: str) -> Schema:
@@ -105,7 +108,7 @@ RDMA = closed(resource=TEXT, count={"type": "integer", "minimum": 1}, devices=TE
 ROUTER = {
     **POD,
     "settings": settings(RouterConfig, OWNED["router"]),
-    "testKeySecret": closed(name=TEXT, key=TEXT),
+    "testKeySecret": SECRET,
     "service": closed(type=choice("ClusterIP", "NodePort", "LoadBalancer"), port=PORT, grpcPort=PORT, annotations=TEXTS),
     "ingress": closed(enabled=FLAG, className=TEXT, host=TEXT, tlsSecret=TEXT, annotations=TEXTS),
     "httpRoute": closed(enabled=FLAG, parentRefs=LIST, hostnames={"type": "array", "items": TEXT}, annotations=TEXTS),
@@ -125,7 +128,7 @@ KVSTORE = closed(
     master=closed(**{**POD, "replicas": {"type": "integer", "minimum": 1}, "settings": settings(KVStoreConfig, OWNED["master"])}),
     node=closed(**POD | {"settings": settings(KVStoreConfig, OWNED["node"]), "memory": QUANTITY, "rdma": RDMA}),
 )
-FETCH = {**closed(repository=TEXT, revision=TEXT, tokenSecret=closed(name=TEXT, key=TEXT)), "required": ["repository"]}
+FETCH = {**closed(repository=TEXT, revision=TEXT, tokenSecret=SECRET), "required": ["repository"]}
 VERSION = {
     **closed(
         path={"type": "string", "pattern": "^/"},
@@ -147,7 +150,10 @@ MODEL = closed(
 )
 ETCD = closed(
     **{key: value for key, value in POD.items() if key not in ("settings", "strategy", "autoscaling")},
-    endpoints={"type": "array", "items": {"type": "string", "pattern": "^http://[^,/]+$"}},
+    endpoints={
+        "anyOf": [{"type": "array", "items": {"type": "string", "pattern": f"^{scheme}://[^,/]+$"}} for scheme in ("http", "https")]
+    },
+    access=closed(authoritySecret=SECRET, name=TEXT, certificateSecret=TEXT, user=TEXT, passwordSecret=SECRET),
     quota=QUANTITY,
     storage=closed(size=SIZE, storageClass=TEXT),
 )
@@ -175,7 +181,11 @@ def build() -> Schema:
         logFormat=choice("text", "json"),
         serviceAccount=closed(create=FLAG, name=TEXT, annotations=TEXTS),
         networkPolicy=closed(enabled=FLAG, clients=LIST, monitoring=LIST),
-        security=closed(runAsUser={"type": "integer", "minimum": 1}),
+        security=closed(
+            runAsUser={"type": "integer", "minimum": 1},
+            insecure=FLAG,
+            tls=closed(secret=TEXT, name={"type": "string", "minLength": 1}, etcd=FLAG),
+        ),
         monitoring=closed(
             podMonitor=closed(enabled=FLAG, interval=TEXT, labels=TEXTS),
             rules=closed(enabled=FLAG, labels=TEXTS, ttftSeconds={"type": "number", "exclusiveMinimum": 0}),

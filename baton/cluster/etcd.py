@@ -16,6 +16,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 
@@ -25,6 +26,7 @@ import grpc
 import grpc.aio
 
 from baton.cluster.membership import View
+from baton.config import EtcdAccessConfig
 from baton.errors import ConfigError, MembershipError
 from baton.types import Member, MemberState, Role
 
@@ -32,14 +34,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _RETRY_S = 0.5
 _FAILURES = (aetcd.exceptions.ClientError, grpc.RpcError, grpc.aio.UsageError, TimeoutError, OSError)
+_REFUSALS = ("authentication failed", "user name is empty", "authentication is not enabled", "permission denied")  # etcd's own words
 
 
 class EtcdMembership:
-    def __init__(self, url: str, cluster: str, *, lease_s: float) -> None:
-        """`url` is http://host:port[,host:port…]; a connection that fails is followed by one to the next of them. Raises ConfigError if it
-        is not so. Connects when first used."""
-        self._url = url
+    def __init__(self, url: str, cluster: str, *, lease_s: float, access: EtcdAccessConfig | None = None) -> None:
+        """`url` is http://host:port[,host:port…], or https://…; a connection that fails is followed by one to the next of them. Raises
+        ConfigError if it is not so, or a file of `access` is not there. Connects when first used."""
+        self._url, self._access = url, access or EtcdAccessConfig()
         self._endpoints = itertools.cycle(_parse(url))
+        _shown(url, self._access)
         self._prefix = f"/baton/{cluster}/members/"
         self._lease_s = lease_s
         self._member: Member | None = None
@@ -54,6 +58,11 @@ class EtcdMembership:
                 lease = await self._announce()
             except _FAILURES as error:
                 await self._reset()
+                if any(words in str(error) for words in _REFUSALS):
+                    who = f"user {self._access.user}" if self._access.user else "who gives no user"
+                    raise ConfigError(
+                        f"etcd at {self._url} refuses {who}: {error}; see cluster.etcd_access.user and password_file"
+                    ) from error
                 raise MembershipError(f"etcd at {self._url} cannot be reached: {error!r}") from error
             self._keeper = asyncio.create_task(self._keep(lease), name="etcd-lease")
         else:
@@ -197,7 +206,12 @@ class EtcdMembership:
 
     def _new_client(self) -> aetcd.Client:
         host, port = next(self._endpoints)
-        return aetcd.Client(host=host, port=port, timeout=int(self._lease_s) or 1)
+        credentials, password = _shown(self._url, self._access)
+        who = {"username": self._access.user, "password": password} if self._access.user else {}
+        options: dict[str, Any] = {"host": host, "port": port, "timeout": int(self._lease_s) or 1, **who}
+        if credentials is None:
+            return aetcd.Client(**options)
+        return _SecureClient(credentials, self._access.name or host.strip("[]"), **options)
 
     async def _bounded(self, call: Coroutine[Any, Any, T], limit_s: float | None = None) -> T:
         async with asyncio.timeout(limit_s or self._lease_s / 2):
@@ -207,17 +221,53 @@ class EtcdMembership:
         return (self._prefix + member.id).encode()
 
 
+class _SecureClient(aetcd.Client):
+    """aetcd makes a channel without TLS, and knows no other: what it makes is not used, and connects to nobody."""
+
+    def __init__(self, credentials: grpc.ChannelCredentials, name: str, **options: Any) -> None:
+        """`name`: in the certificate of etcd."""
+        self._credentials, self._name = credentials, name
+        super().__init__(**options)
+
+    @property
+    def channel(self) -> grpc.aio.Channel | None:
+        return self._channel
+
+    @channel.setter
+    def channel(self, made: grpc.aio.Channel | None) -> None:
+        name = (("grpc.ssl_target_name_override", self._name),)
+        self._channel = made and grpc.aio.secure_channel(f"{self._host}:{self._port}", self._credentials, options=name)
+
+
+def _shown(url: str, access: EtcdAccessConfig) -> tuple[grpc.ChannelCredentials | None, str]:
+    """Certificates and password, as the files of `access` have them now: for each connection anew, so that they may be renewed. Raises
+    ConfigError."""
+
+    def read(setting: str) -> bytes | None:
+        path = getattr(access, setting)
+        try:
+            return Path(path).read_bytes() if path else None
+        except OSError as error:
+            raise ConfigError(f"cluster.etcd_access.{setting}: {path} cannot be read: {error.strerror}") from error
+
+    password = (read("password_file") or b"").decode().partition("\n")[0].rstrip("\r")
+    if not url.startswith("https://"):
+        return None, password
+    return grpc.ssl_channel_credentials(read("authority"), read("key"), read("cert")), password
+
+
 def _parse(url: str) -> list[tuple[str, int]]:
     """Hosts and ports. Raises ConfigError."""
-    wrong = ConfigError(f"cluster.etcd={url!r} must look like http://127.0.0.1:2379, or http://host:port,host:port for several")
+    wrong = ConfigError(f"cluster.etcd={url!r} must look like http://127.0.0.1:2379, or https://host:port,host:port for several with TLS")
     endpoints: list[tuple[str, int]] = []
+    scheme = "https" if url.startswith("https://") else "http"
     for part in url.split(","):
         try:
-            parsed = urlparse(part if "//" in part else f"http://{part}")
+            parsed = urlparse(part if "//" in part else f"{scheme}://{part}")
             host, port = parsed.hostname, parsed.port or 2379
         except ValueError as error:
             raise wrong from error
-        if not host or parsed.scheme != "http":
+        if not host or parsed.scheme != scheme:
             raise wrong
         endpoints.append((f"[{host}]" if ":" in host else host, port))
     return endpoints

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import ipaddress
 import os
 import random
 import signal
@@ -18,6 +19,15 @@ _claims: list[socket.socket] = []
 def this_machine() -> str:
     """The same for all processes that could share a device, or see each other's memory."""
     return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether whoever listens there is reached from this machine alone. A name that nobody knows is not one."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
 
 
 def these_cores(threads: int) -> str:

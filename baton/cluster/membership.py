@@ -17,7 +17,7 @@ View = Mapping[str, Member]
 class Membership(Protocol):
     async def join(self, member: Member) -> None:
         """Announces `member`, or what has changed about it, and keeps it announced until `leave`; comes back by itself after losing the
-        lease (a paused process, an etcd restart). Returns once announced, or raises MembershipError."""
+        lease (a paused process, an etcd restart). Returns once announced, or raises MembershipError; ConfigError where it is refused."""
         ...
 
     async def leave(self) -> None:

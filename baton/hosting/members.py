@@ -10,16 +10,17 @@ from baton.cluster.membership import Membership
 from baton.cluster.static import StaticMembership
 from baton.config import ClusterConfig
 from baton.rpc import convert
+from baton.rpc.certificates import Certificates
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from baton.types import Member
 
 
-def make_membership(cluster: ClusterConfig) -> Membership:
+def make_membership(cluster: ClusterConfig, certificates: Certificates | None = None) -> Membership:
     """etcd where `cluster.etcd` is set, else the fixed list `cluster.workers`. Raises ConfigError."""
     if cluster.etcd:
-        return EtcdMembership(cluster.etcd, cluster.name, lease_s=cluster.lease_s)
-    channels = Channels(cluster.lease_s)
+        return EtcdMembership(cluster.etcd, cluster.name, lease_s=cluster.lease_s, access=cluster.etcd_access)
+    channels = Channels(cluster.lease_s, certificates)
 
     async def probe(address: str) -> Member:
         try:

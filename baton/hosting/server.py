@@ -27,26 +27,38 @@ from baton.config import ClusterConfig, ServerConfig
 from baton.errors import ConfigError, MembershipError
 from baton.hosting.members import make_membership
 from baton.metrics import Metrics, serve_metrics
+from baton.rpc.certificates import Certificates
 from baton.rpc.channel import server_options
 from baton.types import Member, MemberState
 
 logger = logging.getLogger(__name__)
+_HEALTH_S = 2.0
 
 
 class Host:
     """`member` is who this process is; its address, metrics address and pid are filled in when the servers listen."""
 
     def __init__(
-        self, server: ServerConfig, cluster: ClusterConfig, member: Member, metrics: Metrics | None = None, *, max_receive: int = -1
+        self,
+        server: ServerConfig,
+        cluster: ClusterConfig,
+        member: Member,
+        metrics: Metrics | None = None,
+        *,
+        certificates: Certificates | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+        max_receive: int = -1,
     ) -> None:
-        """`max_receive`: bytes of a gRPC message; -1: any number."""
+        """`certificates`: of calls between services, this one's to others and theirs to this one, who must have one too. `credentials`: of
+        a port for clients, who have none. `max_receive`: bytes of a gRPC message; -1: any number."""
         self._config, self._metrics = server, metrics
+        self._credentials = credentials or (certificates.server() if certificates is not None else None)
         self.member = dataclasses.replace(member, pid=os.getpid(), instance=member.instance or secrets.token_hex(8), machine=this_machine())
-        self.membership: Membership = make_membership(cluster)
+        self.membership: Membership = make_membership(cluster, certificates)
         self.grpc: Any = cast(Any, grpc.aio).server(options=server_options(cluster.lease_s, max_receive))
         self._health: Any = cast(Any, health).aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        self._stop = asyncio.Event()
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
 
     async def run(
         self,
@@ -63,22 +75,25 @@ class Host:
         reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
         host = self._config.host
         advertised = self._config.advertise or host
+        address = f"{host}:{self._config.grpc_port}"
         try:
-            port = self.grpc.add_insecure_port(f"{host}:{self._config.grpc_port}")
+            if self._credentials is None:
+                port = self.grpc.add_insecure_port(address)
+            else:
+                port = self.grpc.add_secure_port(address, self._credentials)
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {host}:{self._config.grpc_port} (server.grpc_port); is the port taken?") from error
+            raise ConfigError(f"cannot listen on {address} (server.grpc_port); is the port taken?") from error
         exporter = None
         metrics_address = ""
         if self._metrics is not None:
             try:
-                exporter, metrics_port = serve_metrics(self._metrics, host, self._config.metrics_port)
+                exporter, metrics_port = serve_metrics(self._metrics, host, self._config.metrics_port, self._healthy)
             except OSError as error:
                 raise ConfigError(f"cannot listen on {host}:{self._config.metrics_port} (server.metrics_port): {error.strerror}") from error
             metrics_address = f"{advertised}:{metrics_port}"
         self.member = dataclasses.replace(self.member, address=f"{advertised}:{port}", metrics_address=metrics_address)
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
+            self._loop.add_signal_handler(number, self._signalled)
         await self.grpc.start()
         try:
             await self._join()
@@ -117,6 +132,12 @@ class Host:
                     logger.warning("%s; trying on", error)
                     warned = True
                 await asyncio.sleep(0.5)
+
+    def _healthy(self) -> bool:
+        """What gRPC's health service says; for another thread, where the kubelet asks, which has no certificate."""
+        asked: Any = self._health.Check(health_pb2.HealthCheckRequest(), None)
+        answer = asyncio.run_coroutine_threadsafe(asked, self._loop).result(_HEALTH_S)
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     def _signalled(self) -> None:
         if self._stop.is_set():

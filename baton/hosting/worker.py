@@ -17,6 +17,7 @@ from baton.hosting.heartbeat import with_heartbeat
 from baton.hosting.server import Host
 from baton.metrics import WorkerMetrics
 from baton.rpc import convert
+from baton.rpc.certificates import Certificates
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc
 from baton.types import GenerateRequest, Member, MemberState, PushTarget, StateUpdate
@@ -153,11 +154,12 @@ async def host_worker(
     member: Member,
     metrics: WorkerMetrics,
     add_services: Callable[[Host, Intake], list[str]],
+    certificates: Certificates | None = None,
 ) -> None:
     """Serves an engine until the process is told to stop. `add_services` adds the role's own services and returns their full names."""
     engine.start()
     intake = Intake(engine)
-    host = Host(config.server, config.cluster, member, metrics)
+    host = Host(config.server, config.cluster, member, metrics, certificates=certificates)
     cast(Any, worker_pb2_grpc).add_WorkerServicer_to_server(
         WorkerServicer(intake, lambda: host.member, lease_s=config.cluster.lease_s), host.grpc
     )

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 import grpc
 import grpc.aio
 
-Options = Sequence[tuple[str, int]]
+from baton.rpc.certificates import Certificates
+
+Options = Sequence[tuple[str, int | str]]
 
 _NARROW = 512  # bytes: some twenty tokens; a larger message comes in parts
 _NARROW_OPTIONS = (("grpc.http2.lookahead_bytes", _NARROW), ("grpc.http2.bdp_probe", 0))  # without the probe, which widens it
+_Made = tuple[grpc.aio.Channel, grpc.ChannelCredentials | None]
 _UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
@@ -51,31 +54,36 @@ def server_options(lease_s: float, max_receive: int = -1) -> Options:
 
 class Channels:
     """One channel per address, made when first asked for; and one more for streams whose sender is to notice soon that its reader is
-    behind."""
+    behind. With certificates: a new one when they have been renewed, since a channel connects again with those that it was made with."""
 
-    def __init__(self, lease_s: float) -> None:
-        self._options = client_options(lease_s)
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._narrow: dict[str, grpc.aio.Channel] = {}
+    def __init__(self, lease_s: float, certificates: Certificates | None = None) -> None:
+        self._options, self._certificates = client_options(lease_s), certificates
+        self._channels: dict[str, list[_Made]] = {}
+        self._narrow: dict[str, list[_Made]] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
-        return self._made(self._channels, address, self._options)
+        return self._latest(self._channels, address, self._options)
 
     def narrow(self, address: str) -> grpc.aio.Channel:
         """What is on its way is `_NARROW` bytes at most: more waits at its sender, who can put it together there."""
-        return self._made(self._narrow, address, (*self._options, *_NARROW_OPTIONS))
+        return self._latest(self._narrow, address, (*self._options, *_NARROW_OPTIONS))
 
-    def _made(self, channels: dict[str, grpc.aio.Channel], address: str, options: Options) -> grpc.aio.Channel:
-        channel = channels.get(address)
-        if channel is None:
-            channel = channels[address] = grpc.aio.insecure_channel(address, options=options)
-        return channel
+    def _latest(self, channels: dict[str, list[_Made]], address: str, options: Options) -> grpc.aio.Channel:
+        shown = self._certificates.channel() if self._certificates is not None else None
+        made = channels.setdefault(address, [])  # older ones carry the calls that they have; gRPC closes their connections when those end
+        if not made or made[-1][1] is not shown:
+            made.append((self._open(address, options, shown), shown))
+        return made[-1][0]
+
+    def _open(self, address: str, options: Options, shown: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+        if self._certificates is None or shown is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.secure_channel(address, shown, options=(*options, ("grpc.ssl_target_name_override", self._certificates.name)))
 
     async def drop(self, address: str) -> None:
-        """The address left the cluster; calls on its channel are cancelled."""
+        """The address left the cluster; calls on its channels are cancelled."""
         for channels in (self._channels, self._narrow):
-            channel = channels.pop(address, None)
-            if channel is not None:
+            for channel, _ in channels.pop(address, ()):
                 await channel.close(None)
 
     async def close(self) -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 from baton.config import WorkerConfig
 from baton.errors import ConfigError
-from baton.hosting.process import run_service
+from baton.hosting.process import certificates_of, run_service
 from baton.hosting.server import Host
 from baton.hosting.worker import Intake, host_worker
 from baton.rpc.channel import Channels
@@ -19,9 +19,10 @@ from services.decode.servicer import DecodeServicer
 async def serve(config: WorkerConfig) -> None:
     if config.role not in (Role.DECODE, Role.UNIFIED):
         raise ConfigError(f"role={config.role} is not for this service; use decode or unified")
+    certificates = certificates_of(config.security)
     built = build_worker(config)
     tracer = make_tracer(config.tracing, str(config.role), built.member.id)
-    channels = Channels(config.cluster.lease_s)
+    channels = Channels(config.cluster.lease_s, certificates)
     leases = Leases(built.engine.leases, channels, lease_s=config.cluster.lease_s)
 
     def add_services(host: Host, intake: Intake) -> list[str]:
@@ -43,7 +44,7 @@ async def serve(config: WorkerConfig) -> None:
         return [decode_pb2.DESCRIPTOR.services_by_name["Decode"].full_name]
 
     try:
-        await host_worker(config, built.engine, built.member, built.metrics, add_services)
+        await host_worker(config, built.engine, built.member, built.metrics, add_services, certificates)
     finally:
         await leases.close()
         await channels.close()

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from baton.config import KVStoreConfig, member_id, pool_master
 from baton.errors import ConfigError, StoreError
-from baton.hosting.process import run_service
+from baton.hosting.process import certificates_of, run_service
 from baton.hosting.server import Host
 from baton.kv.mooncake import MooncakeStore
 from baton.kv.neighbours import Lender, SharedMemory, meeting_place, pool_name
@@ -44,7 +44,8 @@ async def serve(config: KVStoreConfig) -> None:
     memory = LentMemory(store, admin, lent, lender)
     name = member_id(config.server, Role.KVSTORE)
     metrics = KVStoreMetrics(name)
-    host = Host(config.server, config.cluster, Member(id=name, role=Role.KVSTORE, address=""), metrics)
+    member = Member(id=name, role=Role.KVSTORE, address="")
+    host = Host(config.server, config.cluster, member, metrics, certificates=certificates_of(config.security))
     cast(Any, kvstore_pb2_grpc).add_KVStoreServicer_to_server(KVStoreServicer(store, admin), host.grpc)
     tasks = [asyncio.create_task(memory.join(), name="join"), asyncio.create_task(_poll(admin, metrics), name="poll")]
     supervisor = None

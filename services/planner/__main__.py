@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from baton.cli.command import run_command
+from baton.config import SecurityConfig
 from baton.errors import BatonError, ConfigError, Unavailable
+from baton.rpc.certificates import Certificates
 from baton.types import Role
 from services.planner.kubernetes import ACCOUNT, Kubernetes
 from services.planner.observe import RATE_S, History, Observer, check_pools, rates_of
@@ -131,6 +133,10 @@ def planner(
     namespace: Annotated[str | None, typer.Option(help="Of the Deployments; the planner's own if left out.")] = None,
     prefill_deployment: Annotated[str | None, typer.Option(help="Of the prefill workers: RELEASE-MODEL-prefill.")] = None,
     decode_deployment: Annotated[str | None, typer.Option(help="Of the decode workers: RELEASE-MODEL-decode.")] = None,
+    cert: Annotated[str, typer.Option(help="Of this planner, where workers ask for one (docs/security.md): PEM file.")] = "",
+    key: Annotated[str, typer.Option(help="Its key.")] = "",
+    authority: Annotated[str, typer.Option(help="Of who signs the services' certificates: PEM file.")] = "",
+    name: Annotated[str, typer.Option(help="That stands in them.")] = SecurityConfig().name,
     kubernetes: Annotated[str, typer.Option(help="The API.")] = "https://kubernetes.default.svc",
     kubernetes_token: Annotated[Path, typer.Option(help="File of the token.")] = ACCOUNT / "token",
     kubernetes_ca: Annotated[Path, typer.Option(help="File of the API's certificate authority.")] = ACCOUNT / "ca.crt",
@@ -145,6 +151,10 @@ def planner(
     if any(not math.isfinite(each) for each in (every or 0.0, window, startup, scale_in_after)):
         raise ConfigError("--every, --window, --startup and --scale-in-after are finite seconds")
 
+    if any((cert, key, authority)) and not all((cert, key, authority)):
+        raise ConfigError("one is nothing without the others: give --cert, --key and --authority")
+    certificates = Certificates(cert, key, authority, name, setting="planner") if cert else None
+
     async def work() -> None:
         hands = None
         if apply and prefill_deployment and decode_deployment:
@@ -152,7 +162,7 @@ def planner(
             api = Kubernetes(
                 kubernetes, namespace or _own_namespace(), token=kubernetes_token, authority=_authority(kubernetes, kubernetes_ca)
             )
-            hands = Hands(api, Drains(), deployments)
+            hands = Hands(api, Drains(certificates), deployments)
         observer = Observer(router)
         try:
             made = Planner(slo, bounds, startup_s=startup, scale_in_after_s=scale_in_after, hands=hands)

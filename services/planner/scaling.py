@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from baton.errors import ConfigError, Unavailable
+from baton.rpc.certificates import Certificates
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from services.planner.kubernetes import Kubernetes, Pod
@@ -63,8 +64,8 @@ def _unsettled(pods: Sequence[Pod], replicas: int) -> str:
 class Drains:
     """Tells workers to drain, over gRPC."""
 
-    def __init__(self) -> None:
-        self._channels = Channels(_PATIENCE_S)
+    def __init__(self, certificates: Certificates | None = None) -> None:
+        self._channels = Channels(_PATIENCE_S, certificates)
 
     async def close(self) -> None:
         await self._channels.close()

@@ -3,7 +3,7 @@
 import asyncio
 
 from baton.config import WorkerConfig
-from baton.hosting.process import run_service
+from baton.hosting.process import certificates_of, run_service
 from baton.hosting.server import Host
 from baton.hosting.worker import Intake, host_worker
 from baton.rpc.v1 import prefill_pb2, prefill_pb2_grpc
@@ -14,6 +14,7 @@ from services.prefill.servicer import PrefillServicer
 
 
 async def serve(config: WorkerConfig) -> None:
+    certificates = certificates_of(config.security)
     built = build_worker(config.model_copy(update={"role": Role.PREFILL}))
     tracer = make_tracer(config.tracing, "prefill", built.member.id)
 
@@ -34,7 +35,7 @@ async def serve(config: WorkerConfig) -> None:
         return [prefill_pb2.DESCRIPTOR.services_by_name["Prefill"].full_name]
 
     try:
-        await host_worker(config, built.engine, built.member, built.metrics, add_services)
+        await host_worker(config, built.engine, built.member, built.metrics, add_services, certificates)
     finally:
         await asyncio.to_thread(tracer.close)
 

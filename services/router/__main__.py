@@ -5,19 +5,19 @@ import collections.abc
 import contextlib
 import gc
 import socket
-import ssl
 from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
 import uvloop
 
-from baton.config import RouterConfig, TLSConfig, member_id
+from baton.config import RouterConfig, member_id
 from baton.errors import ConfigError
 from baton.hosting.members import make_membership
-from baton.hosting.process import run_service
+from baton.hosting.process import certificates_of, run_service
 from baton.hosting.server import Host
 from baton.metrics import RouterMetrics
+from baton.rpc.certificates import Certificates
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import router_pb2, router_pb2_grpc
 from baton.tokenizer import Tokenizer, read_settings
@@ -80,16 +80,27 @@ def build(config: RouterConfig, workers: Workers, channels: Channels, tracer: Tr
 
 
 async def serve(config: RouterConfig) -> None:
-    channels = Channels(config.cluster.lease_s)
-    membership = make_membership(config.cluster)
+    certificates = certificates_of(config.security)
+    front_door = Certificates(config.tls.cert, config.tls.key, setting="tls") if config.tls.cert else None
+    channels = Channels(config.cluster.lease_s, certificates)
+    membership = make_membership(config.cluster, certificates)
     workers = Workers(membership, channels, lease_s=config.cluster.lease_s)
     name = member_id(config.server, Role.ROUTER)
     tracer = make_tracer(config.tracing, "router", name)
     gateway = build(config, workers, channels, tracer)
     member = Member(id=name, role=Role.ROUTER, address="")
-    host = Host(config.server, config.cluster, member, gateway.metrics, max_receive=config.max_body)
+    shown = front_door or certificates
+    credentials = shown.server(demand=False) if shown is not None else None  # clients have keys, and no certificates
+    host = Host(
+        config.server,
+        config.cluster,
+        member,
+        gateway.metrics,
+        certificates=certificates,
+        credentials=credentials,
+        max_receive=config.max_body,
+    )
     cast(Any, router_pb2_grpc).add_RouterServicer_to_server(RouterServicer(gateway), host.grpc)
-    _check_certificate(config.tls)
     listener = _listen(config.server.host, config.http_port)
     server = _Server(
         uvicorn.Config(
@@ -136,19 +147,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"cannot listen on {host}:{port} (http_port): {error.strerror}") from error
     return listener
-
-
-def _check_certificate(tls: TLSConfig) -> None:
-    """Raises ConfigError, where uvicorn would end the process."""
-    if not tls.cert:
-        return
-    for path, setting in ((tls.cert, "tls.cert"), (tls.key, "tls.key")):
-        if not Path(path).is_file():
-            raise ConfigError(f"{setting}: there is no file {path}")
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert, tls.key, password=lambda: "")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"tls: {tls.cert} and {tls.key} are not a certificate and its unencrypted key, in PEM: {error}") from error
 
 
 if __name__ == "__main__":

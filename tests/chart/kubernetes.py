@@ -12,9 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import grpc
 import httpx
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.chart.network import NameServer, Network
 from tests.chart.pods import Pod
@@ -28,8 +26,12 @@ class Kubernetes:
     """Start with `apply`; apply again what has changed. `failures` are what should not have been: a pod that ended by itself, a grace that
     was over, a liveness probe that failed."""
 
-    def __init__(self, folder: Path, images: Mapping[str, Path], shared: Mapping[str, Path]) -> None:
+    def __init__(
+        self, folder: Path, images: Mapping[str, Path], shared: Mapping[str, Path], secrets: Mapping[str, Path] | None = None
+    ) -> None:
+        """`secrets`: a folder of files each."""
         self._folder, self._images, self._shared = folder, images, shared
+        self._secrets = {name: {file.name: file.read_text() for file in path.iterdir()} for name, path in (secrets or {}).items()}
         self.network = Network()
         self.pods: dict[str, list[Pod]] = {}
         self.failures: list[str] = []
@@ -109,7 +111,7 @@ class Kubernetes:
     def _add(self, workload: Object, number: int | None) -> Pod:
         name = workload["metadata"]["name"]
         suffix = f"{secrets.token_hex(4)}-{secrets.token_hex(2)}" if workload["kind"] == "Deployment" else str(number)
-        files = {thing["metadata"]["name"]: thing["data"] for thing in self.objects if thing["kind"] == "ConfigMap"}
+        files = self._secrets | {thing["metadata"]["name"]: thing["data"] for thing in self.objects if thing["kind"] == "ConfigMap"}
         pod = Pod(f"{name}-{suffix}", workload["spec"]["template"], files, self.network, self._folder, self._images, self._shared)
         self.pods[name].append(pod)
         keeper = threading.Thread(target=self._keep, args=(pod,), name=pod.name)
@@ -164,18 +166,14 @@ class Kubernetes:
 
 def _probe(pod: Pod, kind: str) -> bool:
     probe = pod.container[kind]
-    action, timeout = next(probe[key] for key in ("httpGet", "grpc", "tcpSocket") if key in probe), probe["timeoutSeconds"]
+    action, timeout = next(probe[key] for key in ("httpGet", "tcpSocket") if key in probe), probe["timeoutSeconds"]
     port = pod.ports.get(action["port"], action["port"])
     try:
         if "httpGet" in probe:
             return httpx.get(f"http://{pod.address}:{port}{action['path']}", timeout=timeout).status_code < 400
-        if "tcpSocket" in probe:
-            socket.create_connection((pod.address, port), timeout).close()
-            return True
-        with grpc.insecure_channel(f"{pod.address}:{port}") as channel:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
-            return answer.status == health_pb2.HealthCheckResponse.SERVING
-    except (OSError, httpx.HTTPError, grpc.RpcError):
+        socket.create_connection((pod.address, port), timeout).close()
+        return True
+    except (OSError, httpx.HTTPError):
         return False
 
 

@@ -150,8 +150,9 @@ class Pod:
         folder.mkdir(exist_ok=not found)  # a claim of a StatefulSet outlives its pod
         folder.chmod(0o777)
         for volume in found:
-            assert "configMap" in volume or "emptyDir" in volume, volume
-            for file, text in files[volume["configMap"]["name"]].items() if "configMap" in volume else ():
+            assert {"configMap", "secret", "emptyDir"} & volume.keys(), volume
+            source = volume.get("configMap", {}).get("name") or volume.get("secret", {}).get("secretName")
+            for file, text in files[source].items() if source else ():
                 (folder / file).write_text(text)
         return folder
 

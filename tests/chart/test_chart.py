@@ -341,6 +341,41 @@ def test_keys_come_from_a_secret_that_is_named() -> None:
     assert files == [f"{mount['mountPath']}/product", f"{mount['mountPath']}/batch"]
 
 
+def test_services_show_certificates_where_there_are_some_and_are_told_to_do_without_elsewhere() -> None:
+    objects = rendered("mtls")
+    for name, workload in workloads(objects).items():
+        (mount,) = [mount for mount in container_of(workload)["volumeMounts"] if mount["name"] == "certificates"]
+        (volume,) = [volume for volume in pod_of(workload)["volumes"] if volume["name"] == "certificates"]
+        assert (mount["readOnly"], volume["secret"]) == (True, {"secretName": "baton-services", "defaultMode": 0o440})
+        if container_of(workload)["name"] != "etcd":
+            security = config_of(objects, name)["security"]
+            assert {security[file] for file in ("cert", "key", "authority")} == {
+                f"{mount['mountPath']}/{file}" for file in ("tls.crt", "tls.key", "ca.crt")
+            }
+    configs = [thing["metadata"]["name"] for thing in rendered("cpu-demo") if thing["kind"] == "ConfigMap"]
+    assert all(config_of(rendered("cpu-demo"), name)["security"] == {"insecure": True} for name in configs)
+
+
+def test_the_planner_shows_a_certificate_to_workers_that_it_drains() -> None:
+    told = ("planner.enabled=true", "planner.apply=true", "prefill.autoscaling.by=external", "decode.autoscaling.by=external")
+    container = container_of(workloads(render(example("mtls"), *told))["rel-qwen3-8b-planner"])
+    assert container["volumeMounts"] == [{"name": "certificates", "mountPath": "/etc/baton-tls", "readOnly": True}]
+    assert {"--cert=/etc/baton-tls/tls.crt", "--key=/etc/baton-tls/tls.key", "--authority=/etc/baton-tls/ca.crt"} < set(container["args"])
+    assert "volumeMounts" not in container_of(workloads(render(example("one-gpu-node"), *told))["rel-qwen3-8b-planner"])
+
+
+def test_an_etcd_of_another_gets_what_it_asks_for() -> None:
+    secrets = ("authoritySecret.name=ca", "certificateSecret=ours", "user=baton", "passwordSecret.name=password", "name=etcd.infra")
+    told = ["etcd.endpoints={https://etcd.infra:2379}", *(f"etcd.access.{secret}" for secret in secrets), "kvstore.master.replicas=1"]
+    objects = render(example("external-etcd"), *told)
+    (volume,) = [each for each in pod_of(workloads(objects)["rel-qwen3-8b-router"])["volumes"] if each["name"] == "etcd-access"]
+    files = {item["path"]: source["secret"]["name"] for source in volume["projected"]["sources"] for item in source["secret"]["items"]}
+    assert files == {"ca.crt": "ca", "tls.crt": "ours", "tls.key": "ours", "password": "password"}
+    access = config_of(objects, "rel-qwen3-8b-router")["cluster"]["etcd_access"]
+    assert {Path(access[setting]).name for setting in ("authority", "cert", "key", "password_file")} == files.keys()
+    assert (access["user"], access["name"]) == ("baton", "etcd.infra")
+
+
 def test_weights_come_by_a_job_and_workers_wait_for_them() -> None:
     objects = render(example("one-gpu-node"), "models.qwen3-8b.fetch.tokenSecret.name=hugging-face")
     (job,) = [thing for thing in objects if thing["kind"] == "Job"]
@@ -366,6 +401,13 @@ def test_an_etcd_that_is_there_is_used() -> None:
         ("worker.settings.pool.master=elsewhere", "master"),
         ("etcd.replicas=2", "etcd.replicas"),
         ("etcd.replicas=3", "give etcd.storage.size"),
+        ("security.tls.secret=certs,kvstore.master.replicas=2", "one master, or an etcd that asks for neither"),
+        ("networkPolicy.enabled=false", "security.insecure=true"),
+        ("etcd.endpoints={https://a:1}", "etcd.access.authoritySecret"),
+        ("etcd.endpoints={https://a:1,http://b:1}", "etcd.endpoints"),
+        ("etcd.endpoints={http://a:1},etcd.access.user=u", "user and passwordSecret"),
+        ("etcd.access.user=u", "give etcd.endpoints"),
+        ("worker.settings.security.insecure=true", "security"),
         ("router.settings.tls.cert=/tls/tls.crt", "tls"),
         ("router.settings.tenants[0].key_file=/keys/a", "name"),
         ("models.Demo.path=/x", "Demo"),

@@ -4,6 +4,7 @@ command, environment, configuration, user, rights and read-only root. It serves,
 import json
 import re
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,13 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
+from baton.cluster.etcd import EtcdMembership
+from baton.config import EtcdAccessConfig
+from baton.errors import MembershipError
 from baton.kernels.cpu.build import cache_folder
+from baton.types import Member, Role
 from scripts.dashboards import exported
+from tests.certificates import Authority
 from tests.chart.connections import forbidden, listeners
 from tests.chart.kubernetes import Kubernetes
 from tests.chart.load import quiet, under_load
@@ -27,6 +33,7 @@ DEMO = ROOT / "examples/demo-model"
 # Nothing has failed, and there is no file tier.
 NOT_HERE = {"request_failures", "requests_refused", "kv_tier_evictions", "kv_tier_damaged", "kv_tier_used_bytes", "kv_tier_capacity_bytes"}
 SMALL = (
+    "security.tls.secret=certs",
     "kvstore.node.memory=128Mi",
     "worker.settings.engine.kv_memory=32MiB",
     "worker.drainSeconds=20",
@@ -47,6 +54,11 @@ SMALL = (
 
 def wanted(*sets: str) -> list[Object]:
     return [thing for thing in render(example("cpu-demo"), *SMALL, *sets) if "helm.sh/hook" not in thing["metadata"].get("annotations", {})]
+
+
+def certificates(folder: Path) -> Path:
+    """As docs/security.md has cert-manager make them."""
+    return Authority(folder).sign(folder / "secret", ["baton.internal", "*.rel-etcd"])
 
 
 def shared(folder: Path) -> dict[str, Path]:
@@ -71,7 +83,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]:
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     (other / "model.safetensors").chmod(0o644)
     images = {"/opt/baton/demo-model": DEMO, "/opt/baton/another-version": other}
-    with Kubernetes(folder, images, shared(folder)) as running:
+    with Kubernetes(folder, images, shared(folder), {"certs": certificates(folder)}) as running:
         running.apply(wanted())
         yield running
     assert not running.failures
@@ -110,7 +122,9 @@ def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 # The first, since it has a cluster of its own: the others' begins with their first one.
 def test_three_members_of_etcd_and_two_masters_of_the_pool(tmp_path: Path) -> None:
     fleet = ("etcd.replicas=3", "etcd.storage.size=1Gi", "kvstore.master.replicas=2", "kvstore.node.replicas=2")
-    with Kubernetes(tmp_path, {"/opt/baton/demo-model": DEMO}, shared(tmp_path)) as running:
+    fleet = (*fleet, "security.tls.etcd=false")
+    images, secrets = {"/opt/baton/demo-model": DEMO}, {"certs": certificates(tmp_path)}
+    with Kubernetes(tmp_path, images, shared(tmp_path), secrets) as running:
         running.apply(wanted(*fleet))
         masters, nodes = running.pods["rel-demo-kvstore-master"], running.pods["rel-demo-kvstore-node"]
         (prefill,) = running.pods["rel-demo-prefill"]
@@ -121,6 +135,38 @@ def test_three_members_of_etcd_and_two_masters_of_the_pool(tmp_path: Path) -> No
         until(lambda: metric(prefill, "baton:kv_pool_saved_blocks_total") > 0)
         assert not forbidden(running)
     assert not running.failures
+
+
+async def test_members_of_etcd_ask_each_other_and_everybody_for_certificates(tmp_path: Path) -> None:
+    folder = certificates(tmp_path)
+    objects = wanted("etcd.replicas=3", "etcd.storage.size=1Gi")
+    etcd = [thing for thing in objects if thing["metadata"]["name"] == "rel-etcd" or thing["kind"] not in ("Deployment", "StatefulSet")]
+    with Kubernetes(tmp_path, {}, shared(tmp_path), {"certs": folder}) as running:
+        running.apply(etcd)
+        url = "https://" + ",".join(f"{pod.address}:2379" for pod in running.pods["rel-etcd"])
+        files = {"authority": "ca.crt", "cert": "tls.crt", "key": "tls.key"}
+        access = EtcdAccessConfig(name="baton.internal", **{setting: str(folder / file) for setting, file in files.items()})
+        membership = EtcdMembership(url, "prod.rel.demo", lease_s=2, access=access)
+        await membership.join(Member(id="w", role=Role.DECODE, address="a:1"))
+        await membership.close()
+        stranger = EtcdMembership(url, "prod.rel.demo", lease_s=2, access=access.model_copy(update={"cert": "", "key": ""}))
+        with pytest.raises(MembershipError):
+            await stranger.join(Member(id="x", role=Role.DECODE, address="a:1"))
+        await stranger.close()
+    assert not running.failures
+
+
+def test_what_is_asked_without_a_certificate_is_not_answered(cluster: Kubernetes) -> None:
+    for pod in cluster.everybody():
+        port = pod.ports["grpc" if "grpc" in pod.ports else "client"]
+        with socket.create_connection((pod.address, port), timeout=5) as plain:
+            plain.settimeout(5)
+            plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            try:
+                answer = plain.recv(9)
+            except ConnectionResetError:
+                answer = b""
+        assert answer[3:4] != b"\x04", f"{pod.name} speaks HTTP/2 without TLS"
 
 
 def test_a_router_is_ready_with_a_decode_worker_and_degraded_without_a_prefill_worker(cluster: Kubernetes) -> None:

@@ -25,15 +25,20 @@ LEASE_S = 2.0
 
 
 class Etcd:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificates: Path | None = None) -> None:
+        """`certificates`: the folder of its own; it then asks clients for theirs."""
         program = shutil.which("etcd")
         assert program, "etcd is not installed: run make setup"
         client, peer = free_port(), free_port()
-        self.url, self._folder = f"http://127.0.0.1:{client}", folder
+        scheme = "http" if certificates is None else "https"
+        self.url, self._folder = f"{scheme}://127.0.0.1:{client}", folder
         self._command = [program, "--name=t", f"--data-dir={folder}", "--log-level=error", "--unsafe-no-fsync"]
         self._command += [f"--listen-client-urls={self.url}", f"--advertise-client-urls={self.url}"]
         self._command += [f"--listen-peer-urls=http://127.0.0.1:{peer}", f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}"]
         self._command += [f"--initial-cluster=t=http://127.0.0.1:{peer}"]
+        if certificates is not None:
+            files = {"cert-file": "tls.crt", "key-file": "tls.key", "trusted-ca-file": "ca.crt"}
+            self._command += [f"--{option}={certificates / file}" for option, file in files.items()] + ["--client-cert-auth"]
         self._port = client
         self.start()
 
@@ -199,7 +204,7 @@ async def test_an_unreachable_etcd_is_an_error_at_once() -> None:
     with pytest.raises(MembershipError, match="cannot be reached"):
         await membership.join(member("w1"))
     await membership.close()
-    for wrong in ("http://", "http://a:b", "https://a:1", "http://a:1,,"):
+    for wrong in ("http://", "http://a:b", "ftp://a:1", "https://a:1,http://b:1", "http://a:1,,"):
         with pytest.raises(ConfigError, match="must look like"):
             EtcdMembership(wrong, "test", lease_s=LEASE_S)
 

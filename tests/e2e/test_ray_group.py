@@ -69,7 +69,7 @@ class Group:
         """On the first machine."""
         service = "prefill" if role == "prefill" else "decode"
         common = [f"role={role}", f"model={self.model}", "engine.device=cpu", "engine.num_blocks=150", "engine.num_threads=1"]
-        server = [f"server.id={role}-{port}", f"server.host={self.first.address}", f"server.grpc_port={port}"]
+        server = [f"server.id={role}-{port}", f"server.host={self.first.address}", f"server.grpc_port={port}", "security.insecure=true"]
         server.append(f"server.metrics_port={port + METRICS_PORT - GRPC_PORT}")
         parallel = ["parallel.launcher=ray", f"parallel.ray_address={self.first.address}:{RAY_PORT}"] if ranks > 1 else []
         degree = f"engine.tensor_parallel_size={ranks}"
@@ -79,7 +79,13 @@ class Group:
     def router(self, *ports: int) -> Iterator[Router]:
         """In front of the workers at these ports."""
         workers = ",".join(f"'{self.first.address}:{port}'" for port in ports)
-        settings = [f"model={self.model}", f"server.host={self.first.address}", f"http_port={HTTP_PORT}", f"cluster.workers=[{workers}]"]
+        settings = [
+            f"model={self.model}",
+            f"server.host={self.first.address}",
+            "security.insecure=true",
+            f"http_port={HTTP_PORT}",
+            f"cluster.workers=[{workers}]",
+        ]
         process = self.first.start(sys.executable, "-m", "services.router", *settings, "local_prefill=false", "cluster.lease_s=3")
         try:
             yield Router(f"http://{self.first.address}:{HTTP_PORT}")

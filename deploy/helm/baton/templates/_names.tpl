@@ -60,7 +60,12 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | quote }}
 {{- else -}}
 {{- $name := include "baton.name" (dict "root" . "model" "" "version" "" "component" "etcd") -}}
 {{- $urls := list -}}
-{{- range $i := until (int .Values.etcd.replicas) }}{{ $urls = append $urls (printf "http://%s-%d.%s:2379" $name $i $name) }}{{ end -}}
+{{- $scheme := ternary "https" "http" (not (empty (include "baton.etcdTLS" .))) -}}
+{{- range $i := until (int .Values.etcd.replicas) }}{{ $urls = append $urls (printf "%s://%s-%d.%s:2379" $scheme $name $i $name) }}{{ end -}}
 {{ join "," $urls }}
 {{- end -}}
+{{- end }}
+
+{{- define "baton.etcdTLS" -}}{{/* something, where the chart's own etcd asks for certificates */}}
+{{- with .Values.security.tls }}{{ if and .secret .etcd }}tls{{ end }}{{ end }}
 {{- end }}

@@ -114,6 +114,7 @@ spec:
         capabilities: {drop: [ALL]{{ if $asRoot }}, add: [IPC_LOCK]{{ end }}}
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
+        {{- include "baton.securityMounts" $root | nindent 8 }}
         {{- if $w.config }}
         - {name: config, mountPath: /etc/baton, readOnly: true}
         - {name: cache, mountPath: /cache}
@@ -133,6 +134,7 @@ spec:
         {{- with $block.volumeMounts }}{{ toYaml . | nindent 8 }}{{ end }}
   volumes:
     - {name: tmp, emptyDir: {}}
+    {{- include "baton.securityVolumes" $root | nindent 4 }}
     {{- if $w.config }}
     - {name: config, configMap: {name: {{ $w.name }}}}
     - {name: cache, emptyDir: {}}

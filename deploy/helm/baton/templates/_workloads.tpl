@@ -68,6 +68,7 @@ items:
 {{- define "baton.cluster" -}}{{/* the settings that all processes of a model share */}}
 name: {{ list .root.Release.Namespace .root.Release.Name .model | join "." }}
 etcd: {{ include "baton.etcd" .root | quote }}
+etcd_access: {{ include "baton.etcdAccess" .root }}
 lease_s: {{ .spec.leaseSeconds | default 5 }}
 {{- end }}
 
@@ -76,16 +77,17 @@ lease_s: {{ .spec.leaseSeconds | default 5 }}
 - {name: metrics, containerPort: 9101}
 {{- end }}
 
-{{- define "baton.probes.grpc" -}}
-startup: {grpc: {port: 9100}}
-readiness: {grpc: {port: 9100}}
-liveness: {grpc: {port: 9100}}
+{{- define "baton.probes" -}}
+startup: {httpGet: {path: /health, port: metrics}}
+readiness: {httpGet: {path: /health, port: metrics}}
+liveness: {httpGet: {path: /health, port: metrics}}
 {{- end }}
 
 {{- define "baton.workload.router" -}}
 {{- $served := .spec.servedName | default .model }}
 {{- $own := dict "model" .version.path "served_model_name" $served "http_port" 8000 "drain_grace_s" .block.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
+{{- $_ := set $own "security" (include "baton.security" .root | fromYaml) }}
 {{- $_ := set $own "server" (dict "host" "0.0.0.0" "grpc_port" 9000 "metrics_port" 9101 "log_format" .root.Values.logFormat) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" "" "component" "router") }}
   component: router
@@ -129,6 +131,7 @@ liveness: {grpc: {port: 9100}}
 {{- end }}
 {{- $own := dict "role" .role "model" .version.path "served_model_name" (.spec.servedName | default .model) "drain_grace_s" .block.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
+{{- $_ := set $own "security" (include "baton.security" .root | fromYaml) }}
 {{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) }}
 {{- if .block.fileTier.bytes }}
 {{- $_ := set $own "files" (dict "path" "/kv" "bytes" .block.fileTier.bytes "shared" .block.fileTier.shared) }}
@@ -148,7 +151,7 @@ liveness: {grpc: {port: 9100}}
   ports:
     {{- include "baton.ports.grpc" . | nindent 4 }}
   probes:
-    {{- include "baton.probes.grpc" . | nindent 4 }}
+    {{- include "baton.probes" . | nindent 4 }}
   addressKeys: [BATON_SERVER__HOST, BATON_POOL__HOST]
   threadsByRequest: {{ and (eq (int .block.gpus) 0) (not $engine.num_threads) (not $engine.tensor_parallel_size) (hasKey $requests "cpu") }}
   weights: {{ toJson .version }}
@@ -157,8 +160,13 @@ liveness: {grpc: {port: 9100}}
 {{- end }}
 
 {{- define "baton.workload.master" -}}
+{{- $asks := or (include "baton.etcdTLS" .root) .root.Values.etcd.access.user (hasPrefix "https:" (include "baton.etcd" .root)) }}
+{{- if and .ha $asks }}
+{{- fail (printf "models.%s: kvstore.master.replicas: several masters agree by etcd, to which Mooncake speaks without certificates and passwords; take one master, or an etcd that asks for neither (security.tls.etcd=false) behind NetworkPolicies" .model) }}
+{{- end }}
 {{- $own := dict "mode" "master" "ha" .ha "master_port" 50051 "master_metrics_port" 9003 "drain_grace_s" .master.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
+{{- $_ := set $own "security" (include "baton.security" .root | fromYaml) }}
 {{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" "" "component" "kvstore-master") }}
   component: kvstore-master
@@ -172,7 +180,7 @@ liveness: {grpc: {port: 9100}}
     - {name: master, containerPort: 50051}
     - {name: admin, containerPort: 9003}
   probes:
-    {{- include "baton.probes.grpc" . | nindent 4 }}
+    {{- include "baton.probes" . | nindent 4 }}
     readiness: {httpGet: {path: /health, port: admin}}
   addressKeys: [BATON_SERVER__HOST, BATON_POOL__HOST]
   config: {{ include "baton.merge" (list .master.settings $own) }}
@@ -193,6 +201,7 @@ liveness: {grpc: {port: 9100}}
 {{- end }}
 {{- $own := dict "mode" "node" "memory" .node.memory "masters" $admins "pool" $pool "drain_grace_s" .node.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
+{{- $_ := set $own "security" (include "baton.security" .root | fromYaml) }}
 {{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) }}
 {{- $memory := printf "%dMi" (add (include "baton.mebibytes" .node.memory | int64) 1024) }}
 {{- $sizes := dict "requests" (dict "memory" $memory) "limits" (dict "memory" $memory) }}
@@ -206,7 +215,7 @@ liveness: {grpc: {port: 9100}}
   ports:
     {{- include "baton.ports.grpc" . | nindent 4 }}
   probes:
-    {{- include "baton.probes.grpc" . | nindent 4 }}
+    {{- include "baton.probes" . | nindent 4 }}
   addressKeys: [BATON_SERVER__HOST, BATON_POOL__HOST]
   config: {{ include "baton.merge" (list .node.settings $own) }}
   block: {{ $block }}
@@ -214,8 +223,10 @@ liveness: {grpc: {port: 9100}}
 
 {{- define "baton.workload.etcd" -}}
 {{- $name := include "baton.name" (dict "root" . "model" "" "version" "" "component" "etcd") }}
+{{- $tls := not (empty (include "baton.etcdTLS" .)) }}
+{{- $scheme := ternary "https" "http" $tls }}
 {{- $peers := list }}
-{{- range $i := until (int .Values.etcd.replicas) }}{{ $peers = append $peers (printf "%s-%d=http://%s-%d.%s:2380" $name $i $name $i $name) }}{{ end }}
+{{- range $i := until (int .Values.etcd.replicas) }}{{ $peers = append $peers (printf "%s-%d=%s://%s-%d.%s:2380" $name $i $scheme $name $i $name) }}{{ end }}
 {{- if and (gt (int .Values.etcd.replicas) 1) (not .Values.etcd.storage.size) }}
 {{- fail "etcd: a member of several that restarts without its data cannot join again: give etcd.storage.size, or etcd.replicas=1" }}
 {{- end }}
@@ -228,11 +239,20 @@ liveness: {grpc: {port: 9100}}
   args:
     - --name=$(POD_NAME)
     - --data-dir=/var/lib/etcd/data
-    - --listen-client-urls=http://$(POD_IP):2379
-    - --advertise-client-urls=http://$(POD_NAME).{{ $name }}:2379
-    - --listen-peer-urls=http://$(POD_IP):2380
-    - --initial-advertise-peer-urls=http://$(POD_NAME).{{ $name }}:2380
+    - --listen-client-urls={{ $scheme }}://$(POD_IP):2379
+    - --advertise-client-urls={{ $scheme }}://$(POD_NAME).{{ $name }}:2379
+    - --listen-peer-urls={{ $scheme }}://$(POD_IP):2380
+    - --initial-advertise-peer-urls={{ $scheme }}://$(POD_NAME).{{ $name }}:2380
     - --listen-metrics-urls=http://$(POD_IP):9101
+    {{- range $who := ternary (list "" "peer-") list $tls }}
+    - --{{ $who }}cert-file=/etc/baton-tls/tls.crt
+    - --{{ $who }}key-file=/etc/baton-tls/tls.key
+    - --{{ $who }}trusted-ca-file=/etc/baton-tls/ca.crt
+    - --{{ $who }}client-cert-auth=true
+    {{- end }}
+    {{- if $tls }}
+    - --experimental-peer-skip-client-san-verification=true
+    {{- end }}
     - --initial-cluster={{ join "," $peers }}
     - --initial-cluster-token={{ .Release.Namespace }}-{{ .Release.Name }}
     - --auto-compaction-mode=periodic
