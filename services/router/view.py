@@ -64,6 +64,7 @@ class Paces:
 
 
 PACE_COLUMNS = tuple(f.name for f in fields(Paces))
+LEARNED = 5  # of them, the first: what a step takes
 LOAD_COLUMNS = (
     "num_requests", "pending_tokens", "pending_pairs", "num_waiting", "num_held", "context_tokens", "kv_used", "batched_tokens",
     "computing_s",
@@ -83,20 +84,13 @@ class Layout:
         fingerprints: Sequence[str],
         block_sizes: Sequence[int],
         devices: Sequence[str],
-        degrees: Sequence[int] = (),
     ) -> None:
-        """`degrees`: of tensor parallelism, where it matters who reads the same blocks in the pool."""
         self.ids, self.roles, self.fingerprints, self.devices = tuple(ids), tuple(roles), tuple(fingerprints), tuple(devices)
         self.block_size = np.array(block_sizes, dtype=np.float64)
         self.block_sizes = frozenset(block_sizes)
         self.is_prefill = np.array([role is Role.PREFILL for role in roles], dtype=bool)
         self.is_decode = np.array([role is Role.DECODE for role in roles], dtype=bool)
         rows = range(len(self.ids))
-        self._degrees = tuple(degrees)
-        alike: dict[tuple[str, int], list[int]] = {}
-        for row, degree in enumerate(degrees):
-            alike.setdefault((fingerprints[row], degree), []).append(row)
-        self.readers = {who: np.array(some, dtype=np.intp) for who, some in alike.items()}
         self._fitting = {
             name: np.array([row for row in rows if roles[row] is Role.PREFILL and fingerprints[row] == name], dtype=np.intp)
             for name in {fingerprints[row] for row in rows if roles[row] is Role.PREFILL}
@@ -131,7 +125,6 @@ class Layout:
             [self.fingerprints[row] for row in rows],
             [int(self.block_size[row]) for row in rows],
             [self.devices[row] for row in rows],
-            [self._degrees[row] for row in rows] if self._degrees else (),
         )
 
     def without(self, names: frozenset[str]) -> "tuple[Layout, Rows]":
@@ -182,6 +175,7 @@ class View(Sequence[WorkerView]):
             self.kv_used, self.batched_tokens, self.computing_s, *pace,
         ) = table  # fmt: skip
         self.pace = Paces(*pace)
+        self.learned = table[len(LOAD_COLUMNS) :][:LEARNED]
 
     @staticmethod
     def of(workers: "Sequence[WorkerView]") -> "View":

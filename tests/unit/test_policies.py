@@ -10,7 +10,7 @@ from baton.errors import ConfigError, Overloaded
 from baton.hashing import block_hashes
 from baton.types import BlocksRemoved, BlocksStored, Load, Member, MemberState, Pace, Role, StateUpdate, Tier
 from services.router.fleet import Fleet, Worker
-from services.router.index import PoolIndex
+from services.router.index import PrefixIndex
 from services.router.policies import POLICIES
 from services.router.policy import Facts, Placement
 from services.router.predicted import predicted
@@ -335,10 +335,12 @@ def test_the_pool_of_another_fingerprint_or_degree_is_another_one() -> None:
 
 def test_what_is_known_of_the_pool_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.router.index.MOST_POOL_BLOCKS", 20)
-    pool = PoolIndex()
-    pool.apply(("f", 1), [BlocksStored(tuple(HASHES[:25]), Tier.POOL)])
-    assert pool.ends(("f", 1), HASHES[5:])[:2].tolist() == [20, 20]  # type: ignore[index]
-    assert pool.ends(("f", 1), HASHES)[:2].tolist() == [0, 1]  # type: ignore[index]
+    index = PrefixIndex()
+    index.reads("w", ("f", 1))
+    index.apply("w", [BlocksStored(tuple(HASHES[:15]), Tier.POOL), BlocksStored(tuple(HASHES[:5]), Tier.POOL)])
+    index.apply("w", [BlocksStored(tuple(HASHES[15:25]), Tier.POOL)])  # the first of the first ones go
+    assert index.reaches(HASHES[10:])[-1, index.places(["w"])] == [15]
+    assert index.reaches(HASHES[:7])[-1, index.places(["w"])] == [5]
 
 
 @pytest.mark.parametrize(("fetch_s", "chosen"), [(0.1, "p0"), (0.4, "p1"), (5.0, "p1")])
