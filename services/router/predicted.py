@@ -49,7 +49,7 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     view = View.of(workers)
     view.entrances()  # there is one
     known, pace = _complete(view)
-    ttft, harm = _prompts(facts, view, pace)
+    ttft, harm, cached = _prompts(facts, view, pace)
     (step, decoding), handing_over = _decode(facts, view, pace), _step(view, pace)
     soonest = ttft - _passed(view, handing_over)
     limit = (known and facts.ttft_slo_s) or np.inf
@@ -79,10 +79,10 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
         ready = np.maximum(soonest, pushed) + handing_over[decode]
         ranked = ranking(fitting, _within(limit, ready, np.maximum(ttft, pushed) + harm))
     if not known:
-        return place(facts, view, decode, ranked, "nothing learned yet")
+        return place(facts, view, decode, ranked, "nothing learned yet", cached)
     waits = _waits(view, pace, ranked[0] if ranked else decode)
     seconds = {"ttft_s": first, "waits_s": waits, "itl_s": float(step[decode]), "cost_s": cost}
-    return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", **seconds)
+    return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", cached, **seconds)
 
 
 def _best_pair(
@@ -162,9 +162,9 @@ def _passed(view: View, step: Column) -> Column:
     return np.where(view.layout.is_prefill & (view.pending_tokens > 0), np.minimum(view.computing_s, step), 0.0)
 
 
-def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
-    """Seconds until the prompt is computed there, and those that others lose by it."""
-    work, own = _prompt(facts, view, pace)
+def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Column]:
+    """Seconds until the prompt is computed there, and those that others lose by it; and its tokens that need no computing."""
+    work, own, cached = _prompt(facts, view, pace)
     layout, ttft = view.layout, work * (1 + pace.crowded)
     delayed = np.where(layout.is_prefill, view.num_waiting, view.num_requests - view.num_held + layout.is_decode)
     if layout.has_mates:
@@ -178,7 +178,7 @@ def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
         if not layout.shares[pool].any():  # else a decode worker takes its seconds from them as well
             there = float(view.num_requests[pool].mean())
             harm[pool] += own[pool].min() * there * (1 + there)
-    return ttft, harm
+    return ttft, harm, cached
 
 
 def _queued(view: View, pace: Paces) -> Column:
@@ -195,15 +195,15 @@ def _waits(view: View, pace: Paces, row: int) -> float:
     return float((queued + steps * (pace.base_s[row] + beside)) * (1 + pace.crowded[row]))
 
 
-def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
+def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Column]:
     """Seconds of its device until it has computed the prompt, and those of them that the prompt itself takes; with or without fetching
-    what it has not, whichever is faster. It fetches beside what is queued."""
+    what it has not, whichever is faster. It fetches beside what is queued. And the tokens that it has then."""
     if not (view.reachable_tokens > view.expected_tokens).any():
-        return _computing(facts, view, pace, view.expected_tokens)
+        return *_computing(facts, view, pace, view.expected_tokens), view.expected_tokens
     (work, then), (own, less) = _computing(facts, view, pace, np.stack((view.expected_tokens, view.reachable_tokens)))
     then = np.maximum(then - less, view.fetch_s) + less
     sooner = then < work
-    return np.where(sooner, then, work), np.where(sooner, less, own)
+    return np.where(sooner, then, work), np.where(sooner, less, own), np.where(sooner, view.reachable_tokens, view.expected_tokens)
 
 
 def _computing(facts: Facts, view: View, pace: Paces, cached: Column) -> tuple[Column, Column]:
