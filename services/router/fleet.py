@@ -165,6 +165,7 @@ class Fleet:
             load.num_held,
             load.num_context_tokens,
             1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0,
+            load.blocks_total * worker.member.block_size,
             worker.member.max_num_batched_tokens,
             worker.since,
             pace.base_s,

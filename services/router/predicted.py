@@ -3,7 +3,8 @@
 Of a pair (P, D), or of D alone, which computes the prompt itself:
 
     first token     what P has to compute before, and what it lacks of this prompt, or a push that is slower than that; and the step that D
-                    is in, of which half passes before D asks P, and half before D takes what P has sent
+                    is in, of which half passes before D asks P, and half before D takes what P has sent; before all that, until D has
+                    blocks for it
   + its tokens      a step of D with it, times the tokens it is expected to get
   + harm            where the prompt is computed: its seconds, for each request there that it delays
                     where it decodes: what it adds to a step, for each request there, for as long
@@ -50,8 +51,10 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     view.entrances()  # there is one
     known, pace = _complete(view)
     ttft, harm, cached = _prompts(facts, view, pace)
-    (step, decoding), handing_over = _decode(facts, view, pace), _step(view, pace)
-    soonest = ttft - _passed(view, handing_over)
+    (step, decoding), current = _decode(facts, view, pace), _step(view, pace)
+    room = _room(facts, view, step)
+    ttft, handing_over = ttft + room, current + room
+    soonest = ttft - _passed(view, current)
     limit = (known and facts.ttft_slo_s) or np.inf
     if known:
         harm, decoding = _within(limit, soonest, harm), _within(facts.itl_slo_s or np.inf, step, decoding)
@@ -226,6 +229,14 @@ def _decode(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     step = pace.base_s + pace.decode_s(view.num_requests, view.context_tokens) + added
     slower = 1 + pace.crowded
     return step * slower, facts.num_output_tokens * (step + added * view.num_requests) * slower
+
+
+def _room(facts: Facts, view: View, step: Column) -> Column:
+    """Seconds until a decode worker has blocks for it. In the time of one request's tokens all that are held become free once."""
+    held = view.kv_used * view.kv_tokens
+    lacking = facts.num_prompt_tokens - view.matched_tokens + facts.num_output_tokens - (view.kv_tokens - held)
+    lacking = np.where((view.kv_tokens > 0) & ~view.layout.is_prefill, np.maximum(lacking, 0.0), 0.0)
+    return lacking / np.maximum(held, 1.0) * facts.num_output_tokens * step
 
 
 def _habitual(facts: Facts, view: View, pace: Paces, step: Column) -> Column:
