@@ -4,8 +4,9 @@
     submit, offer, push, close ──▶ inbox ─▶ loading ─▶ scheduler ─▶ runner ─▶ outputs
     Sequence ◀── one call per step ─────────────────────┘                      lookup, load, save ──▶ inbox
 
-The thread alone owns scheduler, blocks and requests; everything else reaches it as a function in the inbox. It sleeps when there is
-nothing to compute. A step that raises fails the requests in it, and nobody else. Knows nothing of gRPC, of other workers, or of roles.
+The thread alone changes scheduler, blocks and requests; everything else reaches it as a function in the inbox. While it sleeps, having
+nothing to compute, or a step is computed, the event loop may look at them (`StatePublisher.lock`). A step that raises fails the requests in
+it, and nobody else. Knows nothing of gRPC, of other workers, or of roles.
 
 Where the runner can hold more than one step, the next one is decided and submitted while the device computes (see Request's pending
 tokens). Blocks that become free meanwhile may still be written by steps in flight: later steps come after those anyway, and loads from

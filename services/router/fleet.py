@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.types import Load, Member, MemberState, StateUpdate, Tier
+from baton.types import Load, Member, MemberState, StateUpdate
 from services.router.index import FETCHED, Depths, PrefixIndex
 from services.router.view import LOAD_COLUMNS, PACE_COLUMNS, Layout, View
 

@@ -34,7 +34,6 @@ first of them went, which computes what they share once.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from baton.errors import Overloaded
 from services.router.policy import Facts, Placement, place, ranking
