@@ -226,6 +226,7 @@ class RouterMetrics(Metrics):
         )
         self.migrations = self.labelled(self.counter("migrations", "Sequences continued on another worker"))
         self._prediction = self.histogram("ttft_prediction_error", "|predicted - actual| / actual time to first token", _ERROR)
+        self._cache_prediction = self.histogram("cached_tokens_prediction_error", "|predicted - actual| cached / prompt tokens", _ERROR)
         self._success = self.counter("request_success", "Finished requests", "finished_reason")
         self._failures = self.counter("request_failures", "Failed requests", "code")
         self.queue_seconds = self.histogram("request_queue_seconds", "Time that requests had to wait in the router's queue, if any")
@@ -239,8 +240,11 @@ class RouterMetrics(Metrics):
         self.gauge("degraded", "1 while decode workers compute all prompts: no prefill worker is there", lambda: self.degraded)
         self.gauge("breakers_open", "Workers left alone, having failed request after request", lambda: self.num_breakers_open)
 
-    def predicted(self, predicted_s: float, actual_s: float) -> None:
-        self._prediction.observe(abs(predicted_s - actual_s) / actual_s if actual_s > 0 else 0.0)
+    def predicted(self, predicted_s: float | None, actual_s: float, predicted_share: float, actual_share: float) -> None:
+        """Time to the first token, if it was predicted, and the share of the prompt that nobody had to compute."""
+        if predicted_s is not None:
+            self._prediction.observe(abs(predicted_s - actual_s) / actual_s if actual_s > 0 else 0.0)
+        self._cache_prediction.observe(abs(predicted_share - actual_share))
 
     def success(self, reason: str) -> None:
         self.labelled(self._success, finished_reason=reason).inc()

@@ -3,7 +3,7 @@
     python -m benchmarks.news [--requests 200]
 
 A prompt is sent through one router; the time is taken from there until `GET /cluster` of each says that the worker has a request. So it
-holds the request's own way to the worker, the news' way back, and the time of asking.
+holds the request's own way to the worker, the news' way back, and the time of asking, each 5 ms: more often, and asking takes the cores.
 """
 
 import argparse
@@ -26,7 +26,7 @@ async def known_after(client: httpx.AsyncClient, url: str, sent: float) -> float
         [worker] = (await client.get(f"{url}/cluster")).json()["workers"]
         if worker["running"] + worker["waiting"]:
             return time.monotonic() - sent
-        await asyncio.sleep(0.0005)
+        await asyncio.sleep(0.005)
     raise TimeoutError(f"{url} has not heard of a request after 10 s")
 
 

@@ -13,7 +13,7 @@ from baton.types import Load, Pace, Tier
 
 
 class Census:
-    """`arrives` belongs to the event loop, all else to the engine's thread."""
+    """`arrives` belongs to the event loop, all else to whoever has the engine's state (`StatePublisher.lock`)."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Census:
 
     def measure(self) -> Load:
         pool = self._scheduler.cache.pool
-        inside = [*(entry for entry in self._entries.values() if not entry.is_computed), *self._arriving]
+        inside = [entry for entry in (*self._entries.values(), *self._arriving) if not entry.is_computed]
         own = [entry.request for entry in inside if not entry.is_held]
         running = [request for request in own if request.status in (RequestStatus.RUNNING, RequestStatus.ENDING)]
         tokens, pairs = self._backlog.measure(own)

@@ -4,8 +4,9 @@
     submit, offer, push, close ──▶ inbox ─▶ loading ─▶ scheduler ─▶ runner ─▶ outputs
     Sequence ◀── one call per step ─────────────────────┘                      lookup, load, save ──▶ inbox
 
-The thread alone owns scheduler, blocks and requests; everything else reaches it as a function in the inbox. It sleeps when there is
-nothing to compute. A step that raises fails the requests in it, and nobody else. Knows nothing of gRPC, of other workers, or of roles.
+The thread alone changes scheduler, blocks and requests; everything else reaches it as a function in the inbox. While it sleeps, having
+nothing to compute, or a step is computed, the event loop may look at them (`StatePublisher.lock`). A step that raises fails the requests in
+it, and nobody else. Knows nothing of gRPC, of other workers, or of roles.
 
 Where the runner can hold more than one step, the next one is decided and submitted while the device computes (see Request's pending
 tokens). Blocks that become free meanwhile may still be written by steps in flight: later steps come after those anyway, and loads from
@@ -34,7 +35,7 @@ from baton.runtime.outputs import Outputs
 from baton.runtime.pace import PaceLearner, Stopwatch
 from baton.runtime.pushing import Checksums, Pusher, Receiver, Reservations, Sender
 from baton.runtime.sequence import EngineSequence
-from baton.runtime.state import StatePublisher
+from baton.runtime.state import StatePublisher, StateReader
 from baton.runtime.tier import Tier
 from baton.runtime.validation import Limits, validate
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
@@ -116,6 +117,7 @@ class Engine:
     def start(self) -> None:
         """Starts the thread. Called once, on the event loop that will use the engine."""
         self._outputs.open(asyncio.get_running_loop())
+        self._publisher.open()
         self._thread.start()
 
     def submit(
@@ -137,10 +139,11 @@ class Engine:
         entry = Entry(inner, Feed(inner, hold=hold, await_saves=await_saves), sequence)
         self._census.arrives(entry)
         self._post(lambda: self._admit(entry, push))
+        self._publisher.changed()
         return sequence
 
     async def watch(self) -> AsyncIterator[StateUpdate]:
-        reader = self._publisher.reader(asyncio.get_running_loop())
+        reader = StateReader(asyncio.get_running_loop())
         self._post(lambda: self._publisher.subscribe(reader))
         try:
             while True:
@@ -166,6 +169,7 @@ class Engine:
             return
         deadline = time.monotonic() + flush_s
         self._stopping = True
+        self._publisher.close()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
         for sequence in list(self._live.values()):
@@ -180,8 +184,13 @@ class Engine:
         self.pusher.stop()  # the thread has ended: nobody else touches it
         await _end(self.on_stopped)
 
-    def forget(self, request_id: str) -> None:
-        self._live.pop(request_id, None)
+    def ended(self, sequence: EngineSequence) -> None:
+        """Told its end, or cancelled."""
+        self._live.pop(sequence.request_id, None)
+
+    def cancel(self, sequence: EngineSequence) -> None:
+        self.post_to(sequence.request_id, self.abort)
+        self._publisher.changed()
 
     def post_to(self, request_id: str, action: Callable[[Entry], None]) -> None:
         """Runs `action` on the engine's thread, unless the request has ended by then."""
@@ -245,14 +254,15 @@ class Engine:
     def _run(self) -> None:
         """A bug outside of a step leaves nothing to trust: every request must move to another worker, and `on_crash` is called."""
         try:
-            while self._work_inbox():
-                self._flush()  # what came meanwhile need not wait for the step
-                self.loader.tick(time.monotonic())
-                self.reservations.serve()
-                self._publisher.publish(time.monotonic())  # what came: the step may be long, and routers send to who seems idle
-                self._stalled = not self._step()
-                self._flush()
-                self._publisher.publish(time.monotonic())
+            with self._publisher.lock:
+                while self._work_inbox():
+                    self._flush()  # what came meanwhile need not wait for the step
+                    self.loader.tick(time.monotonic())
+                    self.reservations.serve()
+                    self._publisher.publish(time.monotonic())  # what came: the step may be long, and routers send to who seems idle
+                    self._stalled = not self._step()
+                    self._flush()
+                    self._publisher.publish(time.monotonic())
         except Exception:
             logger.critical("the engine has crashed", exc_info=True)
             self._stopping = True
@@ -266,7 +276,8 @@ class Engine:
         wait = self._wait()
         while True:
             try:
-                action = self._inbox.get(timeout=wait) if wait > 0 else self._inbox.get_nowait()
+                with self._publisher.elsewhere():
+                    action = self._inbox.get(timeout=wait)
             except queue.Empty:
                 return True
             if action is None:
@@ -306,7 +317,8 @@ class Engine:
         if not self._flights:
             self._watch.start()
         try:
-            result = self.runner.submit(plan)
+            with self._publisher.elsewhere():
+                result = self.runner.submit(plan)
         except Exception as error:
             self._step_failed(plan, error)
             return
@@ -318,7 +330,8 @@ class Engine:
         flight = self._flights.oldest()
         plan = flight.plan
         try:
-            result = flight.result()
+            with self._publisher.elsewhere():
+                result = flight.result()
         except Exception as error:
             self._step_failed(plan, error)
         else:

@@ -24,8 +24,8 @@ class Entry:
 
     @property
     def is_computed(self) -> bool:
-        """What is left is to tell somebody, or to wait for its KV to be where it was asked to be."""
-        return self.request.finish_reason is not None
+        """What is left is to tell somebody, or to wait for its KV to be where it was asked to be; or nobody waits for it any more."""
+        return self.request.finish_reason is not None or self.sequence.ended
 
     @property
     def is_held(self) -> bool:

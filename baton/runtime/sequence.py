@@ -25,7 +25,7 @@ class EngineSequence:
         self._engine, self._request, self._num_known = engine, request, request.num_tokens
         self._outputs: asyncio.Queue[GenerateOutput | BatonError] = asyncio.Queue()
         self._matched: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
-        self._ended = False
+        self.ended = False  # told its end, or cancelled
 
     async def matched(self) -> tuple[int, int]:
         return await asyncio.shield(self._matched)
@@ -54,7 +54,7 @@ class EngineSequence:
 
     def push_token(self, token: OutputToken) -> None:
         """Told at once, before the engine's thread knows of it; but the last token of all comes with the finish reason, from there."""
-        told = not self._ended and self._request.ends_with(self._num_known, token.token_id) is None
+        told = not self.ended and self._request.ends_with(self._num_known, token.token_id) is None
         self._num_known += 1
         if told:
             self._outputs.put_nowait(GenerateOutput(tokens=(token,)))
@@ -73,10 +73,10 @@ class EngineSequence:
                 return
 
     def close(self) -> None:
-        if not self._ended:
+        if not self.ended:
             self._end()
             self._outputs.put_nowait(GenerateOutput(finish_reason=FinishReason.ABORT))
-            self._engine.post_to(self.request_id, self._engine.abort)
+            self._engine.cancel(self)
 
     def deliver(self, output: Delivery) -> None:
         """On the event loop."""
@@ -89,7 +89,7 @@ class EngineSequence:
             self._end()
 
     def _end(self) -> None:
-        self._ended = True
-        self._engine.forget(self.request_id)
+        self.ended = True
+        self._engine.ended(self)
         if not self._matched.done():
             self._matched.set_result((0, 0))

@@ -1,12 +1,18 @@
 """StatePublisher: an engine's state, streamed to any number of readers.
 
 A reader gets a snapshot first, then changes with rising sequence numbers, coalesced to one message in `MIN_INTERVAL_S`, and a heartbeat
-every `HEARTBEAT_S`. A reader that falls behind loses its backlog and gets a new snapshot. All but `StateReader` belongs to the engine's
-thread.
+every `HEARTBEAT_S`. A reader that falls behind loses its backlog and gets a new snapshot.
+
+What an engine has in hand changes while its thread is in a step, too: requests come and are cancelled on the event loop. So its state has a
+lock, which the thread holds but for while it waits, or a step is computed (`elsewhere`); then the event loop tells what there is to tell.
+All but `StateReader`, `opened`, `changed` and `close` belongs to whoever has the lock.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from baton.kv.holdings import Holdings
@@ -17,6 +23,7 @@ from baton.types import BlocksStored, Digest, KVEvent, MemberState, StateUpdate
 MIN_INTERVAL_S = 0.02
 HEARTBEAT_S = 1.0
 MAX_BACKLOG = 256  # messages
+_BUSY_S = 0.002  # until the event loop looks again whether the engine's thread has left its state alone
 
 
 class StateReader:
@@ -56,6 +63,9 @@ class StatePublisher:
         """`holdings`: of this worker's own tiers behind the device. `news`: what it has noticed of tiers that it shares, since the last
         call; of those there is no snapshot."""
         self._census, self._pool, self._holdings, self._news = census, pool, holdings, news
+        self.lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None  # the event loop will look
         self._arrived: list[str] = []
         self._readers: dict[StateReader, None] = {}
         self._pending: list[KVEvent] = []
@@ -66,8 +76,47 @@ class StatePublisher:
         self._digests: list[Digest] = []  # of the holdings, after what is pending
         self._drain()
 
-    def reader(self, loop: asyncio.AbstractEventLoop) -> StateReader:
-        return StateReader(loop)
+    # -- the event loop's side
+
+    def open(self) -> None:
+        """Once, on the event loop, before the engine's thread runs."""
+        self._loop = asyncio.get_running_loop()
+
+    def changed(self) -> None:
+        """Something has come or gone that the engine's thread may not know of: it is told at once, or as soon as it is time."""
+        if self._timer is None and self._loop is not None:
+            self._look()
+
+    def close(self) -> None:
+        """Nothing is told any more, but by the engine's thread."""
+        self._loop = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        self._timer, wait = None, _BUSY_S
+        if self.lock.acquire(blocking=False):
+            try:
+                self.publish(now := time.monotonic())
+                wait = self.wait(now) if self._dirty else 0.0
+            finally:
+                self.lock.release()
+        if wait > 0 and self._loop is not None:
+            self._timer = self._loop.call_later(wait, self._look)
+
+    # -- whoever has the lock
+
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """The engine's thread leaves the state alone for a while. What it had no time to tell yet, the event loop will."""
+        if self._dirty and self._timer is None and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self.changed)
+        self.lock.release()
+        try:
+            yield
+        finally:
+            self.lock.acquire()
 
     def subscribe(self, reader: StateReader) -> None:
         self._drain()

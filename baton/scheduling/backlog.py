@@ -1,5 +1,5 @@
 """Backlog: what requests still have to compute here, for whoever is told of this worker's load. Of one that waits, tokens do not count that
-it will find cached: those that are, and those that a request before it computes. Only the engine's thread calls it.
+it will find cached: those that are, and those that a request before it computes. One thread at a time calls it.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ class Backlog:
 
     def _drop_but(self, kept: set[Request]) -> None:
         left = self._given.keys() - kept
-        if any(request.finish_reason is FinishReason.ABORT for request in left):
+        if any(_given_up(request) for request in left):
             left = set(self._given)  # others may have counted on what it was to compute
         for request in left:
             del self._given[request]
@@ -54,3 +54,10 @@ class Backlog:
                 self._coming[key] -= 1
                 if not self._coming[key]:
                     del self._coming[key]
+
+
+def _given_up(request: Request) -> bool:
+    """It may not have computed what it was to compute."""
+    if request.finish_reason is None:  # it is about to be aborted, or has its prompt
+        return request.num_tokens - request.num_computed_tokens > 1
+    return request.finish_reason is FinishReason.ABORT

@@ -206,7 +206,7 @@ function decisions(page) {
     h("table", null,
       h("thead", null, h("tr", null, ...["Prefill → decode", "Cost", "First token", "To compute"].map((name) => h("th", { scope: "col" }, name)))),
       h("tbody", null, ...decision.candidates.map((option, place) => h("tr", { class: place ? null : "chosen" },
-        h("td", null, path(option), place ? "" : " (chosen)"),
+        h("td", { title: option.forbidden ?? "" }, path(option), place ? (option.forbidden ? " (not allowed)" : "") : " (chosen)"),
         h("td", null, seconds(option.cost_s)),
         h("td", null, seconds(option.ttft_s)),
         h("td", null, `${count(option.missing_tokens)} tokens`))))),

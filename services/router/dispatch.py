@@ -81,8 +81,10 @@ class Dispatcher:
         max_migrations: int,
         local_prefill: bool = True,
         on_migration: Callable[[], None] = lambda: None,
-        on_first_token: Callable[[float, float], None] = lambda predicted_s, actual_s: None,
+        on_first_token: Callable[[float | None, float, float, float], None] = lambda *predicted_and_actual: None,
     ) -> None:
+        """`on_first_token`: is told the seconds to it as predicted, if they were, and as they were; and the share of the prompt that was
+        predicted to be cached, and that was."""
         self.workers, self.policy_name = workers, policy_name
         self.placer = Placer(workers, policy, local_prefill=local_prefill)
         self._sessions = Sessions(channels, lease_s=lease_s)
@@ -130,8 +132,9 @@ class Dispatcher:
                             if decision.ttft_s is None:
                                 decision.ttft_s = time.monotonic() - placed
                                 self.placer.breakers.succeeded(placement.decode, instance)
-                                if not output and placement.ttft_s is not None:
-                                    self._on_first_token(placement.ttft_s, decision.ttft_s)
+                                if not output:
+                                    shares = 1 - placement.missing_tokens / num_known, route.num_cached_tokens / num_known
+                                    self._on_first_token(placement.ttft_s, decision.ttft_s, *shares)
                             output += [token.token_id for token in item.tokens]
                             yield item
                             if item.finish_reason is not None:

@@ -125,21 +125,29 @@ def _decision(decision: Decision, policy: Policy) -> Json:
         "chosen": dataclasses.asdict(placement),
         "ttft_s": {"predicted": placement.ttft_s, "actual": decision.ttft_s},
         "cached_tokens_seen": matched,  # by the router, where the prompt was to be computed
-        "candidates": [_option(option, decision.view) for option in ranking(policy, decision.facts, decision.view)],
+        "candidates": [_option(option, placement, decision.view) for option in ranking(policy, decision.facts, decision.view)],
     }
 
 
-def _option(placement: Placement, view: Sequence[WorkerView]) -> Json:
+def _option(placement: Placement, chosen: Placement, view: Sequence[WorkerView]) -> Json:
     names = (placement.decode, *placement.prefills[:1])
     return {
         "decode": placement.decode,
         "prefill": placement.prefills[0] if placement.prefills else "local",
         "cost_s": placement.cost_s,
+        "forbidden": _forbidden(placement, chosen),
         "ttft_s": placement.ttft_s,
         "missing_tokens": placement.missing_tokens,
         "reason": placement.reason,
         "workers": {name: dataclasses.asdict(View.of(view).worker(name)) for name in names},
     }
+
+
+def _forbidden(placement: Placement, chosen: Placement) -> str | None:
+    """Why what would have cost less was not chosen, which is the least of what is allowed."""
+    if placement.prefills or not chosen.prefills or None in (placement.cost_s, chosen.cost_s) or placement.cost_s >= chosen.cost_s:
+        return None
+    return "a decode worker computes no prompt of which a prefill worker that is idle has as much"
 
 
 def ranking(policy: Policy, facts: Facts, view: Sequence[WorkerView]) -> list[Placement]:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.types import Load, Member, MemberState, StateUpdate, Tier
-from services.router.index import FETCHED, Depths, PrefixIndex, Readers
+from baton.types import Load, Member, MemberState, StateUpdate
+from services.router.index import FETCHED, Depths, PrefixIndex
 from services.router.view import LOAD_COLUMNS, PACE_COLUMNS, Layout, View
 
+_NEVER = 1e9  # seconds of a token, from a tier that does not answer
 _SINCE = LOAD_COLUMNS.index("computing_s")  # in the fleet's own table: since when
 
 
@@ -47,10 +48,11 @@ class Fleet:
         self._layout = self._laid_out(())
         self._table: NDArray[np.float64] = np.zeros((len(LOAD_COLUMNS) + len(PACE_COLUMNS), 0))
         self._places: NDArray[np.intp] = self.index.places(())
-        self._fetch: NDArray[np.float64] = np.zeros((len(FETCHED), 0))  # seconds of a token, by row; infinite: no such tier
+        self._fetch: NDArray[np.float64] = np.zeros((len(FETCHED), 0))  # seconds of a token, by row
 
     def add(self, member: Member) -> Worker:
         worker = self.workers[member.id] = Worker(member)
+        self.index.reads(member.id, (member.fingerprint, member.tensor_parallel_size))
         self._stale = True
         return worker
 
@@ -77,8 +79,6 @@ class Fleet:
         if self.workers.get(name) is not worker:  # it has a successor
             return False
         self.index.apply(name, update.events, snapshot=update.snapshot)
-        if any(event.tier is Tier.POOL for event in update.events):
-            self.index.pool.apply(_readers(worker.member), update.events)
         worker.sequence, worker.snapshots = update.sequence, worker.snapshots + update.snapshot
         worker.state, worker.load = update.state, update.load
         for request_id in update.arrived:
@@ -120,21 +120,12 @@ class Fleet:
         if exclude:
             layout, rows = layout.without(frozenset(exclude))
             table, places, fetch = table[:, rows], places[rows], fetch[:, rows]
-        matched, expected, reachable, fetch_s = np.zeros((4, len(places)))
+        found = np.zeros((4, len(places)))
         for size in layout.block_sizes:
-            prompt = hashes(size)
-            held, coming, *fetched = (depths[places] for depths in self.index.reaches(prompt))
-            fetched.append(fetched[-1].copy())
-            for readers, rows in layout.readers.items():
-                ends = self.index.pool.ends(readers, prompt)
-                if ends is not None:
-                    fetched[-1][rows] = ends[fetched[-1][rows]]
-            seconds, reached = _fetched(coming, fetched, fetch)
-            for column, values in ((matched, held), (expected, coming), (reachable, reached), (fetch_s, seconds)):
-                np.copyto(column, values * size, where=layout.block_size == size)
+            np.copyto(found, _found(self.index.reaches(hashes(size)).take(places, axis=1), fetch) * size, where=layout.block_size == size)
         table = table if exclude else table.copy()
         table[_SINCE] = self._now() - table[_SINCE]
-        return View(layout, table, matched, expected, reachable, fetch_s)
+        return View(layout, table, *found)
 
     def _lay_out(self) -> None:
         usable = sorted((worker for worker in self.workers.values() if worker.usable), key=lambda worker: worker.member.id)
@@ -142,7 +133,7 @@ class Fleet:
             worker.row = -1
         self._layout, self._places = self._laid_out(usable), self.index.places(worker.member.id for worker in usable)
         self._table = np.zeros((len(LOAD_COLUMNS) + len(PACE_COLUMNS), len(usable)))
-        self._fetch = np.full((len(FETCHED), len(usable)), np.inf)
+        self._fetch = np.full((len(FETCHED), len(usable)), _NEVER)
         for row, worker in enumerate(usable):
             worker.row = row
             self._write(worker)
@@ -152,8 +143,7 @@ class Fleet:
         members = [worker.member for worker in workers]
         prints, sizes = [m.fingerprint for m in members], [m.block_size for m in members]
         devices = [m.device and f"{m.machine}/{m.device}" for m in members]
-        degrees = [m.tensor_parallel_size for m in members]
-        return Layout([m.id for m in members], [m.role for m in members], prints, sizes, devices, degrees)
+        return Layout([m.id for m in members], [m.role for m in members], prints, sizes, devices)
 
     def _write(self, worker: Worker) -> None:
         if worker.row < 0:
@@ -175,6 +165,7 @@ class Fleet:
             load.num_held,
             load.num_context_tokens,
             1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0,
+            load.blocks_total * worker.member.block_size,
             worker.member.max_num_batched_tokens,
             worker.since,
             pace.base_s,
@@ -187,20 +178,16 @@ class Fleet:
         )
 
 
-def _readers(member: Member) -> Readers:
-    return member.fingerprint, member.tensor_parallel_size
-
-
-def _fetched(own: Depths, reaches: Sequence[Depths], token_s: NDArray[np.float64]) -> tuple[NDArray[np.float64], Depths]:
-    """What each worker can fetch that it has not: blocks, by the seconds of a token each; and how many leading blocks it has then. `own`,
-    `reaches`: leading blocks without fetching, and with each tier more. What a tier adds to the run counts at its own rate, and ends the
-    run where that tier does not answer."""
-    seconds, before, goes_on = np.zeros(len(own)), own, np.ones(len(own), dtype=np.bool_)
-    for reach, each_s in zip(reaches, token_s, strict=True):
-        more = reach > before
-        if more.any():
-            goes_on &= ~more | (each_s < np.inf)
-            more &= goes_on
-            seconds[more] += each_s[more] * (reach - before)[more]
-            before = np.where(more, reach, before)
-    return seconds, before
+def _found(reaches: Depths, token_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The leading blocks that each worker holds, will hold, and can have, and the seconds of fetching what it will not hold, by the seconds
+    of a token each. What a tier adds to the run counts at its own rate, and ends the run where that tier does not answer."""
+    fetched = reaches[2:] - reaches[1:-1]
+    seconds = fetched * token_s
+    if seconds.max(initial=0.0) >= _NEVER:
+        beyond = np.logical_or.accumulate(seconds >= _NEVER)
+        fetched[beyond] = seconds[beyond] = 0.0
+    found = np.empty((4, reaches.shape[1]))
+    found[:2] = reaches[:2]
+    np.add(found[1], fetched.sum(axis=0), out=found[2])
+    seconds.sum(axis=0, out=found[3])
+    return found

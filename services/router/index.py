@@ -1,210 +1,207 @@
 """PrefixIndex: which workers hold which KV blocks, exactly, from their events; which they are about to hold, from what was sent there; and
 what they can read from the pool, as far as it was noticed.
 
-Block hash → set of workers, as the bits of an integer. A worker's bit is its *place*; what is asked for comes as arrays by place.
+One table for all of it, since a look-up that misses the cache is what a decision pays most for: block hash → who can have it, as the bits
+of an integer. A worker has `_LANES` of them, from its *place* on, each for the ways to have the block that the lane allows, and those
+before: it is on the device; it will be, when that is computed which was sent there; it is in host memory; in files; in the pool. So the AND
+of a prompt's first blocks has the bits of those who can have all of them, in each way. Blocks that were told together mostly share one
+integer.
 """
 
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, compress, repeat
-from typing import Any
+from functools import reduce
+from itertools import accumulate, islice, repeat
+from operator import and_, xor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from baton.types import BlocksStored, Digest, KVEvent, Tier
 
-Depths = NDArray[np.int64]
+Depths = NDArray[np.float32]  # by lane and place
 Readers = tuple[str, int]  # of the same blocks in the pool: fingerprint, and degree of tensor parallelism
 OWN_TIERS = (Tier.DEVICE, Tier.HOST, Tier.FILES)  # what a worker holds for itself, fastest first
 FETCHED = (Tier.HOST, Tier.FILES, Tier.POOL)
-_untyped: Any = operator
-_OR: Callable[[int, int], int] = _untyped.or_
-_AND: Callable[[int, int], int] = _untyped.and_
-_NE: Callable[[int, int], bool] = _untyped.ne
-_STRETCH = 64  # blocks that are looked at together
+_LANES = 5
+_COMING = 2  # beside `_WAYS`: it will be on the device
+_WAYS = {Tier.DEVICE: 1, Tier.HOST: 4, Tier.FILES: 8}
+_OWN = sum(_WAYS.values())
+_STRETCH = 64  # blocks that are looked at before it is asked whether anybody's run goes on
 MOST_POOL_BLOCKS = 1 << 18  # remembered, for each kind of reader; those that were saved first are forgotten first
 
 
 @dataclass(slots=True)
-class _Held:
-    """By one worker, in one tier."""
+class _Holder:
+    """A worker; or a pool, which has its blocks in one way."""
 
-    blocks: set[bytes] = field(default_factory=set[bytes])
-    xor: int = 0  # of them; see `Digest`
+    bits: Sequence[int]  # in the table, of a block that it has in these ways
+    blocks: dict[bytes, int] = field(default_factory=dict[bytes, int])  # in which ways
+    digests: dict[Tier, Digest] = field(default_factory=lambda: {tier: Digest(tier, 0, 0) for tier in OWN_TIERS})
+    coming: dict[str, Sequence[bytes]] = field(default_factory=dict[str, Sequence[bytes]])  # by request
+    readers: Readers | None = None
+    reading: int = 0  # a pool's: the bits of those who read it
 
 
 class PrefixIndex:
     def __init__(self) -> None:
-        self._workers: list[str | None] = []  # by place
-        self._places: dict[str, int] = {}
-        self._holders: dict[Tier, dict[bytes, int]] = {tier: {} for tier in OWN_TIERS}
-        self._held: dict[str, dict[Tier, _Held]] = {}
-        self.pool = PoolIndex()
-        self._expected: dict[bytes, int] = {}  # who computes it now, or will
-        self._expectations: dict[str, dict[str, Sequence[bytes]]] = {}  # worker → request → blocks
+        self._table: dict[bytes, int] = {}
+        self._places: dict[str | Readers, int] = {}
+        self._free: list[int] = []  # places
+        self._holders: dict[str, _Holder] = {}
+        self._pools: dict[Readers, _Holder] = {}
+
+    def reads(self, worker: str, readers: Readers) -> None:
+        """Whose pool a worker reads, once it is known."""
+        self._holder(worker).readers = readers
+        pool = self._pools.get(readers)
+        if pool is None:
+            pool = self._pools[readers] = _Holder((0, 1 << _LANES * self._place(readers)))
+        pool.reading |= self._last_lane(worker)
 
     def apply(self, worker: str, events: Iterable[KVEvent], *, snapshot: bool = False) -> None:
         """Takes in a worker's events, in order. A snapshot replaces what was known of it."""
-        bit, tiers = 1 << self._place(worker), self._held[worker]
+        holder = self._holder(worker)
         if snapshot:
-            self._drop(tiers, bit)
+            self._set(holder, list(holder.blocks), _OWN, on=False)
+            holder.digests = {tier: Digest(tier, 0, 0) for tier in OWN_TIERS}
         for event in events:
-            held = tiers.get(event.tier)
-            if held is None:
-                continue
-            holders, blocks, xor = self._holders[event.tier], held.blocks, held.xor
-            if isinstance(event, BlocksStored):
-                for key in event.block_hashes:
-                    if key not in blocks:
-                        blocks.add(key)
-                        holders[key] = holders.get(key, 0) | bit
-                        xor ^= int.from_bytes(key)
-            else:
-                for key in event.block_hashes:
-                    if key in blocks:
-                        blocks.discard(key)
-                        _clear(holders, key, bit)
-                        xor ^= int.from_bytes(key)
-            held.xor = xor
+            stored = isinstance(event, BlocksStored)
+            if event.tier in _WAYS:
+                changed = self._set(holder, event.block_hashes, _WAYS[event.tier], on=stored)
+                held = holder.digests[event.tier]
+                count = held.num_blocks + (len(changed) if stored else -len(changed))
+                holder.digests[event.tier] = Digest(event.tier, count, reduce(xor, map(int.from_bytes, changed), held.xor))
+            elif event.tier is Tier.POOL and holder.readers is not None:
+                self._notice(self._pools[holder.readers], event.block_hashes, stored)
 
     def remove(self, worker: str) -> None:
         """Forgets a worker."""
-        place = self._places.pop(worker, None)
-        if place is None:
+        holder = self._holders.get(worker)
+        if holder is None:
             return
-        self._drop(self._held.pop(worker), 1 << place)
-        for hashes in self._expectations.pop(worker).values():
-            for key in hashes:
-                _clear(self._expected, key, 1 << place)
-        self._workers[place] = None
+        self._set(holder, list(holder.blocks), _OWN | _COMING, on=False)
+        if holder.readers is not None:
+            self._pools[holder.readers].reading ^= self._last_lane(worker)
+        del self._holders[worker]
+        self._free.append(self._places.pop(worker))
 
     def expect(self, worker: str, request_id: str, hashes: Sequence[bytes]) -> None:
         """The worker was sent a request, for which it will compute these blocks, unless `settle` comes first."""
-        bit = 1 << self._place(worker)
-        self._expectations[worker][request_id] = hashes
-        for key in hashes:
-            self._expected[key] = self._expected.get(key, 0) | bit
+        holder = self._holder(worker)
+        holder.coming[request_id] = hashes
+        self._set(holder, hashes, _COMING, on=True)
 
     def settle(self, worker: str, request_id: str) -> None:
         """What the request has computed there is held by now, and the rest will not be. Of equal blocks that others compute there too, it
         is no longer known that they do: they are told as they are held."""
-        hashes = self._expectations.get(worker, {}).pop(request_id, ())
-        for key in hashes:
-            _clear(self._expected, key, 1 << self._places[worker])
+        holder = self._holders.get(worker)
+        if holder is not None:
+            self._set(holder, holder.coming.pop(request_id, ()), _COMING, on=False)
 
     def places(self, workers: Iterable[str]) -> NDArray[np.intp]:
-        """Where each is in what `depths` gives; until one of them is removed."""
+        """Where each is in what `reaches` gives; until one of them is removed."""
         return np.array([self._place(worker) for worker in workers], dtype=np.intp)
 
-    def depths(self, hashes: Sequence[bytes]) -> tuple[Depths, Depths]:
-        """By place, how many leading blocks of `hashes` each worker holds; and how many it will hold when it has computed what was sent
-        there."""
-        held, coming, *_ = self.reaches(hashes)
-        return held, coming
+    def reaches(self, hashes: Sequence[bytes]) -> Depths:
+        """How many leading blocks of `hashes` each worker holds on its device; how many it will hold, when it has computed what was sent
+        there; and how many it can have by fetching: from its host memory, from its files too, from the pool too.
 
-    def reaches(self, hashes: Sequence[bytes]) -> list[Depths]:
-        """As `depths`; then how many it can have by fetching from its host memory, and from its files too."""
-        layers = [self._holders[Tier.DEVICE], self._expected, self._holders[Tier.HOST], self._holders[Tier.FILES]]
-        return _depths(layers, hashes, len(self._workers))
+        Who has the first n blocks has the first n - 1. So digit k of a worker's number is the XOR of its bits after 2ᵏ blocks, and after
+        each 2ᵏ more; half of which are those for digit k + 1."""
+        count, states = self._num_bits, self._states(hashes)
+        digits, digit = list[int](), 0
+        for k in reversed(range(len(states).bit_length())):
+            digit = reduce(xor, states[(1 << k) - 1 :: 2 << k], digit)
+            digits.append(digit)
+        size, weights = -(-count // 8), 2.0 ** np.arange(len(digits), dtype=np.float32)[::-1]
+        packed = np.frombuffer(bytearray().join(digit.to_bytes(size, "little") for digit in digits), dtype=np.uint8)
+        bits = np.unpackbits(packed.reshape(len(digits), size), axis=1, count=count, bitorder="little")
+        return (weights @ bits.astype(np.float32)).reshape(-1, _LANES).T
 
     def blocks(self, worker: str, tier: Tier = Tier.DEVICE) -> frozenset[bytes]:
         """What a worker is known to hold; for comparison with the worker's own."""
-        return frozenset(self._held[worker][tier].blocks) if worker in self._held else frozenset()
+        known = self._holders[worker].blocks if worker in self._holders else {}
+        return frozenset(key for key, ways in known.items() if ways & _WAYS[tier])
 
     def digests(self, worker: str) -> dict[Tier, Digest]:
         """Of what a worker is known to hold."""
-        return {tier: Digest(tier, len(held.blocks), held.xor) for tier, held in self._held.get(worker, {}).items()}
+        return dict(self._holders[worker].digests) if worker in self._holders else {}
 
     def agrees(self, worker: str, digests: Iterable[Digest]) -> bool:
         """Whether that is what the worker says it holds; in tiers of which it says nothing it may be anything."""
-        known = self._held.get(worker, {})
-        compared = ((known[each.tier], each) for each in digests if each.tier in known)
-        return all(held.xor == each.xor and len(held.blocks) == each.num_blocks for held, each in compared)
+        known = self.digests(worker)
+        return all(known[each.tier] == each for each in digests if each.tier in known)
 
     def __len__(self) -> int:
-        """Blocks that somebody has on his device."""
-        return len(self._holders[Tier.DEVICE])
+        """Blocks on devices, of each one."""
+        return sum(holder.digests[Tier.DEVICE].num_blocks for holder in self._holders.values())
 
-    def _drop(self, tiers: Mapping[Tier, _Held], bit: int) -> None:
-        for tier, held in tiers.items():
-            for key in held.blocks:
-                _clear(self._holders[tier], key, bit)
-            held.blocks, held.xor = set(), 0
+    def _states(self, hashes: Sequence[bytes]) -> list[int]:
+        """Who can have all blocks up to each of them, until nobody can."""
+        states, alive = list[int](), (1 << self._num_bits) - 1
+        pools = [(pool.bits[1], pool.reading) for pool in self._pools.values() if pool.blocks]
+        for begin in range(0, len(hashes), _STRETCH):
+            who = list(map(self._table.get, hashes[begin : begin + _STRETCH], repeat(0)))
+            for bit, reading in pools:
+                who = [some | reading if some & bit else some for some in who]
+            states += islice(accumulate(who, and_, initial=alive), 1, None)
+            alive = states[-1]
+            if not alive:
+                break
+        return states
 
-    def _place(self, worker: str) -> int:
-        place = self._places.get(worker)
-        if place is None:
-            if None not in self._workers:
-                self._workers.append(None)
-            place = self._places[worker] = self._workers.index(None)
-            self._workers[place] = worker
-            self._held[worker], self._expectations[worker] = {tier: _Held() for tier in OWN_TIERS}, {}
-        return place
-
-
-class PoolIndex:
-    """What the pool holds, as workers noticed it: they tell what they saved, and where a prefix was not found any more. The pool itself
-    tells nothing, so this is what is likely, not what is so."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[Readers, dict[bytes, None]] = {}
-
-    def apply(self, readers: Readers, events: Iterable[KVEvent]) -> None:
-        blocks = self._blocks.setdefault(readers, {})
-        for event in events:
-            if event.tier is not Tier.POOL:
+    def _set(self, holder: _Holder, keys: Iterable[bytes], ways: int, *, on: bool) -> list[bytes]:
+        """It has these blocks in these ways, or has not; those for which that is new."""
+        table, blocks, bits, changed = self._table, holder.blocks, holder.bits, list[bytes]()
+        before = after = turn = 0
+        for key in keys:
+            old = blocks.get(key, 0)
+            new = old | ways if on else old & ~ways
+            if new == old:
                 continue
-            for key in event.block_hashes:
-                blocks.pop(key, None)
-                if isinstance(event, BlocksStored):
-                    blocks[key] = None
-        while len(blocks) > MOST_POOL_BLOCKS:
-            del blocks[next(iter(blocks))]
+            changed.append(key)
+            if new:
+                blocks[key] = new
+            else:
+                del blocks[key]
+            was, now = bits[old], bits[new]
+            if was is now:
+                continue
+            known = table.get(key, 0)
+            if known is not before or turn != (old << 4 | new):  # else the same as for the block before it
+                before, turn, after = known, old << 4 | new, now if known == was else known ^ was ^ now
+            if after:
+                table[key] = after
+            else:
+                del table[key]
+        return changed
 
-    def ends(self, readers: Readers, hashes: Sequence[bytes]) -> Depths | None:
-        """For each number of leading blocks that somebody has, where the run ends that goes on in the pool. None: nothing is there."""
-        blocks = self._blocks.get(readers)
-        if not blocks:
-            return None
-        count = len(hashes)
-        held = np.fromiter(map(blocks.__contains__, hashes), dtype=np.bool_, count=count)
-        gaps = np.append(np.where(held, count, np.arange(count)), count)
-        return np.minimum.accumulate(gaps[::-1])[::-1]
+    def _notice(self, pool: _Holder, keys: Sequence[bytes], stored: bool) -> None:
+        """What workers tell of a pool: what they saved, and where a prefix was not found any more. The pool itself tells nothing, so this
+        is what is likely, not what is so."""
+        for key in keys:
+            if key in pool.blocks:  # the latest again
+                pool.blocks[key] = pool.blocks.pop(key)
+        self._set(pool, keys, 1, on=stored)
+        self._set(pool, list(islice(pool.blocks, max(len(pool.blocks) - MOST_POOL_BLOCKS, 0))), 1, on=False)
 
+    def _holder(self, worker: str) -> _Holder:
+        holder = self._holders.get(worker)
+        if holder is None:
+            first = _LANES * self._place(worker)
+            lanes = [0, *(((1 << _LANES) - (1 << lane)) << first for lane in range(_LANES - 1))]
+            holder = self._holders[worker] = _Holder([lanes[(ways & -ways).bit_length()] for ways in range(16)])
+        return holder
 
-def _depths(layers: Sequence[Mapping[bytes, int]], hashes: Sequence[bytes], count: int) -> list[Depths]:
-    """For each layer, by place, how many leading blocks are in it or in one before. One AND a block, for each layer that has any."""
-    used = [layers[0], *(layer for layer in layers[1:] if layer)]
-    runs = [[(1 << count) - 1] for _ in used]  # whose runs go on, from the block in `starts` on
-    starts = [[0] for _ in used]
-    for begin in range(0, len(hashes), _STRETCH):
-        stretch, bits = hashes[begin : begin + _STRETCH], [0] * _STRETCH
-        for layer, run, start in zip(used, runs, starts, strict=True):
-            bits = list(map(_OR, bits, map(layer.get, stretch, repeat(0))))
-            alive = list(accumulate(bits, _AND, initial=run[-1]))
-            for number in compress(range(len(stretch)), map(_NE, alive[1:], alive)):
-                run.append(alive[number + 1])
-                start.append(begin + number)
-        if not runs[-1][-1]:
-            break
-    told = (_lengths(run, [*start, len(hashes)], count) for run, start in zip(runs, starts, strict=True))
-    latest = next(told)
-    return [latest, *((latest := next(told)) if layer else latest for layer in layers[1:])]
+    def _last_lane(self, worker: str) -> int:
+        return 1 << _LANES * self._place(worker) + _LANES - 1
 
+    def _place(self, who: str | Readers) -> int:
+        if who not in self._places:
+            self._places[who] = self._free.pop() if self._free else len(self._places)
+        return self._places[who]
 
-def _lengths(runs: Sequence[int], starts: Sequence[int], count: int) -> Depths:
-    """By place, the block at which its run ends. `runs[i]`: whose run goes on from block `starts[i]` to `starts[i + 1]`; always fewer."""
-    size = -(-count // 8)
-    packed = np.frombuffer(b"".join(bits.to_bytes(size, "little") for bits in runs), dtype=np.uint8).reshape(len(runs), size)
-    bits = np.unpackbits(packed, axis=1, count=count, bitorder="little")
-    return np.array(starts, dtype=np.int64)[np.add.reduce(bits, axis=0, dtype=np.uint8 if len(runs) < 256 else np.uint32)]
-
-
-def _clear(holders: dict[bytes, int], key: bytes, bit: int) -> None:
-    left = holders.get(key, 0) & ~bit
-    if left:
-        holders[key] = left
-    else:
-        holders.pop(key, None)
+    @property
+    def _num_bits(self) -> int:
+        return _LANES * (len(self._places) + len(self._free))

@@ -31,7 +31,7 @@ class Facts:
 class Placement:
     decode: str
     prefills: tuple[str, ...]  # best first; none: `decode` computes the prompt itself
-    missing_tokens: int  # of the prompt, where it is computed, when that is done which was sent there before
+    missing_tokens: int  # of the prompt, where it is computed, when that is done which was sent there before, and fetched what is to be
     reason: str  # for people
     ttft_s: float | None = None  # predicted
     waits_s: float | None = None  # predicted: until that prompt's computing begins, where it is computed
@@ -42,13 +42,17 @@ class Placement:
 Policy = Callable[[Facts, Sequence[WorkerView]], Placement]
 
 
-def place(facts: Facts, view: View, entrance: int, ranked: Sequence[int], reason: str, **seconds: float | None) -> Placement:
-    """The placement at these rows; `ranked` prefill workers, best first, or none. `seconds`: what a `Placement` has of them."""
+def place(
+    facts: Facts, view: View, entrance: int, ranked: Sequence[int], reason: str, cached: Column | None = None, **seconds: float | None
+) -> Placement:
+    """The placement at these rows; `ranked` prefill workers, best first, or none. `cached`: tokens of the prompt that each will not have to
+    compute, where that is not what it is expected to hold. `seconds`: what a `Placement` has of them."""
     computes = ranked[0] if len(ranked) else entrance
+    cached = view.expected_tokens if cached is None else cached
     return Placement(
         decode=view.layout.ids[entrance],
         prefills=tuple(view.layout.ids[row] for row in ranked[:_MAX_PREFILLS]),
-        missing_tokens=facts.num_prompt_tokens - int(view.expected_tokens[computes]),
+        missing_tokens=facts.num_prompt_tokens - int(cached[computes]),
         reason=reason,
         **seconds,
     )

@@ -3,7 +3,8 @@
 Of a pair (P, D), or of D alone, which computes the prompt itself:
 
     first token     what P has to compute before, and what it lacks of this prompt, or a push that is slower than that; and the step that D
-                    is in, of which half passes before D asks P, and half before D takes what P has sent
+                    is in, of which half passes before D asks P, and half before D takes what P has sent; before all that, until D has
+                    blocks for it
   + its tokens      a step of D with it, times the tokens it is expected to get
   + harm            where the prompt is computed: its seconds, for each request there that it delays
                     where it decodes: what it adds to a step, for each request there, for as long
@@ -33,7 +34,6 @@ first of them went, which computes what they share once.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from baton.errors import Overloaded
 from services.router.policy import Facts, Placement, place, ranking
@@ -49,9 +49,11 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     view = View.of(workers)
     view.entrances()  # there is one
     known, pace = _complete(view)
-    ttft, harm = _prompts(facts, view, pace)
-    soonest = ttft - _passed(view, pace)
-    (step, decoding), handing_over = _decode(facts, view, pace), _step(view, pace)
+    ttft, harm, cached = _prompts(facts, view, pace)
+    (step, decoding), current = _decode(facts, view, pace), _step(view, pace)
+    room = _room(facts, view, step)
+    ttft, handing_over = ttft + room, current + room
+    soonest = ttft - _passed(view, current)
     limit = (known and facts.ttft_slo_s) or np.inf
     if known:
         harm, decoding = _within(limit, soonest, harm), _within(facts.itl_slo_s or np.inf, step, decoding)
@@ -79,10 +81,10 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
         ready = np.maximum(soonest, pushed) + handing_over[decode]
         ranked = ranking(fitting, _within(limit, ready, np.maximum(ttft, pushed) + harm))
     if not known:
-        return place(facts, view, decode, ranked, "nothing learned yet")
+        return place(facts, view, decode, ranked, "nothing learned yet", cached)
     waits = _waits(view, pace, ranked[0] if ranked else decode)
     seconds = {"ttft_s": first, "waits_s": waits, "itl_s": float(step[decode]), "cost_s": cost}
-    return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", **seconds)
+    return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", cached, **seconds)
 
 
 def _best_pair(
@@ -99,22 +101,23 @@ def _best_pair(
     limit: float,
 ) -> Option:
     """The best (P, D) of those that have the first token within `limit`. Only pairs that may be it are looked at: no P is better with any D
-    than `ttft + harm`, and pushes are seldom what takes longest."""
-    least = float((ttft[fitting] + harm[fitting]).min())
-    at_decode = handing_over + decoding
-    by_cost = decodes[at_decode[decodes].argsort(kind="stable")]
+    than `ttft + harm`, and pushes are seldom what takes longest, so that the best D of all mostly has it."""
+    here, soonest, harm, push_token_s = ttft[fitting], soonest[fitting], harm[fitting], pace.push_token_s[fitting]
+    least = float((here + harm).min())
+    at_decode = handing_over[decodes] + decoding[decodes]
     best: Option = (float("inf"), False, int(decodes[0]), 0.0)
-    for start in range(0, len(by_cost), _CHUNK):
-        chunk = by_cost[start : start + _CHUNK]
-        if least == np.inf or least + at_decode[chunk[0]] > best[0]:
-            break
-        to_push = facts.num_prompt_tokens - view.matched_tokens[chunk, None]
-        pushed = to_push * pace.push_token_s[fitting]
-        first = np.maximum(soonest[fitting], pushed) + handing_over[chunk, None]
-        whole = np.maximum(ttft[fitting], pushed) + handing_over[chunk, None]
-        costs = _within(limit, first, whole + harm[fitting] + decoding[chunk, None])
+    left = at_decode.argmin(keepdims=True)
+    seen = np.zeros(len(decodes), dtype=np.bool_)
+    while len(left) and least < np.inf:
+        chunk, seen[left] = decodes[left], True
+        pushed = (facts.num_prompt_tokens - view.matched_tokens[chunk, None]) * push_token_s
+        first = np.maximum(soonest, pushed) + handing_over[chunk, None]
+        whole = np.maximum(here, pushed) + handing_over[chunk, None]
+        costs = _within(limit, first, whole + harm + decoding[chunk, None])
         d, p = divmod(int(costs.argmin()), len(fitting))
         best = min(best, (float(costs[d, p]), False, int(chunk[d]), float(first[d, p])))
+        left = np.flatnonzero((least + at_decode < best[0]) & ~seen)
+        left = left[at_decode[left].argsort(kind="stable")[:_CHUNK]]
     return best
 
 
@@ -155,15 +158,15 @@ def _step(view: View, pace: Paces) -> Column:
     return np.where(busy, (pace.base_s + pace.decode_s(rows, view.context_tokens) + prompts) * (1 + pace.crowded), 0.0)
 
 
-def _passed(view: View, pace: Paces) -> Column:
+def _passed(view: View, step: Column) -> Column:
     """Seconds of the step that a prefill worker is in that have passed, of which its load does not know. They are told and promised; in the
     cost the step counts as a whole, as one who is busy now is likely to be busy again."""
-    return np.where(view.layout.is_prefill & (view.pending_tokens > 0), np.minimum(view.computing_s, _step(view, pace)), 0.0)
+    return np.where(view.layout.is_prefill & (view.pending_tokens > 0), np.minimum(view.computing_s, step), 0.0)
 
 
-def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
-    """Seconds until the prompt is computed there, and those that others lose by it."""
-    work, own = _prompt(facts, view, pace)
+def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Column]:
+    """Seconds until the prompt is computed there, and those that others lose by it; and its tokens that need no computing."""
+    work, own, cached = _prompt(facts, view, pace)
     layout, ttft = view.layout, work * (1 + pace.crowded)
     delayed = np.where(layout.is_prefill, view.num_waiting, view.num_requests - view.num_held + layout.is_decode)
     if layout.has_mates:
@@ -177,7 +180,7 @@ def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
         if not layout.shares[pool].any():  # else a decode worker takes its seconds from them as well
             there = float(view.num_requests[pool].mean())
             harm[pool] += own[pool].min() * there * (1 + there)
-    return ttft, harm
+    return ttft, harm, cached
 
 
 def _queued(view: View, pace: Paces) -> Column:
@@ -194,19 +197,19 @@ def _waits(view: View, pace: Paces, row: int) -> float:
     return float((queued + steps * (pace.base_s[row] + beside)) * (1 + pace.crowded[row]))
 
 
-def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
+def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Column]:
     """Seconds of its device until it has computed the prompt, and those of them that the prompt itself takes; with or without fetching
-    what it has not, whichever is faster. It fetches beside what is queued."""
-    work, own = _computing(facts, view, pace, view.expected_tokens)
+    what it has not, whichever is faster. It fetches beside what is queued. And the tokens that it has then."""
     if not (view.reachable_tokens > view.expected_tokens).any():
-        return work, own
-    then, less = _computing(facts, view, pace, view.reachable_tokens)
+        return *_computing(facts, view, pace, view.expected_tokens), view.expected_tokens
+    (work, then), (own, less) = _computing(facts, view, pace, np.stack((view.expected_tokens, view.reachable_tokens)))
     then = np.maximum(then - less, view.fetch_s) + less
-    return np.where(then < work, then, work), np.where(then < work, less, own)
+    sooner = then < work
+    return np.where(sooner, then, work), np.where(sooner, less, own), np.where(sooner, view.reachable_tokens, view.expected_tokens)
 
 
 def _computing(facts: Facts, view: View, pace: Paces, cached: Column) -> tuple[Column, Column]:
-    """The same, with so many tokens of the prompt cached."""
+    """The same, with so many tokens of the prompt cached. `cached` may be several such columns."""
     matched = np.minimum(cached, facts.num_prompt_tokens - 1)  # the last token is always computed
     missing = facts.num_prompt_tokens - matched
     work = view.pending_tokens + missing
@@ -227,6 +230,14 @@ def _decode(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     return step * slower, facts.num_output_tokens * (step + added * view.num_requests) * slower
 
 
+def _room(facts: Facts, view: View, step: Column) -> Column:
+    """Seconds until a decode worker has blocks for it. In the time of one request's tokens all that are held become free once."""
+    held = view.kv_used * view.kv_tokens
+    lacking = facts.num_prompt_tokens - view.matched_tokens + facts.num_output_tokens - (view.kv_tokens - held)
+    lacking = np.where((view.kv_tokens > 0) & ~view.layout.is_prefill, np.maximum(lacking, 0.0), 0.0)
+    return lacking / np.maximum(held, 1.0) * facts.num_output_tokens * step
+
+
 def _habitual(facts: Facts, view: View, pace: Paces, step: Column) -> Column:
     """Seconds between tokens where each request that decodes there comes with a prompt like this one and those that wait there: while one
     gets its tokens, all the others end, and as many come."""
@@ -238,24 +249,14 @@ def _habitual(facts: Facts, view: View, pace: Paces, step: Column) -> Column:
 def _complete(view: View) -> tuple[bool, Paces]:
     """Whether anybody knows what a prompt takes; and each worker's pace, with what it has not met yet from the others. By the clock, except
     where workers share a device: what they take from each other depends on what they have to do."""
-    pace = view.pace
+    pace, learned = view.pace, view.learned
     slower = np.where(view.layout.shares, 1.0, 1 + pace.crowded)
-    no_base, no_prompt, no_decode = pace.base_s == 0, pace.token_s == 0, (pace.row_s == 0) & (pace.context_s == 0)
-    known = not no_prompt.all()
-
-    def filled(column: Column, unknown: NDArray[np.bool_], otherwise: float = 0.0) -> Column:
-        column = column * slower
-        if not unknown.any():
-            return column
-        mean = float(column[~unknown].mean()) if not unknown.all() else otherwise
-        return np.where(unknown, mean, column)
-
-    return known, Paces(
-        base_s=filled(pace.base_s, no_base),
-        token_s=filled(pace.token_s, no_prompt, _NOBODY_KNOWS),
-        pair_s=filled(pace.pair_s, no_prompt),
-        row_s=filled(pace.row_s, no_decode),
-        context_s=filled(pace.context_s, no_decode),
-        push_token_s=pace.push_token_s,
-        crowded=np.where(view.layout.shares, pace.crowded, 0.0),
-    )
+    known, filled = bool(pace.token_s.any()), learned * slower
+    if not learned.all():
+        met = learned > 0
+        met[2], met[3:] = met[1], met[3] | met[4]  # a prompt's pairs with its tokens; what decodes with either
+        for column, some, otherwise in zip(filled, met, (0.0, _NOBODY_KNOWS, 0.0, 0.0, 0.0), strict=True):
+            column[~some] = column[some].mean() if some.any() else otherwise
+    base, token, pair, row, context = filled
+    crowded = np.where(view.layout.shares, pace.crowded, 0.0)
+    return known, Paces(base, token, pair, row, context, pace.push_token_s, crowded)

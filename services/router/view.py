@@ -38,6 +38,7 @@ class WorkerView:
     num_held: int = 0  # of num_waiting: another worker computes their prompts
     context_tokens: int = 0  # computed tokens of its running requests
     kv_used: float = 0.0  # share of its blocks that requests hold
+    kv_tokens: int = 0  # that its blocks hold; 0: not announced
     batched_tokens: int = 0  # of a step at most; 0: not announced
     computing_s: float = 0.0  # since it told what is pending, or the first of it was sent there: so long it has been at it
     device: str = ""  # the same for workers that compute on the same cores; empty: nobody else does
@@ -64,9 +65,10 @@ class Paces:
 
 
 PACE_COLUMNS = tuple(f.name for f in fields(Paces))
+LEARNED = 5  # of them, the first: what a step takes
 LOAD_COLUMNS = (
-    "num_requests", "pending_tokens", "pending_pairs", "num_waiting", "num_held", "context_tokens", "kv_used", "batched_tokens",
-    "computing_s",
+    "num_requests", "pending_tokens", "pending_pairs", "num_waiting", "num_held", "context_tokens", "kv_used", "kv_tokens",
+    "batched_tokens", "computing_s",
 )  # fmt: skip
 
 
@@ -83,20 +85,13 @@ class Layout:
         fingerprints: Sequence[str],
         block_sizes: Sequence[int],
         devices: Sequence[str],
-        degrees: Sequence[int] = (),
     ) -> None:
-        """`degrees`: of tensor parallelism, where it matters who reads the same blocks in the pool."""
         self.ids, self.roles, self.fingerprints, self.devices = tuple(ids), tuple(roles), tuple(fingerprints), tuple(devices)
         self.block_size = np.array(block_sizes, dtype=np.float64)
         self.block_sizes = frozenset(block_sizes)
         self.is_prefill = np.array([role is Role.PREFILL for role in roles], dtype=bool)
         self.is_decode = np.array([role is Role.DECODE for role in roles], dtype=bool)
         rows = range(len(self.ids))
-        self._degrees = tuple(degrees)
-        alike: dict[tuple[str, int], list[int]] = {}
-        for row, degree in enumerate(degrees):
-            alike.setdefault((fingerprints[row], degree), []).append(row)
-        self.readers = {who: np.array(some, dtype=np.intp) for who, some in alike.items()}
         self._fitting = {
             name: np.array([row for row in rows if roles[row] is Role.PREFILL and fingerprints[row] == name], dtype=np.intp)
             for name in {fingerprints[row] for row in rows if roles[row] is Role.PREFILL}
@@ -131,7 +126,6 @@ class Layout:
             [self.fingerprints[row] for row in rows],
             [int(self.block_size[row]) for row in rows],
             [self.devices[row] for row in rows],
-            [self._degrees[row] for row in rows] if self._degrees else (),
         )
 
     def without(self, names: frozenset[str]) -> "tuple[Layout, Rows]":
@@ -167,6 +161,7 @@ class View(Sequence[WorkerView]):
     num_held: Column
     context_tokens: Column
     kv_used: Column
+    kv_tokens: Column
     batched_tokens: Column
     computing_s: Column
 
@@ -179,9 +174,10 @@ class View(Sequence[WorkerView]):
         self.reachable_tokens, self.fetch_s = reachable, fetch_s
         (
             self.num_requests, self.pending_tokens, self.pending_pairs, self.num_waiting, self.num_held, self.context_tokens,
-            self.kv_used, self.batched_tokens, self.computing_s, *pace,
+            self.kv_used, self.kv_tokens, self.batched_tokens, self.computing_s, *pace,
         ) = table  # fmt: skip
         self.pace = Paces(*pace)
+        self.learned = table[len(LOAD_COLUMNS) :][:LEARNED]
 
     @staticmethod
     def of(workers: "Sequence[WorkerView]") -> "View":

@@ -30,7 +30,7 @@ class Sink:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self.finished = False
+        self.finished = self.ended = False
         self.error: Exception | None = None
 
     def deliver(self, output: object) -> None:
@@ -71,6 +71,7 @@ class EngineMachine(RuleBasedStateMachine):
             sender=(sender := ToySender()),
             receiver=(receiver := ToyReceiver()),
         )
+        self.engine._publisher.lock.acquire()  # this is the engine's thread
         self.sender, self.receiver = sender, receiver
         self.leases: dict[str, tuple[str, PushTarget, int]] = {}  # request, target, known tokens
         self.sinks: dict[str, tuple[Sink, GenerateRequest]] = {}

@@ -1,5 +1,7 @@
 """What routers are told of a worker's requests: each once, and only what it still has to compute itself."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from baton.runtime.census import Census
@@ -24,7 +26,7 @@ class Worker:
     def submit(self, name: str, *, hold: bool = False) -> Entry:
         whole = GenerateRequest(request_id=name, prompt_token_ids=tuple(range(LENGTH)), sampling=SamplingParams(max_tokens=2))
         request = Request.create(whole, eos_token_ids=frozenset(), max_model_len=100, block_size=4, arrival=0.0)
-        entry = Entry(request, Feed(request, hold=hold, await_saves=False), None)  # type: ignore[arg-type]
+        entry = Entry(request, Feed(request, hold=hold, await_saves=False), SimpleNamespace(ended=False))  # type: ignore[arg-type]
         self.census.arrives(entry)
         return entry
 

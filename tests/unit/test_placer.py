@@ -125,6 +125,7 @@ def test_an_explanation_ranks_the_choice_and_who_would_have_been_next() -> None:
     [told] = page["sequences"][0]["decisions"]
     assert told["ttft_s"] == {"predicted": pytest.approx(1.01), "actual": 1.5}
     assert set(told["candidates"][0]["workers"]) == {"d1", "p1"}
+    assert [bool(each["forbidden"]) for each in told["candidates"]] == [False, False, True, False]
 
 
 def test_records_are_bounded_and_each_tenants_own() -> None:

@@ -10,7 +10,7 @@ from baton.errors import ConfigError, Overloaded
 from baton.hashing import block_hashes
 from baton.types import BlocksRemoved, BlocksStored, Load, Member, MemberState, Pace, Role, StateUpdate, Tier
 from services.router.fleet import Fleet, Worker
-from services.router.index import PoolIndex
+from services.router.index import PrefixIndex
 from services.router.policies import POLICIES
 from services.router.policy import Facts, Placement
 from services.router.predicted import predicted
@@ -170,6 +170,22 @@ def test_what_has_passed_of_a_step_is_neither_told_nor_held_against_a_promise() 
         placed("predicted", whole, local_prefill=False, ttft_slo_s=(told.ttft_s or 0) + 0.1)
 
 
+def test_a_decode_worker_without_room_is_one_that_has_to_be_waited_for() -> None:
+    """Until enough of its requests have ended."""
+    full = worker("d0", Role.DECODE, num_requests=10, context_tokens=9500, kv_used=0.95, kv_tokens=10_000)
+    roomy = worker("d1", Role.DECODE, num_requests=10, context_tokens=9600, kv_used=0.1, kv_tokens=100_000)
+    workers = [worker("p0", Role.PREFILL), full, roomy]
+    told = placed("predicted", workers, num_output_tokens=100, local_prefill=False)
+    assert told.decode == "d1"
+    with_room = [replace(full, kv_tokens=20_000, kv_used=0.475), roomy]
+    assert placed("predicted", [workers[0], *with_room], num_output_tokens=100, local_prefill=False).decode == "d0"
+    alone = placed("predicted", workers[:2], num_output_tokens=100, local_prefill=False)
+    free = placed("predicted", [workers[0], with_room[0]], num_output_tokens=100, local_prefill=False)
+    waits_s = (1100 - 500) / 9500 * 100 * (free.itl_s or 0)
+    assert (alone.ttft_s or 0) == pytest.approx((free.ttft_s or 0) + waits_s)
+    assert placed("predicted", [workers[0], replace(full, kv_tokens=0), roomy], num_output_tokens=100).decode == "d0"  # not announced
+
+
 # -- bursts
 
 HASHES = block_hashes(range(1000), 10)
@@ -207,6 +223,26 @@ def test_a_burst_of_siblings_goes_where_the_first_of_them_went() -> None:
     assert where() == "p0"
     say(made, p0, 2, num_waiting_tokens=1000, num_waiting=1)  # it left without a block being stored
     assert where() == "p1"
+
+
+def test_a_hot_prefix_is_computed_once_more_where_waiting_for_it_takes_longer() -> None:
+    made, (p0, p1, _) = fleet("p0", "p1", "d0")
+    say(made, p0, 1, BlocksStored(tuple(HASHES[:90])))
+
+    def where() -> str:
+        view = made.view(lambda size: HASHES)
+        return predicted(Facts(num_prompt_tokens=1000, turn=0, num_output_tokens=10, local_prefill=False), view).prefills[0]
+
+    for number in range(20):
+        if where() == "p1":
+            break
+        made.routed("p0", str(number), 100, 0, HASHES)
+    assert 2 < number < 19  # affinity holds for a while, and no longer
+    made.routed("p1", "copy", 1000, 500_000, HASHES)
+    say(made, p0, 2, num_waiting_tokens=800, num_waiting=8)
+    say(made, p1, 1, BlocksStored(tuple(HASHES[:90])))
+    made.unrouted("p1", "copy")
+    assert where() == "p1"  # there are two now
 
 
 def test_what_is_expected_leads_on_from_what_is_held() -> None:
@@ -335,10 +371,12 @@ def test_the_pool_of_another_fingerprint_or_degree_is_another_one() -> None:
 
 def test_what_is_known_of_the_pool_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.router.index.MOST_POOL_BLOCKS", 20)
-    pool = PoolIndex()
-    pool.apply(("f", 1), [BlocksStored(tuple(HASHES[:25]), Tier.POOL)])
-    assert pool.ends(("f", 1), HASHES[5:])[:2].tolist() == [20, 20]  # type: ignore[index]
-    assert pool.ends(("f", 1), HASHES)[:2].tolist() == [0, 1]  # type: ignore[index]
+    index = PrefixIndex()
+    index.reads("w", ("f", 1))
+    index.apply("w", [BlocksStored(tuple(HASHES[:15]), Tier.POOL), BlocksStored(tuple(HASHES[:5]), Tier.POOL)])
+    index.apply("w", [BlocksStored(tuple(HASHES[15:25]), Tier.POOL)])  # the first of the first ones go
+    assert index.reaches(HASHES[10:])[-1, index.places(["w"])] == [15]
+    assert index.reaches(HASHES[:7])[-1, index.places(["w"])] == [5]
 
 
 @pytest.mark.parametrize(("fetch_s", "chosen"), [(0.1, "p0"), (0.4, "p1"), (5.0, "p1")])

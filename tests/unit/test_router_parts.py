@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import random
 from dataclasses import replace
+from functools import reduce
+from operator import xor
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,23 @@ import pytest
 from baton.errors import InvalidRequest, NoWorkers
 from baton.hashing import block_hashes
 from baton.tokenizer import Detokenizer, Tokenizer
-from baton.types import BlocksRemoved, BlocksStored, FinishReason, GenerateOutput, OutputToken, Pace, Role, SamplingParams, TokenLogprobs
+from baton.types import (
+    BlocksRemoved,
+    BlocksStored,
+    Digest,
+    FinishReason,
+    GenerateOutput,
+    OutputToken,
+    Pace,
+    Role,
+    SamplingParams,
+    Tier,
+    TokenLogprobs,
+)
 from services.router.answers import Answers
 from services.router.dispatch import Route
 from services.router.generation import Ask, Choice
-from services.router.index import PrefixIndex
+from services.router.index import OWN_TIERS, PrefixIndex
 from services.router.openai import ChatBody, CompletionBody, parse
 from services.router.policies import POLICIES
 from services.router.policy import Facts, WorkerView
@@ -32,7 +47,7 @@ def tokenizer(demo_model: Path) -> Tokenizer:
 
 
 def depths(index: PrefixIndex, hashes: list[bytes], workers: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    places, columns = index.places(workers).tolist(), index.depths(hashes)
+    places, columns = index.places(workers).tolist(), index.reaches(hashes)[:2]
     held, coming = ({name: int(column[place]) for name, place in zip(workers, places, strict=True)} for column in columns)
     return held, coming
 
@@ -68,6 +83,55 @@ def test_removing_an_unknown_block_changes_nothing() -> None:
     index.apply("a", [BlocksStored((b"x" * 16,))])
     index.apply("b", [BlocksRemoved((b"x" * 16,))])
     assert match(index, [b"x" * 16], ["a", "b"]) == {"a": 1, "b": 0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_index_finds_what_looking_at_each_block_of_each_worker_finds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes and goes, in whichever order."""
+    monkeypatch.setattr("services.router.index._STRETCH", 4)
+    rng, index = random.Random(seed), PrefixIndex()
+    prompts = [[bytes([some, number]) for number in range(12)] for some in range(2)]
+    pools = {"a": ("f", 1), "b": ("f", 1), "c": ("f", 2), "d": ("g", 1)}
+    held: dict[str, dict[Tier, set[bytes]]] = {}
+    pooled = {pool: set[bytes]() for pool in pools.values()}
+    sent, coming = dict[str, dict[str, list[bytes]]](), dict[str, set[bytes]]()
+    for step in range(400):
+        name = rng.choice(list(pools))
+        if name not in held:
+            held[name], sent[name], coming[name] = {tier: set() for tier in OWN_TIERS}, {}, set()
+            index.reads(name, pools[name])
+        prompt = rng.choice(prompts)
+        keys = prompt[: rng.randrange(13)] if rng.random() < 0.6 else rng.sample(prompt, 2)
+        action = rng.random()
+        if action < 0.5:
+            index.apply(name, [BlocksStored(tuple(keys), tier := rng.choice(list(Tier)))])
+            (pooled[pools[name]] if tier is Tier.POOL else held[name][tier]).update(keys)
+        elif action < 0.7:
+            index.apply(name, [BlocksRemoved(tuple(keys), tier := rng.choice(list(Tier)))])
+            (pooled[pools[name]] if tier is Tier.POOL else held[name][tier]).difference_update(keys)
+        elif action < 0.8:
+            index.expect(name, str(step), keys)
+            sent[name][str(step)] = keys
+            coming[name].update(keys)
+        elif action < 0.9 and sent[name]:
+            index.settle(name, request := rng.choice(list(sent[name])))
+            coming[name].difference_update(sent[name].pop(request))
+        elif action < 0.95:
+            index.apply(name, [BlocksStored(tuple(keys))], snapshot=True)
+            held[name] = {tier: set(keys) if tier is Tier.DEVICE else set() for tier in OWN_TIERS}
+        else:
+            index.remove(name)
+            del held[name], sent[name], coming[name]
+        depths = index.reaches(prompt)[:, index.places(held)].T.tolist()
+        for (name, tiers), found in zip(held.items(), depths, strict=True):
+            has, lengths = set[bytes](), list[int]()
+            for some in (tiers[Tier.DEVICE], coming[name], tiers[Tier.HOST], tiers[Tier.FILES], pooled[pools[name]]):
+                has.update(some)
+                lengths.append(len(list(itertools.takewhile(has.__contains__, prompt))))
+            assert found == lengths
+            for tier, blocks in tiers.items():
+                assert index.blocks(name, tier) == blocks
+                assert index.digests(name)[tier] == Digest(tier, len(blocks), reduce(xor, map(int.from_bytes, blocks), 0))
 
 
 # -- policies
