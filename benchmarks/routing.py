@@ -57,7 +57,7 @@ class Setting:
 SETTINGS = (
     Setting("conversation", 16, (0.7, 1.1, 1.5, 1.9), 600.0, 10.0, 512),
     Setting("agents", 16, (0.7, 1.2, 1.7, 2.2), 120.0, 2.0, 64),
-    Setting("conversation", 256, (1.1, 1.5, 1.9, 2.7), 120.0, 10.0, 512),
+    Setting("conversation", 256, (1.1, 1.5, 1.9, 2.5), 60.0, 10.0, 512),
     Setting("agents", 256, (0.7, 1.2, 1.7, 2.2), 24.0, 2.0, 256),
 )
 ITL_SLO_S = 0.1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from baton.cli.bench import Promise, Sample, columns
 from baton.cli.trace import Scaling, play, read_trace
 from baton.errors import ConfigError, InternalError
 from baton.hashing import block_hashes
@@ -200,6 +201,12 @@ def test_each_role_has_its_own_pace_and_what_it_has_not_met_from_the_others() ->
     paces = by_role([(Role.PREFILL, prefill), (Role.DECODE, decode), (Role.DECODE, slow)])
     assert paces[Role.PREFILL] == dataclasses.replace(prefill, row_s=pytest.approx(3e-3))
     assert paces[Role.DECODE] == Pace(base_s=pytest.approx(0.02), token_s=1e-3, row_s=pytest.approx(3e-3), push_token_s=1e-5)
+
+
+def test_the_time_between_tokens_is_by_token_also_where_a_chunk_brings_several() -> None:
+    merged = Sample(ttft_s=1.0, e2e_s=1.8, itl_s=[0.4, 0.4], output_tokens=9)
+    assert columns([merged, Sample(ttft_s=1.0, e2e_s=1.0, output_tokens=1)], 1.0, Promise(itl_ms=150))["itl_mean_ms"] == pytest.approx(100)
+    assert Promise(itl_ms=150).kept(merged)
 
 
 def planned(start: int, count: int) -> ScheduledRequest:
