@@ -33,7 +33,7 @@ from services.planner.plan import Bounds, Slo, plan
 from services.planner.steady import Steady
 from services.router.policies import POLICIES
 from services.router.simulation.__main__ import DEFAULT_PACE
-from services.router.simulation.cluster import Plan, SimulatedCluster
+from services.router.simulation.cluster import Plan, SimulatedCluster, everybodys
 from services.router.simulation.workload import Ask, asks_of
 
 POOLS = (Role.PREFILL, Role.DECODE)
@@ -193,7 +193,7 @@ class Busy:
 
 def simulate(asks: Sequence[Ask], scaler: str, first: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Any]:
     slo = Slo(ttft_s=arguments.slo_ttft, itl_s=arguments.slo_itl)
-    cluster = Elastic(Plan(prefill=first[0], decode=first[1], pace=DEFAULT_PACE), arguments.startup)
+    cluster = Elastic(Plan(prefill=first[0], decode=first[1], paces=everybodys(DEFAULT_PACE)), arguments.startup)
     bounds, busy = Bounds(1, arguments.at_most), Busy(cluster)
     last = asks[-1].at
 

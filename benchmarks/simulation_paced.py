@@ -32,11 +32,11 @@ from baton.scheduling.cache import KVCache
 from baton.scheduling.plan import StepPlan, StepResult
 from baton.scheduling.scheduler import Scheduler
 from baton.types import GenerateRequest, Member, OutputToken, Pace, Role, SamplingParams
-from benchmarks.simulation import compared
+from benchmarks.simulation import HEAD, compared
 from services.decode.servicer import DecodeServicer
 from services.router.dispatch import Dispatcher
 from services.router.policies import POLICIES
-from services.router.simulation.cluster import Plan, SimulatedCluster
+from services.router.simulation.cluster import Plan, SimulatedCluster, everybodys
 from services.router.simulation.engine import Shape, step_seconds
 from services.router.simulation.workload import asks_of
 from services.router.workers import Workers
@@ -119,8 +119,6 @@ async def real(policy: str, count: int, lines: Sequence[Line], block: int) -> li
                         sample.output_tokens += len(item.tokens)
                     sample.cached_tokens = item.cache.num_cached_tokens if item.cache else sample.cached_tokens
             sample.prompt_tokens, sample.e2e_s = len(prompt), last - begun
-            if sample.output_tokens > 1:
-                sample.itl_s = [(sample.e2e_s - sample.ttft_s) / (sample.output_tokens - 1)]
 
         for each in range(2 * count):  # each learns its pace
             await ask(f"first-{each}", [each + 10] * 600, 12, Sample())
@@ -145,14 +143,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of real time at each load")
     arguments = parser.parse_args()
     print(f"`python -m benchmarks.simulation_paced {' '.join(sys.argv[1:])}`\n")
-    print("| policy, load | | TTFT mean, s | p95, s | ITL mean, ms | p95, ms | cache hits |\n|---|---|---|---|---|---|---|")
+    print("\n".join(HEAD))
     trace = read_trace(arguments.trace)
     for policy in arguments.policies:
         for load in arguments.loads:
             scaling = Scaling(length=0.03125, seconds=arguments.seconds * load, speed=load, longest=2000)
             lines = play(trace, scaling, 0)
-            found = columns(asyncio.run(real(policy, arguments.workers, lines, scaling.block())), lines[-1].at, PROMISE)
-            plan = Plan(unified=arguments.workers, shape=SHAPE, pace=PACE)
+            runs = [asyncio.run(real(policy, arguments.workers, lines, scaling.block())) for _ in range(2)]
+            found = [columns(samples, lines[-1].at, PROMISE) for samples in runs]
+            plan = Plan(unified=arguments.workers, shape=SHAPE, paces=everybodys(PACE))
             samples = SimulatedCluster(plan, POLICIES[policy]).run(asks_of(lines, scaling.block(), SHAPE.block_size))
             print("\n".join(compared(f"{policy}, {load:g}", found, columns(samples, lines[-1].at, PROMISE))), flush=True)
 

@@ -47,7 +47,8 @@ class Sample:
 
     @property
     def mean_itl_s(self) -> float:
-        return sum(self.itl_s) / len(self.itl_s) if self.itl_s else 0.0
+        """By token: a chunk may bring several."""
+        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
 
 
 def parse_range(text: str) -> tuple[int, int]:
@@ -187,7 +188,7 @@ def columns(samples: Sequence[Sample], seconds: float, promise: Promise) -> dict
     """What simulations and replays report, in seconds and milliseconds. ITL is each request's mean; `seconds` is how long requests came."""
     good = [sample for sample in samples if sample.error is None]
     kept, prompt = sum(promise.kept(sample) for sample in samples), sum(sample.prompt_tokens for sample in good)
-    ttft, itl = _spread([s.ttft_s for s in good]), _spread([s.mean_itl_s for s in good if s.itl_s])
+    ttft, itl = _spread([s.ttft_s for s in good]), _spread([s.mean_itl_s for s in good if s.output_tokens > 1])
     return {
         "requests": len(samples),
         "failures": len(samples) - len(good),

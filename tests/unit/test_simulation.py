@@ -1,6 +1,7 @@
 """The simulator: the same seed gives the same, its workers are the real scheduler, runs of steps are steps, and what it is told wrongly."""
 
 import asyncio
+import dataclasses
 import json
 import random
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from baton.cli.bench import Promise, Sample, columns
 from baton.cli.trace import Scaling, play, read_trace
 from baton.errors import ConfigError, InternalError
 from baton.hashing import block_hashes
@@ -21,11 +23,11 @@ from baton.scheduling.cache import KVCache
 from baton.scheduling.plan import ScheduledRequest, StepPlan
 from baton.scheduling.request import Request
 from baton.scheduling.scheduler import Scheduler
-from baton.types import FinishReason, GenerateRequest, Pace, SamplingParams
+from baton.types import FinishReason, GenerateRequest, Pace, Role, SamplingParams
 from services.router.policies import POLICIES
-from services.router.simulation.__main__ import parse_pace, run
+from services.router.simulation.__main__ import by_role, parse_paces, run
 from services.router.simulation.clock import Clock
-from services.router.simulation.cluster import Plan, SimulatedCluster
+from services.router.simulation.cluster import Plan, SimulatedCluster, everybodys
 from services.router.simulation.engine import Shape, SimulatedEngine, step_seconds
 from services.router.simulation.workload import Agents, Ask, agents, asks_of
 from tests.properties.toy import VOCAB, ToyRunner
@@ -38,7 +40,7 @@ LAYOUTS = [{"prefill": 2, "decode": 2}, {"unified": 3}]
 
 def small(layout: dict[str, int], **changes: Any) -> Plan:
     shape = Shape(num_blocks=600, block_size=16, max_num_batched_tokens=256, max_num_seqs=16)
-    return Plan(**{"shape": shape, "pace": PACE, "ttft_slo_s": 0.5, "itl_slo_s": 0.1, **layout, **changes})
+    return Plan(**{"shape": shape, "paces": everybodys(PACE), "ttft_slo_s": 0.5, "itl_slo_s": 0.1, **layout, **changes})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -193,6 +195,20 @@ def test_a_step_takes_what_a_pace_learned_from_such_steps_says() -> None:
         assert getattr(learner.pace, name) == pytest.approx(getattr(PACE, name), rel=0.02)
 
 
+def test_each_role_has_its_own_pace_and_what_it_has_not_met_from_the_others() -> None:
+    prefill, decode = Pace(base_s=0.03, token_s=1e-3, push_token_s=1e-5), Pace(base_s=0.01, row_s=2e-3)
+    slow = dataclasses.replace(decode, base_s=0.015, crowded=1.0)
+    paces = by_role([(Role.PREFILL, prefill), (Role.DECODE, decode), (Role.DECODE, slow)])
+    assert paces[Role.PREFILL] == dataclasses.replace(prefill, row_s=pytest.approx(3e-3))
+    assert paces[Role.DECODE] == Pace(base_s=pytest.approx(0.02), token_s=1e-3, row_s=pytest.approx(3e-3), push_token_s=1e-5)
+
+
+def test_the_time_between_tokens_is_by_token_also_where_a_chunk_brings_several() -> None:
+    merged = Sample(ttft_s=1.0, e2e_s=1.8, itl_s=[0.4, 0.4], output_tokens=9)
+    assert columns([merged, Sample(ttft_s=1.0, e2e_s=1.0, output_tokens=1)], 1.0, Promise(itl_ms=150))["itl_mean_ms"] == pytest.approx(100)
+    assert Promise(itl_ms=150).kept(merged)
+
+
 def planned(start: int, count: int) -> ScheduledRequest:
     return ScheduledRequest(made("x", [0], [0], 1), start, count, samples=True, block_ids=[])
 
@@ -253,10 +269,10 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="makes no whole blocks"):
         Scaling(length=0.3).block()
     with pytest.raises(ConfigError, match="there is no token; there are base_s"):
-        parse_pace("token=1")
+        parse_paces("token=1")
     with pytest.raises(ConfigError, match="must look like"):
-        parse_pace("fast")
-    assert parse_pace("token_s=1e-3,base_s=2") == Pace(token_s=1e-3, base_s=2)
+        parse_paces("fast")
+    assert parse_paces("token_s=1e-3,base_s=2") == everybodys(Pace(token_s=1e-3, base_s=2))
 
 
 def test_a_request_that_never_fits_is_refused_alone() -> None:

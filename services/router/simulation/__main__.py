@@ -17,9 +17,9 @@ from baton.cli.command import run_command
 from baton.cli.trace import Scaling, play, read_trace
 from baton.config import POLICY_NAMES, check_policy
 from baton.errors import ConfigError
-from baton.types import Pace
+from baton.types import Pace, Role
 from services.router.policies import POLICIES
-from services.router.simulation.cluster import Plan, SimulatedCluster
+from services.router.simulation.cluster import Plan, SimulatedCluster, everybodys
 from services.router.simulation.engine import Shape
 from services.router.simulation.workload import Agents, Ask, agents, asks_of
 
@@ -73,7 +73,7 @@ def simulate(
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
         ),
-        pace=parse_pace(pace),
+        paces=parse_paces(pace),
         hop_s=hop_ms / 1e3,
         routers=routers,
         news_s=news_ms / 1e3,
@@ -129,7 +129,14 @@ def run(plan: Plan, policy: str, asks: Sequence[Ask], seed: int, promise: Promis
     promise = promise or Promise(ttft_ms=None if ttft_s is None else 1e3 * ttft_s, itl_ms=None if itl_s is None else 1e3 * itl_s)
     span = asks[-1].at - asks[0].at if len(asks) > 1 else 1.0
     preempted = sum(engine.scheduler.num_preemptions for engine in cluster.engines.values())
-    return {**columns(samples, span, promise), "preemptions": preempted, "took_s": time.monotonic() - begun}
+    pace, served = plan.paces[Role.PREFILL if plan.prefill else Role.UNIFIED], [sample for sample in samples if sample.error is None]
+    prompts_s = sum(pace.prompt_s(sample.prompt_tokens - sample.cached_tokens, sample.cached_tokens) for sample in served)
+    return {
+        **columns(samples, span, promise),
+        "computing": prompts_s / span,  # workers that the prompts keep busy, all the time
+        "preemptions": preempted,
+        "took_s": time.monotonic() - begun,
+    }
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -141,22 +148,13 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def parse_pace(text: str | None) -> Pace:
-    """`token_s=1e-4,base_s=0.01`, or a router's URL: the mean of its workers. Raises ConfigError."""
-    names = [field.name for field in dataclasses.fields(Pace)]
+def parse_paces(text: str | None) -> Mapping[Role, Pace]:
+    """`token_s=1e-4,base_s=0.01`, or a router's URL: what its workers have learned. Raises ConfigError."""
     if text is None:
-        return DEFAULT_PACE
+        return everybodys(DEFAULT_PACE)
     if text.startswith("http"):
-        try:
-            workers = httpx.get(text.rstrip("/") + "/cluster", timeout=5.0).raise_for_status().json()["workers"]
-        except httpx.HTTPError as error:
-            raise ConfigError(f"no router answers at {text} ({error})") from error
-        paces = [Pace(**worker["pace"]).by_the_clock() for worker in workers]
-        known = {name: [getattr(pace, name) for pace in paces if getattr(pace, name)] for name in names}
-        if not known["token_s"] or not known["row_s"] + known["context_s"]:
-            raise ConfigError(f"the workers at {text} have not learned their pace yet: send them some requests first")
-        return Pace(**{name: sum(values) / len(values) for name, values in known.items() if values})
-    values: dict[str, float] = {}
+        return paces_of(text)
+    names, values = [field.name for field in dataclasses.fields(Pace)], dict[str, float]()
     for part in text.split(","):
         name, _, number = part.partition("=")
         try:
@@ -168,7 +166,31 @@ def parse_pace(text: str | None) -> Pace:
         raise ConfigError(
             f"--pace {text!r}: {f'there is no {unknown[0]}' if unknown else 'seconds are not negative'}; there are {', '.join(names)}"
         )
-    return Pace(**values)
+    return everybodys(Pace(**values))
+
+
+def paces_of(url: str) -> dict[Role, Pace]:
+    """What a router's workers have learned. Raises ConfigError."""
+    try:
+        workers = httpx.get(url.rstrip("/") + "/cluster", timeout=5.0).raise_for_status().json()["workers"]
+    except httpx.HTTPError as error:
+        raise ConfigError(f"no router answers at {url} ({error})") from error
+    paces = by_role([(Role(worker["role"]), Pace(**worker["pace"])) for worker in workers])
+    if not paces or not all(pace.token_s and pace.row_s + pace.context_s for pace in paces.values()):
+        raise ConfigError(f"the workers at {url} have not learned their pace yet: send them some requests first")
+    return paces
+
+
+def by_role(workers: Sequence[tuple[Role, Pace]]) -> dict[Role, Pace]:
+    """By the clock, the mean of each role's workers; what none of them has met yet is the others'."""
+    known = [(role, pace.by_the_clock()) for role, pace in workers]
+
+    def mean(name: str, role: Role) -> float:
+        values = [(each, value) for each, pace in known if (value := getattr(pace, name))]
+        own = [value for each, value in values if each is role] or [value for _, value in values]
+        return sum(own) / len(own) if own else 0.0
+
+    return {role: Pace(**{field.name: mean(field.name, role) for field in dataclasses.fields(Pace)}) for role, _ in known}
 
 
 def main() -> None:

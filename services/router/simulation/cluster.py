@@ -6,7 +6,7 @@ and asks P; P pushes chunk by chunk as they end, over one link of its own; its f
 all has arrived. Not here: the KV pool and other tiers, failures, blocks that stay taken at P until their push has settled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from baton.cli.bench import Sample
@@ -24,6 +24,10 @@ from services.router.simulation.workload import Ask
 _FINGERPRINT = "simulated"
 
 
+def everybodys(pace: Pace) -> dict[Role, Pace]:
+    return dict.fromkeys(Role, pace)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The cluster. Seconds of `hop_s` pass with every message between two processes."""
@@ -32,7 +36,7 @@ class Plan:
     decode: int = 0
     unified: int = 0
     shape: Shape = field(default_factory=Shape)
-    pace: Pace = field(default_factory=Pace)
+    paces: Mapping[Role, Pace]
     hop_s: float = 0.0005
     routers: int = 1  # requests go to each in turn; none knows what the others have just sent
     news_s: float = 0.0  # beside hop_s, that a worker's news take to a router
@@ -51,7 +55,6 @@ class _Journey:
     request: Request
     placement: Placement
     fleet: Fleet  # of its router
-    first_at: float = 0.0
     pushed_from: int = 0  # tokens that D had
     waited_for: tuple[str, ...] = ()
     computes: str = ""
@@ -95,7 +98,7 @@ class SimulatedCluster:
             max_num_batched_tokens=shape.max_num_batched_tokens,
         )
         known = [(fleet, fleet.add(member)) for fleet in self.fleets]
-        engine = self.engines[name] = SimulatedEngine(self.clock, shape, self.plan.pace, lambda update: self._told(known, update))
+        engine = self.engines[name] = SimulatedEngine(self.clock, shape, self.plan.paces[role], lambda update: self._told(known, update))
         engine.on_token = self._has_token if role is not Role.PREFILL else lambda request: self._prefilled(name, request)
         engine.on_step = self._starts if role is not Role.PREFILL else lambda plan: self._prefill_starts(name, plan)
         if role is Role.PREFILL:
@@ -149,7 +152,6 @@ class SimulatedCluster:
 
     def _first_token(self, journey: _Journey) -> None:
         """On its way from D."""
-        journey.first_at = self.clock.now
         journey.sample.ttft_s = self.clock.now + 2 * self.plan.hop_s - journey.ask.at
 
         def seen() -> None:
@@ -162,8 +164,6 @@ class SimulatedCluster:
         tokens, sample = journey.ask.num_output_tokens, journey.sample
         sample.output_tokens = tokens
         sample.e2e_s = self.clock.now + 2 * self.plan.hop_s - journey.ask.at
-        if tokens > 1:
-            sample.itl_s = [(self.clock.now - journey.first_at) / (tokens - 1)]  # the mean
         self._num_output_tokens += LEARNED * (tokens - self._num_output_tokens)
         del self._journeys[journey.request.request_id]
 
@@ -198,7 +198,7 @@ class SimulatedCluster:
 
     def _has_token(self, request: Request) -> None:
         journey = self._journeys[request.request_id]
-        if not journey.first_at:
+        if not journey.sample.ttft_s:
             self._first_token(journey)
         if request.finish_reason is not None:
             self._ended(journey)
@@ -226,7 +226,7 @@ class SimulatedCluster:
 
     def _push(self, name: str, tokens: int) -> None:
         if tokens > 0:
-            self._link_free[name] = max(self._link_free[name], self.clock.now) + tokens * self.plan.pace.push_token_s
+            self._link_free[name] = max(self._link_free[name], self.clock.now) + tokens * self.plan.paces[Role.PREFILL].push_token_s
 
     def _prefilled(self, name: str, request: Request) -> None:
         """The first token goes to D, and after the last block the news that all are there. `_pushes` has not counted this step yet."""
