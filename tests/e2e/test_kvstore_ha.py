@@ -20,7 +20,7 @@ from baton.kv.mooncake import leader
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from tests.cluster import RunningCluster, running_cluster
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 BLOCK_SIZE, COUNT = 16, 12
 LEASE_S = 3.0
 

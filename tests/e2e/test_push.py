@@ -27,6 +27,7 @@ from baton.kv.transfer_engine import Engine, describe
 from baton.types import PushShard, Role
 from tests.e2e.push_peer import Memory
 
+pytestmark = pytest.mark.alone
 MIB = 1 << 20
 BIG = 128 * MIB  # long enough on loopback to be stopped half-way
 NEW, OLD, STRANGER = 7, 1, 99  # bytes: what is pushed, what was there, what the next owner writes

@@ -6,7 +6,7 @@ import pytest
 
 from tests.faults.churn import churn
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("seconds", [10, pytest.param(90, marks=pytest.mark.slow)])

@@ -20,7 +20,7 @@ from tests.faults.traffic import Outcome, Prompt, make_prompts, run_streams, str
 LEASE_S = 5.0
 LIMIT_S = LEASE_S + 2.0
 STREAMS = 16
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
