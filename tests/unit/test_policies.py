@@ -183,6 +183,8 @@ def test_a_decode_worker_without_room_is_one_that_has_to_be_waited_for() -> None
     free = placed("predicted", [workers[0], with_room[0]], num_output_tokens=100, local_prefill=False)
     waits_s = (1100 - 500) / 9500 * 100 * (free.itl_s or 0)
     assert (alone.ttft_s or 0) == pytest.approx((free.ttft_s or 0) + waits_s)
+    queue = [workers[0], replace(with_room[0], num_waiting=9)]  # would have room for itself alone
+    assert (placed("predicted", queue, num_output_tokens=100, local_prefill=False).ttft_s or 0) > (free.ttft_s or 0)
     assert placed("predicted", [workers[0], replace(full, kv_tokens=0), roomy], num_output_tokens=100).decode == "d0"  # not announced
 
 

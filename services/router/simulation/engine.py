@@ -153,6 +153,8 @@ class SimulatedEngine:
     def _arrive(self, request: Request, *, held: bool) -> None:
         self._arriving[request] = held
         self._arrived.append(request.request_id)
+        if self._busy and self._run is None:  # else the step about to begin tells
+            self._publish()
 
     def _take(self, request: Request) -> None:
         self._arriving.pop(request)
@@ -288,7 +290,7 @@ class SimulatedEngine:
     def _publish(self) -> None:
         wait = self._sent_at + MIN_INTERVAL_S - self._clock.now
         if wait > 1e-9 and self._sent_at >= 0:
-            if not self._busy and not self._flushing:
+            if not self._flushing:
                 self._flushing = True
                 self._clock.after(wait, self._flush)
             return
@@ -301,7 +303,7 @@ class SimulatedEngine:
 
     def _flush(self) -> None:
         self._flushing = False
-        if not self._busy:
+        if self._run is None:
             self._publish()
 
     def load(self) -> Load:
@@ -310,6 +312,10 @@ class SimulatedEngine:
         own = [*running, *self.scheduler.waiting, *(request for request, held in self._arriving.items() if not held)]
         held = len(self._held) + len(self._arriving) - (len(own) - len(running) - len(self.scheduler.waiting))
         tokens, pairs = self._backlog.measure(own)
+        for item in self._plan.scheduled if self._plan is not None else ():  # in a step that has not ended
+            if item.num_new_tokens > 1:
+                tokens += item.num_new_tokens
+                pairs += (item.end**2 - item.start**2) // 2
         return Load(
             num_running=len(running),
             num_waiting=len(own) - len(running) + held,
