@@ -17,6 +17,7 @@ OTHERS = (
     "Insufficient ",
     "unbound immediate",
     "Multi-Attach error",
+    "MountVolume",
     'secret "…" not found',
     "Startup probe failed",
     "helm test",
