@@ -275,6 +275,22 @@ class RouterConfig(Strict):
         return self
 
 
+class DiskConfig(Strict):
+    """A node's part of the pool on its disk: what is saved to its memory is written there too, and stays when memory forgets it."""
+
+    path: str = ""  # a directory of this node alone, on an SSD; empty: none
+    bytes: Size = 0  # its budget
+    buffer: Size = 512 * 2**20  # memory, beside what is lent, through which blocks are read from it
+
+    @model_validator(mode="after")
+    def _whole(self) -> "DiskConfig":
+        if bool(self.path) != bool(self.bytes):
+            raise ValueError("disk.path and disk.bytes go together: give a directory and its budget, for example disk.bytes=100GiB")
+        if self.path and not os.path.isabs(self.path):
+            raise ValueError(f"disk.path={self.path} must begin with /")
+        return self
+
+
 class KVStoreConfig(Strict):
     """A kvstore process: `master` runs and supervises mooncake_master, `node` lends memory to the pool."""
 
@@ -284,6 +300,7 @@ class KVStoreConfig(Strict):
     security: SecurityConfig = SecurityConfig()
     pool: PoolConfig = PoolConfig()
     memory: Size = 512 * 2**20  # node: bytes lent
+    disk: DiskConfig = DiskConfig()  # node
     ha: bool = False  # master: one of several, of which one leads; needs cluster.etcd
     oplog: bool = True  # master, with ha: the next leader knows the keys; nothing ever removes what is written to etcd for that
     masters: tuple[str, ...] = ()  # node, with pool.master=etcd: host:master_metrics_port of all of them

@@ -29,8 +29,9 @@ EVERYWHERE = {"server", "cluster", "security", "drain_grace_s"}
 OWNED = {  # by the chart
     "router": EVERYWHERE | {"model", "served_model_name", "http_port", "tls"},
     "worker": EVERYWHERE | {"role", "model", "served_model_name", "files", "parallel"},
-    "master": EVERYWHERE | {"mode", "pool", "memory", "ha", "masters", "master_port", "master_metrics_port"},
-    "node": EVERYWHERE | {"mode", "memory", "ha", "oplog", "masters", "master_port", "master_metrics_port", "hot_reads", "client_ttl_s"},
+    "master": EVERYWHERE | {"mode", "pool", "memory", "disk", "ha", "masters", "master_port", "master_metrics_port"},
+    "node": EVERYWHERE
+    | {"mode", "memory", "disk", "ha", "oplog", "masters", "master_port", "master_metrics_port", "hot_reads", "client_ttl_s"},
 }
 OWNED_INSIDE = {"PoolConfig": {"master", "host", "protocol", "devices"}, "PushConfig": {"host"}}
 
@@ -104,6 +105,7 @@ POD = {
     "volumes": LIST,
     "volumeMounts": LIST,
 }
+STORAGE = closed(size=SIZE, storageClass=TEXT)
 RDMA = closed(resource=TEXT, count={"type": "integer", "minimum": 1}, devices=TEXT, root=FLAG)
 ROUTER = {
     **POD,
@@ -126,7 +128,7 @@ ROLE = {**WORKER, "enabled": FLAG}
 KVSTORE = closed(
     enabled=FLAG,
     master=closed(**{**POD, "replicas": {"type": "integer", "minimum": 1}, "settings": settings(KVStoreConfig, OWNED["master"])}),
-    node=closed(**POD | {"settings": settings(KVStoreConfig, OWNED["node"]), "memory": QUANTITY, "rdma": RDMA}),
+    node=closed(**POD | {"settings": settings(KVStoreConfig, OWNED["node"]), "memory": QUANTITY, "storage": STORAGE, "rdma": RDMA}),
 )
 FETCH = {**closed(repository=TEXT, revision=TEXT, tokenSecret=SECRET), "required": ["repository"]}
 VERSION = {
@@ -155,7 +157,7 @@ ETCD = closed(
     },
     access=closed(authoritySecret=SECRET, name=TEXT, certificateSecret=TEXT, user=TEXT, passwordSecret=SECRET),
     quota=QUANTITY,
-    storage=closed(size=SIZE, storageClass=TEXT),
+    storage=STORAGE,
 )
 ETCD["properties"]["replicas"] = {"enum": [1, 3]}
 ABOVE_ZERO: Schema = {"type": "number", "exclusiveMinimum": 0}

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -37,6 +38,7 @@ _ENVIRONMENT = {
     "MC_TCP_PROGRESS_TIMEOUT_SEC": "2",
     "MC_TCP_LANES_PER_PEER": str(WAVE),
     "MC_RPC_TIMEOUT_MS": "2000",  # a stopped master: 30 s by default
+    "MC_RPC_CONNECT_TIMEOUT_MS": "1000",  # a node that is gone, whose disk is asked: three times 30 s by default
     "MC_STORE_CLIENT_SETUP_RETRIES": "1",  # it would try 20 ports for 22 s, whatever is wrong; the next call tries again here
     "MC_STORE_MEMCPY": "1",
     "MC_LOG_LEVEL": "ERROR",
@@ -46,13 +48,36 @@ _GLOG_FATAL = 3
 
 TRANSFER_FAILED = -800  # the node that holds the value, or shall, does not answer
 NO_SPACE = -200  # said at once; eviction begins then
-MASTER_AWAY = frozenset({-900, -901})  # the master does not answer, or not in time
+MASTER_AWAY = frozenset({-900, -901})  # the master does not answer, or not in time; of a read: or the node, asked for what is on its disk
 _NOT_TRIED = -1
+_READ = "batch_get_into"
 LEASE_S = 5  # that a key which was looked up or read is not evicted for: longer than any call takes; the master is told
 _SILENT_S = 1.0  # a call that took longer and says nothing of any key was not answered
 _ROOM_S = 0.05  # that eviction takes
 _ETCD = "etcd://"
 _LEFT: list[Any] = []  # clients whose end would take too long
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """A directory where a node's blocks are written, too."""
+
+    path: str
+    nbytes: int  # at most
+    buffer: int  # bytes of memory through which others read them
+
+    def environment(self) -> dict[str, str]:
+        """Read by Mooncake's C++ when a client is made. A file for each block: blocks of a larger bucket that is not full yet are not
+        written, and lost when memory forgets them."""
+        return {
+            "MOONCAKE_OFFLOAD_STORAGE_BACKEND_DESCRIPTOR": "bucket_storage_backend",
+            "MOONCAKE_OFFLOAD_BUCKET_KEYS_LIMIT": "1",
+            "MOONCAKE_OFFLOAD_BUCKET_MAX_TOTAL_SIZE": str(self.nbytes),
+            "MOONCAKE_OFFLOAD_TOTAL_SIZE_LIMIT_BYTES": str(self.nbytes),
+            "MOONCAKE_OFFLOAD_BUCKET_EVICTION_POLICY": "lru",
+            "MOONCAKE_OFFLOAD_LOCAL_BUFFER_SIZE_BYTES": str(self.buffer),
+            "MOONCAKE_OFFLOAD_HEARTBEAT_INTERVAL_SECONDS": "1",  # what is written waits for so long
+        }
 
 
 def leader(endpoints: str, cluster: str) -> str:
@@ -81,11 +106,13 @@ class MooncakeStore:
         local_buffer: int = 16 * 2**20,
         segment: int = 0,
         segment_path: str = "",
+        spill: Spill | None = None,
         near: Neighbours | None = None,
     ) -> None:
         """`master` is host:port of mooncake_master, or etcd://host:port;host:port, where the leading one of `cluster` is found; `host` is
-        where other clients reach this process; `segment` bytes are lent to the pool, of the file `segment_path`, if given. What
-        lies on this machine is read by way of `near`, if given. Raises ConfigError if Mooncake is not installed."""
+        where other clients reach this process; `segment` bytes are lent to the pool, of the file `segment_path`, if given, and what is
+        saved there goes to `spill` as well, if given. What lies on this machine is read by way of `near`, if given. Raises ConfigError if
+        Mooncake is not installed."""
         if master.startswith(_ETCD):
             os.environ["MC_STORE_CLUSTER_ID"] = cluster
         self._chatty = "MC_LOG_LEVEL" in os.environ
@@ -105,6 +132,8 @@ class MooncakeStore:
             ) from error
         self._make: Any = MooncakeDistributedStore
         self._setup = (host, "P2PHANDSHAKE", 0 if segment_path else segment, local_buffer, protocol, devices, master)
+        self._options = {"enable_ssd_offload": True, "ssd_offload_path": spill.path} if spill is not None else {}
+        os.environ.update(spill.environment() if spill is not None else {})
         self._segment = (segment_path, segment, 0, protocol) if segment_path else None
         self._near = near
         self.stats = TransferStats()
@@ -125,7 +154,7 @@ class MooncakeStore:
             self._probe()
             store = self._make()
             try:
-                code = store.setup(*self._setup)
+                code = store.setup(*self._setup, **self._options)
                 if code != 0:
                     hint = "; is there an RDMA device (pool.devices)?" if self._protocol == "rdma" else ""
                     raise StoreError(f"mooncake_master at {self._master} cannot be joined over {self._protocol} (code {code}){hint}")
@@ -159,7 +188,7 @@ class MooncakeStore:
         found = self._get_near(keys, buffers) if self._near is not None and self._near.meet() else {}
         rest = [i for i in range(len(keys)) if i not in found]
         try:
-            codes = self._transfer("batch_get_into", [keys[i] for i in rest], [buffers[i] for i in rest])
+            codes = self._transfer(_READ, [keys[i] for i in rest], [buffers[i] for i in rest])
         except StoreError:
             if not any(found.values()):
                 raise
@@ -195,6 +224,8 @@ class MooncakeStore:
         30 s, holding the interpreter, so nothing is done: the process is about to end (`hosting.process`), and the master notices."""
         with self._lock:
             self._closed = True
+            if self._store is not None and self._options:
+                self._store.unmount_local_disk_segment()
             if self._master.startswith(_ETCD):
                 _LEFT.append(self._store)
             elif self._store is not None:
@@ -265,9 +296,10 @@ class MooncakeStore:
     def _call(self, method: str, *arguments: object) -> list[int]:
         self.connect()
         codes: list[int] = getattr(self._store, method)(*arguments)
-        if not MASTER_AWAY.isdisjoint(codes):
-            raise StoreError("mooncake_master does not answer")
-        return codes
+        away = [code in MASTER_AWAY for code in codes]
+        if any(away) and (method != _READ or all(away)):
+            raise StoreError("mooncake_master does not answer, or the node whose disk was asked")
+        return [TRANSFER_FAILED if gone else code for gone, code in zip(away, codes, strict=True)]
 
     def _probe(self) -> None:
         """Mooncake's own set-up tries for 90 s when there is no master; nobody waits for that here."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What an image holds of Python: install.sh VARIANT WHEEL FOLDER makes a virtual environment. VARIANT: router, worker-cpu, worker-cuda, kvstore.
-# Versions are those of constraints.txt beside the wheel's checkout (CONSTRAINTS); TORCH_INDEX is where a torch without CUDA comes from.
+# Versions are those of constraints.txt beside the wheel's checkout (CONSTRAINTS), of everything; TORCH_INDEX is where a torch without CUDA comes from.
 set -euo pipefail
 variant=$1 wheel=$2 folder=$3
 constraints=${CONSTRAINTS:-constraints.txt}
@@ -14,7 +14,7 @@ worker-cpu)
     "${pip[@]}" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
     "${pip[@]}" --constraint "$constraints" "$wheel[engine,mooncake]"
     ;;
-worker-cuda) "${pip[@]}" --constraint "$constraints" "$wheel[gpu]" ;;
+worker-cuda) "${pip[@]}" --constraint "$constraints" "$wheel[gpu,ray]" ;;
 *)
     echo "there is no variant $variant; there are router, worker-cpu, worker-cuda and kvstore" >&2
     exit 2

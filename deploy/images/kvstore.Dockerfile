@@ -7,7 +7,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY baton ./baton
 COPY services ./services
 COPY deploy/images/install.sh ./
-RUN pip wheel --no-cache-dir --no-deps --constraint constraints.txt --wheel-dir /wheels . \
+RUN PIP_CONSTRAINT=constraints.txt pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && bash install.sh kvstore /wheels/*.whl /opt/baton/venv
 
 FROM python:3.11.13-slim-bookworm

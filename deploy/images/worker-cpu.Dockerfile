@@ -8,7 +8,7 @@ COPY baton ./baton
 COPY services ./services
 COPY deploy/images/install.sh ./
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip wheel --no-cache-dir --no-deps --constraint constraints.txt --wheel-dir /wheels . \
+RUN PIP_CONSTRAINT=constraints.txt pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && bash install.sh worker-cpu /wheels/*.whl /opt/baton/venv
 
 FROM python:3.11.13-slim-bookworm

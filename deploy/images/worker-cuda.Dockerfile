@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
-# Prefill and decode workers on NVIDIA GPUs. CUDA comes with torch, the driver from the machine; gcc is Triton's.
+# Prefill and decode workers on NVIDIA GPUs. CUDA comes with torch, the driver from the machine; gcc is Triton's. Ray is for a
+# worker on several machines (docs/kubernetes.md).
 # From the repository's root: docker build -f deploy/images/worker-cuda.Dockerfile .
 FROM python:3.11.13-slim-bookworm AS build
 WORKDIR /src
@@ -7,7 +8,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY baton ./baton
 COPY services ./services
 COPY deploy/images/install.sh ./
-RUN pip wheel --no-cache-dir --no-deps --constraint constraints.txt --wheel-dir /wheels . \
+RUN PIP_CONSTRAINT=constraints.txt pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && bash install.sh worker-cuda /wheels/*.whl /opt/baton/venv
 
 FROM python:3.11.13-slim-bookworm

@@ -9,18 +9,20 @@ from baton.config import KVStoreConfig, member_id, pool_master
 from baton.errors import ConfigError, StoreError
 from baton.hosting.process import certificates_of, run_service
 from baton.hosting.server import Host
-from baton.kv.mooncake import MooncakeStore
+from baton.kv.mooncake import MooncakeStore, Spill
 from baton.kv.neighbours import Lender, SharedMemory, meeting_place, pool_name
 from baton.metrics import KVStoreMetrics
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 from baton.types import Member, PoolState, Role
 from services.kvstore.admin import MasterAdmin
+from services.kvstore.disk import Disk
 from services.kvstore.master import MasterSupervisor
 from services.kvstore.node import LentMemory
 from services.kvstore.servicer import KVStoreServicer
 
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0
+_MARGIN_S = 2.0
 
 
 async def serve(config: KVStoreConfig) -> None:
@@ -29,6 +31,7 @@ async def serve(config: KVStoreConfig) -> None:
     address, admins = _addresses(config)
     place = meeting_place(pool.near) if lent else None
     shared = SharedMemory(lent) if place is not None else None
+    disk = Disk(config.disk.path) if config.disk.path and not is_master else None
     admin = MasterAdmin(*admins)
     store = MooncakeStore(
         address,
@@ -39,9 +42,12 @@ async def serve(config: KVStoreConfig) -> None:
         local_buffer=pool.local_buffer,
         segment=lent,
         segment_path=shared.path if shared is not None else "",
+        spill=Spill(config.disk.path, config.disk.bytes, config.disk.buffer) if disk is not None else None,
     )
     lender = Lender(shared, place, pool_name(address, config.cluster.name)) if shared is not None and place is not None else None
-    memory = LentMemory(store, admin, lent, lender)
+    # Blocks that the master still believes to be on this node's former self are not taken, and forgotten with that.
+    wait_s = config.client_ttl_s + _MARGIN_S if disk is not None and disk.abandoned else 0.0
+    memory = LentMemory(store, admin, lent, lender, wait_s=wait_s)
     name = member_id(config.server, Role.KVSTORE)
     metrics = KVStoreMetrics(name)
     member = Member(id=name, role=Role.KVSTORE, address="")
@@ -64,6 +70,8 @@ async def serve(config: KVStoreConfig) -> None:
         memory.close()
         if served and not is_master:  # else it ends with its error, and the master forgets it; or the master ends with it
             await _leave(store, admin)
+            if disk is not None:
+                await asyncio.to_thread(disk.close)
         await admin.close()
         if supervisor is not None:
             await supervisor.stop()

@@ -36,6 +36,7 @@ class MasterSupervisor:
             f"--client_ttl={config.client_ttl_s}",
             "--enable_http_metadata_server=false",
             f"--default_kv_lease_ttl={LEASE_S}s",
+            "--enable_offload=true",  # to disks, where nodes have one
             "--logtostderr=true",
             "--minloglevel=1",
         )

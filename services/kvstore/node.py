@@ -2,7 +2,8 @@
 
     join (again and again until there is a master) ─▶ touch every page ─▶ share with workers here ─▶ … ─▶ drain: its blocks move away
 
-Remounting after a restart of the master is Mooncake's own business. In a process that lends nothing there is nothing to touch or drain.
+It joins after `wait_s`. Remounting after a restart of the master is Mooncake's own business. In a process that lends nothing there is
+nothing to touch or drain.
 """
 
 import asyncio
@@ -23,12 +24,13 @@ _MADV_POPULATE_WRITE = 23
 
 
 class LentMemory:
-    def __init__(self, store: MooncakeStore, admin: MasterAdmin, nbytes: int, lender: Lender | None = None) -> None:
-        self._store, self._admin, self._nbytes, self._lender = store, admin, nbytes, lender
+    def __init__(self, store: MooncakeStore, admin: MasterAdmin, nbytes: int, lender: Lender | None = None, *, wait_s: float = 0.0) -> None:
+        self._store, self._admin, self._nbytes, self._lender, self._wait_s = store, admin, nbytes, lender, wait_s
         self._joined = False
 
     async def join(self) -> None:
         attempts = 0
+        await asyncio.sleep(self._wait_s)
         while not self._joined:
             try:
                 await asyncio.to_thread(self._store.connect)

@@ -3,6 +3,7 @@ names go by what is rendered. Not here: scheduling, cluster addresses (a service
 is asserted of the connections that there are."""
 
 import secrets
+import signal
 import socket
 import subprocess
 import threading
@@ -40,6 +41,7 @@ class Kubernetes:
         self._names = NameServer(self.network.host, self._find)
 
     def __enter__(self) -> "Kubernetes":
+        self._on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: everything is taken down
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -54,6 +56,7 @@ class Kubernetes:
             pod.close()
         self._names.close()
         self.network.close()
+        signal.signal(signal.SIGTERM, self._on_term)
 
     def everybody(self) -> list[Pod]:
         return [pod for pods in list(self.pods.values()) for pod in list(pods)]
@@ -94,18 +97,18 @@ class Kubernetes:
             for pod in old:
                 number = int(pod.name.rpartition("-")[2])
                 self.delete(pod)
-                self._until_ready(self._add(workload, number))
+                self._until_ready(self._add(workload, number), workload)
             old = []
         else:
             assert workload["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
             for pod in old[:wanted]:
-                self._until_ready(self._add(workload, None))
+                self._until_ready(self._add(workload, None), workload)
                 self.delete(pod)
             for pod in old[wanted:]:
                 self.delete(pod)
         fresh = [self._add(workload, number) for number in range(len(pods), wanted)]
         for pod in fresh:
-            self._until_ready(pod)
+            self._until_ready(pod, workload)
         _together([lambda pod=pod: self.delete(pod) for pod in pods[wanted:]])
 
     def _add(self, workload: Object, number: int | None) -> Pod:
@@ -119,17 +122,22 @@ class Kubernetes:
         self._keepers.append(keeper)
         return pod
 
-    def _until_ready(self, pod: Pod) -> None:
-        probe = pod.container["startupProbe"]
-        deadline = time.monotonic() + probe["periodSeconds"] * probe["failureThreshold"]
+    def _until_ready(self, pod: Pod, workload: Object) -> None:
+        """Within what a rollout may take without progress; a startup probe has less time, and only says that it lives."""
+        deadline = time.monotonic() + workload["spec"].get("progressDeadlineSeconds", 600)
         while not pod.ready:
-            if pod.process.poll() is not None or time.monotonic() > deadline:
+            if pod.ending or pod.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{pod.name} is not ready (exit code {pod.process.poll()})\n{pod.tail(40)}")
             time.sleep(_TICK_S)
 
     def _keep(self, pod: Pod) -> None:
         """Its probes, for as long as it lives; ten times as often as said while nothing is known."""
-        while not pod.ending and not _probe(pod, "startupProbe"):
+        startup = pod.container["startupProbe"]
+        deadline = time.monotonic() + startup["periodSeconds"] * startup["failureThreshold"]
+        while not pod.ending and pod.process.poll() is None and not _probe(pod, "startupProbe"):
+            if time.monotonic() > deadline:
+                self.failures.append(f"{pod.name} would have been killed: its startup probe fails")
+                return
             time.sleep(_TICK_S)
         last, failed = 0.0, {"readinessProbe": 0, "livenessProbe": 0}
         while not pod.ending:

@@ -4,7 +4,9 @@ answers as Kubernetes' does. Needs root; says so where it is not allowed."""
 import itertools
 import os
 import random
+import re
 import secrets
+import signal
 import socket
 import struct
 import subprocess
@@ -24,13 +26,26 @@ def ip(*arguments: str) -> None:
         raise NotAllowed(f"`ip {' '.join(arguments)}`: {done.stderr.strip()}; network namespaces need root and CAP_SYS_ADMIN")
 
 
+def sweep() -> None:
+    """Takes away the namespaces, and the processes in them, of test runs that were killed."""
+    names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=20, check=False).stdout.split()
+    for name in names:
+        if (of := re.match(r"baton(\d+)\.", name)) and not os.path.exists(f"/proc/{of[1]}"):
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=20, check=False).stdout
+            for pid in pids.split():
+                os.kill(int(pid), signal.SIGKILL)
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, timeout=20)
+
+
 class Network:
-    """The host is 10.x.y.1 there."""
+    """The host is 10.x.y.1 there. Namespaces are named after this process."""
 
     def __init__(self) -> None:
         if os.geteuid() != 0:
             raise NotAllowed("network namespaces need root: run this test as root")
-        self._tag = f"b{secrets.token_hex(3)}"
+        sweep()
+        own = secrets.token_hex(3)
+        self._tag, veth = f"baton{os.getpid()}.{own}", f"baton.{own}"
         self._subnet = f"10.{random.randrange(64, 128)}.{random.randrange(256)}"
         self._addresses = (f"{self._subnet}.{i}" for i in itertools.count(10))
         self._numbers = itertools.count()
@@ -41,10 +56,10 @@ class Network:
             self._make(self._switch)
             ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
             ip("-n", self._switch, "link", "set", "br0", "up")
-            ip("link", "add", self._tag, "type", "veth", "peer", "name", "host", "netns", self._switch)
+            ip("link", "add", veth, "type", "veth", "peer", "name", "host", "netns", self._switch)
             ip("-n", self._switch, "link", "set", "host", "master", "br0", "up")
-            ip("address", "add", f"{self.host}/24", "dev", self._tag)
-            ip("link", "set", self._tag, "up")
+            ip("address", "add", f"{self.host}/24", "dev", veth)
+            ip("link", "set", veth, "up")
         except NotAllowed:
             self.close()
             raise

