@@ -1,11 +1,12 @@
 """The chart's wiring, run: each rendered container is started as it stands, as a process in a network namespace of its own, with its
 command, environment, configuration, user, rights and read-only root. It serves, is scaled and upgraded under load, and loses nothing."""
 
-import contextlib
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from baton.cluster.etcd import EtcdMembership
 from baton.config import EtcdAccessConfig
 from baton.errors import MembershipError
-from baton.kernels.cpu.build import BuildError, cache_folder, extension
+from baton.kernels.cpu.build import cache_folder
 from baton.types import Member, Role
 from scripts.dashboards import exported
 from tests.certificates import Authority
@@ -66,8 +67,9 @@ def shared(folder: Path) -> dict[str, Path]:
     """What all pods have: a cache with this machine's kernels, and where nodes of the pool and workers meet."""
     cache, near = folder / "cache", folder / "near"
     near.mkdir()
-    with contextlib.suppress(BuildError):  # then workers do without
-        extension()
+    compile_them = "from baton.kernels.cpu.build import extension; extension()"
+    python = f"{Path(sys.prefix).resolve()}/bin/python"  # the pods', whose kernels depend on where it is
+    subprocess.run([python, "-c", compile_them], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=500, check=False)
     (cache / "baton/kernels").mkdir(parents=True)
     for module in cache_folder().glob("*.so"):
         shutil.copy(module, cache / "baton/kernels")
