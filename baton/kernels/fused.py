@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-EARLY_FROM = 64  # rows, from which attention's programs fill every processor, whenever they may begin; fewer crowd on the first that are free
+EARLY_FROM = 64  # rows: attention's programs fill every processor from there on; fewer crowd on the first that are free
 
 
 @triton.jit
