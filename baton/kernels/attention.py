@@ -33,12 +33,19 @@ def _decode_kernel(
 ):  # fmt: skip
     KV_HEADS: tl.constexpr = HEADS // GROUP
     sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    # The step's lists are read before the kernel before has ended: it writes none of them.
+    row = tl.load(query_start_ptr + sequence).to(tl.int64)
+    count = tl.load(query_start_ptr + sequence + 1) - row
+    length = tl.load(context_lens_ptr + sequence)
+    first = 0
+    if WINDOW > 0:
+        first = (tl.maximum(length - WINDOW, 0) // TILE) * TILE
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(length - first, num_splits), TILE) * TILE, LEAST)
+    used = tl.cdiv(length - first, per_split)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    row = tl.load(query_start_ptr + sequence).to(tl.int64)
-    if tl.load(query_start_ptr + sequence + 1) - row != 1:
+    if count != 1:
         return
-    length = tl.load(context_lens_ptr + sequence)
     rows, columns, keys = tl.arange(0, PADDED), tl.arange(0, DIM), tl.arange(0, TILE)
     heads = kv_head * GROUP + rows
     real = rows < GROUP
@@ -47,11 +54,6 @@ def _decode_kernel(
         if split == 0:
             tl.store(target, tl.zeros([PADDED, DIM], out_ptr.dtype.element_ty), mask=real[:, None])
         return
-    first = 0
-    if WINDOW > 0:
-        first = (tl.maximum(length - WINDOW, 0) // TILE) * TILE
-    per_split = tl.maximum(tl.cdiv(tl.cdiv(length - first, num_splits), TILE) * TILE, LEAST)
-    used = tl.cdiv(length - first, per_split)
     if split >= used:
         return
     q = tl.load(q_ptr + row * q_stride + heads[:, None] * DIM + columns[None, :], mask=real[:, None], other=0.0)

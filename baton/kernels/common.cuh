@@ -54,5 +54,5 @@ __device__ __forceinline__ float widen(u16 x) {
 // silu(gate) · up, rounded where separate kernels would round: the two factors, then silu, then the product.
 __device__ __forceinline__ u16 silu_mul(float gate, float up) {
     gate = widen(narrow(gate));
-    return narrow(widen(narrow(gate / (1 + __expf(-gate)))) * widen(narrow(up)));
+    return narrow(widen(narrow(__fdividef(gate, 1 + __expf(-gate)))) * widen(narrow(up)));
 }

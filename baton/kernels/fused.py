@@ -7,16 +7,18 @@ import torch
 import triton
 import triton.language as tl
 
+EARLY_FROM = 64  # rows: attention's programs fill every processor from there on; fewer crowd on the first that are free
+
 
 @triton.jit
 def _norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, size, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
+    tl.extra.cuda.gdc_launch_dependents()  # the product that follows asks for its weights meanwhile
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
-    tl.extra.cuda.gdc_launch_dependents()
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / size + eps)
     normed = (wide * scale).to(x.dtype)
@@ -63,6 +65,7 @@ def _rope_write_kernel(
     qkv_ptr, cos_sin_ptr, positions_ptr, slots_ptr, kv_ptr, q_out_ptr, q_weight_ptr, k_weight_ptr,
     qkv_stride, block_stride, half_stride, head_stride, eps,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, NORM: tl.constexpr, TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = DIM // 2
     token = tl.program_id(0).to(tl.int64)
@@ -70,20 +73,24 @@ def _rope_write_kernel(
     columns = tl.arange(0, HALF)
     inside = (heads < Q_HEADS + 2 * KV_HEADS)[:, None] & (columns < HALF)[None, :]
     is_q, is_v = (heads < Q_HEADS)[:, None], (heads >= Q_HEADS + KV_HEADS)[:, None]
+    position, slot = tl.load(positions_ptr + token), tl.load(slots_ptr + token)  # all but qkv is there before the kernel before has ended
+    cos, sin = tl.load(cos_sin_ptr + position * DIM + columns)[None, :], tl.load(cos_sin_ptr + position * DIM + HALF + columns)[None, :]
+    if NORM:
+        w1 = tl.where(is_q, tl.load(q_weight_ptr + columns)[None, :], tl.load(k_weight_ptr + columns)[None, :]).to(tl.float32)
+        w2 = tl.where(is_q, tl.load(q_weight_ptr + HALF + columns)[None, :], tl.load(k_weight_ptr + HALF + columns)[None, :]).to(tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
     source = qkv_ptr + token * qkv_stride + heads[:, None] * DIM + columns[None, :]
     raw1, raw2 = tl.load(source, mask=inside, other=0.0), tl.load(source + HALF, mask=inside, other=0.0)
-    position, slot = tl.load(positions_ptr + token), tl.load(slots_ptr + token)
-    tl.extra.cuda.gdc_launch_dependents()
+    if not EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     x1, x2 = raw1.to(tl.float32), raw2.to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / DIM + eps)[:, None]
-        w1 = tl.where(is_q, tl.load(q_weight_ptr + columns)[None, :], tl.load(k_weight_ptr + columns)[None, :]).to(tl.float32)
-        w2 = tl.where(is_q, tl.load(q_weight_ptr + HALF + columns)[None, :], tl.load(k_weight_ptr + HALF + columns)[None, :]).to(tl.float32)
         x1 = ((x1 * scale).to(raw1.dtype).to(tl.float32) * w1).to(raw1.dtype).to(tl.float32)
         x2 = ((x2 * scale).to(raw1.dtype).to(tl.float32) * w2).to(raw1.dtype).to(tl.float32)
-    cos = tl.load(cos_sin_ptr + position * DIM + columns).to(raw1.dtype).to(tl.float32)[None, :]
-    sin = tl.load(cos_sin_ptr + position * DIM + HALF + columns).to(raw1.dtype).to(tl.float32)[None, :]
+    cos, sin = cos.to(raw1.dtype).to(tl.float32), sin.to(raw1.dtype).to(tl.float32)
     y1 = tl.where(is_v, raw1, (x1 * cos - x2 * sin).to(raw1.dtype))
     y2 = tl.where(is_v, raw2, (x2 * cos + x1 * sin).to(raw1.dtype))
     target = q_out_ptr + (token * Q_HEADS + heads[:, None]) * DIM + columns[None, :]
@@ -120,6 +127,6 @@ def rope_write(
         _rope_write_kernel[(rows, triton.cdiv(num_heads + 2 * kv_heads, tile))](
             qkv, cos_sin, positions, slots, cache, out, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight,
             qkv.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), eps,
-            num_heads, kv_heads, block_size, dim, q_weight is not None, tile, num_warps=2, launch_pdl=True,
+            num_heads, kv_heads, block_size, dim, q_weight is not None, tile, rows >= EARLY_FROM, num_warps=2, launch_pdl=True,
         )  # fmt: skip
     return out

@@ -58,22 +58,23 @@ class Wide(NamedTuple):
     rows: int
     tokens: int
     boxes: int = 1
+    split: int = 1
 
     @property
-    def stage_bytes(self) -> int:
-        return self.boxes * 128 * (self.rows + self.tokens)
-
-    @property
-    def depth(self) -> int:
-        return min(16, SHARED // self.stage_bytes)
+    def stages(self) -> tuple[int, int]:
+        """Buffers of weights and of x: as many of both as there is room for; with few rows of x, what is left is for more weights."""
+        w_bytes, x_bytes = self.boxes * 128 * self.rows, self.boxes * 128 * self.tokens
+        both = min(16, SHARED // (w_bytes + x_bytes))
+        return min(16, (SHARED - both * x_bytes) // w_bytes) if self.tokens == 64 else both, both
 
     @property
     def shared(self) -> int:
-        return self.depth * self.stage_bytes
+        w, x = self.stages
+        return self.boxes * 128 * (w * self.rows + x * self.tokens)
 
     @property
     def threads(self) -> int:
-        return self.tokens * 2 + 32
+        return self.tokens * 2 * self.split + 64
 
 
 # Rows of the weight a block takes → how its warps share a tile: (warps over rows, warps over K, K per stage).
@@ -87,7 +88,7 @@ SHAPES = {
     128: (8, 1, 64),
     224: (7, 1, 64),
 }
-WIDE_ROWS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+WIDE_ROWS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 232, 248, 256)
 
 
 def _skinny(tokens: int, outputs: int, pair: bool, processors: int) -> Skinny | None:
@@ -109,12 +110,13 @@ def _wide(tokens: int, outputs: int, pair: bool, processors: int) -> Wide | None
     width = -(-tokens // 64) * 64
     best: tuple[float, Wide] | None = None
     for rows in WIDE_ROWS:
-        if (pair and rows < 32) or rows * width > 224 * 128:  # registers
+        if (pair and (rows < 32 or rows % 16)) or rows * width > 224 * 128:  # registers
             continue
-        config = Wide(rows, width, max(1, min(4, 128 // rows)) if width == 64 else 1)
+        boxes, split = (max(1, min(4, 192 // rows)), 2 if pair and rows % 32 == 0 else 1) if width == 64 else (1, 1)
+        config = Wide(rows, width, boxes, split)
         waves = -(-outputs // (rows * processors))
         cost = waves * (rows + 2) * (1 + 0.3 * width / rows)
-        if config.depth >= 3 and (best is None or cost < best[0]):
+        if config.stages[1] >= 3 and (best is None or cost < best[0]):
             best = cost, config
     return best[1] if best else None
 
@@ -132,31 +134,33 @@ def plan(tokens: int, outputs: int, depth: int, pair: bool, processors: int) -> 
 
 
 def _multiply(columns: int, half: bool) -> str:
-    """multiply(): 64 x 16 by 16 x columns, added to d unless keep is 0."""
+    """multiply(): 64 x 16 by 16 x columns, added to d."""
     count, kind = columns // 2, "f16" if half else "bf16"
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     lines = (
-        f"__device__ __forceinline__ void multiply(float (&d)[{count}], u64 a, u64 b, int keep) {{",
-        f'    asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{count + 2}, 0;"',
+        f"__device__ __forceinline__ void multiply(float (&d)[{count}], u64 a, u64 b) {{",
+        '    asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0;"',
         f'        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{registers}}},"',
         f'        "%{count}, %{count + 1}, p, 1, 1, 0, 0; }}"',
-        f'        : {operands} : "l"(a), "l"(b), "r"(keep));\n}}\n',
+        f'        : {operands} : "l"(a), "l"(b));\n}}\n',
     )
     return "\n".join(lines)
 
 
 @cache
 def _kernel(config: Skinny | Wide, pair: bool, add: bool, bias: bool, half: bool, device: int) -> Kernel:
-    macros = {"ROWS": config.rows, "TOKENS": config.tokens, "STAGES": config.depth}
+    macros = {"ROWS": config.rows, "TOKENS": config.tokens}
     macros |= {"PAIR": int(pair), "ADD": int(add), "BIAS": int(bias), "HALF": int(half)}
     source = (SOURCES / "common.cuh").read_text()
     if isinstance(config, Wide):
-        name, source = "wide", source + _multiply(config.rows, half)
-        macros["BOXES"] = config.boxes
+        name, source = "wide", source + _multiply(config.rows // config.split, half)
+        stages, x_stages = config.stages
+        macros |= {"SPLIT": config.split, "BOXES": config.boxes, "STAGES": stages, "X_STAGES": x_stages, "LATE": int(config.tokens > 128)}
     else:
         name = "skinny"
-        macros |= {"WARPS_N": config.warps_n, "WARPS_K": config.warps_k, "BLOCK_K": config.block_k, "ALIAS": config.alias}
+        macros |= {"WARPS_N": config.warps_n, "WARPS_K": config.warps_k, "BLOCK_K": config.block_k}
+        macros |= {"STAGES": config.depth, "ALIAS": config.alias}
     return Kernel(compile_source(source + (SOURCES / f"{name}.cu").read_text(), macros, ARCH), name, config.shared)
 
 
@@ -184,10 +188,11 @@ def run(
     tokens, depth = x.shape
     outputs, half, device = out.shape[1], x.dtype == torch.float16, x.device.index
     out_rows = config.rows // 2 if pair else config.rows
+    box_rows = out_rows // config.split if pair and isinstance(config, Wide) else out_rows
     tiles, processors = -(-outputs // out_rows), _processors(device)
     grid = -(-tiles // -(-tiles // processors))
     args = (
-        _map(weight.data_ptr(), half, weight.shape[0], depth, depth * 2, out_rows),
+        _map(weight.data_ptr(), half, weight.shape[0], depth, depth * 2, box_rows),
         _map(x.data_ptr(), half, tokens, depth, x.stride(0) * 2, config.tokens),
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else 0),

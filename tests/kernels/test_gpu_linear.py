@@ -76,19 +76,33 @@ def test_every_shape_of_few_rows(rows, poisoned):
             check(config, tokens - 1, n, k)
 
 
-@pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256])
+@pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 232, 248, 256])
 def test_every_shape_of_many_rows(rows, poisoned):
-    for tokens, boxes in ((64, 1), (64, 4), (128, 1), (192, 1), (256, 1)):
-        config = linear.Wide(rows, tokens, boxes)
-        if rows * tokens <= 224 * 128 and config.depth >= 3:
+    for tokens, boxes, split in ((64, 1, 1), (64, 4, 1), (64, 2, 2), (128, 1, 1), (192, 1, 1), (256, 1, 1)):
+        config = linear.Wide(rows, tokens, boxes, split)
+        if rows % (8 * split) == 0 and rows * tokens <= 224 * 128 and config.stages[1] >= 2:
             check(config, tokens - 1, rows * 140 + 1, 264)
+        if rows % (16 * split) == 0 and rows * tokens <= 224 * 128 and config.stages[1] >= 2:
+            check_pair(config, tokens - 1, rows * 70 + 1, 264)
 
 
 def check(config, m, n, k):
     x, weight, bias = inputs(m, n, k, torch.bfloat16)
-    out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    out, before = torch.empty(m, n, device="cuda", dtype=torch.bfloat16), torch.randn(m, n, device="cuda").to(torch.bfloat16)
+    exact = x.double() @ weight.double().t() + bias.double()
     linear.run(config, x, weight, bias, out)
-    close(out, x.double() @ weight.double().t() + bias.double(), torch.bfloat16)
+    close(out, exact, torch.bfloat16)
+    out.copy_(before)
+    linear.run(config, x, weight, bias, out, add=True)
+    close(out, exact + before.double(), torch.bfloat16)
+
+
+def check_pair(config, m, n, k):
+    x, weight, bias = inputs(m, 2 * n, k, torch.bfloat16)
+    out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    linear.run(config, x, weight, bias, out, pair=True)
+    gate, up = (x.double() @ weight.double().t() + bias.double()).to(torch.bfloat16).chunk(2, dim=-1)
+    close(out, (functional.silu(gate) * up).double(), torch.bfloat16, roundings=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

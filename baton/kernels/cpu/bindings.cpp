@@ -1,6 +1,7 @@
 // The module's functions: torch tensors in, checked, and handed to the kernels as pointers. The long ones release the GIL.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <Python.h>
 #include <sys/mman.h>
 #include <torch/csrc/autograd/python_variable.h>
