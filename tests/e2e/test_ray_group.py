@@ -199,7 +199,7 @@ def test_both_machines_load_their_shares_from_the_pool(group: Group) -> None:
     """The device holds the last few prompts, the pool all."""
     pool = [f"pool.master={group.first.address}:{MASTER_PORT}", f"pool.host={group.first.address}", "pool.near=''"]
     server = f"server.host={group.first.address}"
-    store = [sys.executable, "-m", "services.kvstore", server]
+    store = [sys.executable, "-m", "services.kvstore", server, "security.insecure=true"]
     master = group.first.start(*store, "mode=master", f"master_port={MASTER_PORT}")
     node = group.first.start(*store, "mode=node", *pool, "memory=64MiB")
     worker = group.worker("unified", GRPC_PORT, *pool, "pool.verify=true", "engine.num_blocks=66")
