@@ -35,6 +35,10 @@ def not_kept(decision: Decision) -> None:
     """Nobody will ask for it."""
 
 
+def nobody_asks(predicted_s: float | None, actual_s: float, predicted_share: float, actual_share: float) -> None:
+    """How well it was predicted."""
+
+
 @dataclasses.dataclass(slots=True)
 class Route:
     """Where a sequence went and why; grows while it runs."""
@@ -81,7 +85,7 @@ class Dispatcher:
         max_migrations: int,
         local_prefill: bool = True,
         on_migration: Callable[[], None] = lambda: None,
-        on_first_token: Callable[[float | None, float, float, float], None] = lambda *predicted_and_actual: None,
+        on_first_token: Callable[[float | None, float, float, float], None] = nobody_asks,
     ) -> None:
         """`on_first_token`: is told the seconds to it as predicted, if they were, and as they were; and the share of the prompt that was
         predicted to be cached, and that was."""

@@ -145,7 +145,7 @@ def _option(placement: Placement, chosen: Placement, view: Sequence[WorkerView])
 
 def _forbidden(placement: Placement, chosen: Placement) -> str | None:
     """Why what would have cost less was not chosen, which is the least of what is allowed."""
-    if placement.prefills or not chosen.prefills or None in (placement.cost_s, chosen.cost_s) or placement.cost_s >= chosen.cost_s:
+    if placement.cost_s is None or chosen.cost_s is None or placement.cost_s >= chosen.cost_s or placement.prefills or not chosen.prefills:
         return None
     return "a decode worker computes no prompt of which a prefill worker that is idle has as much"
 

@@ -8,21 +8,25 @@ of a prompt's first blocks has the bits of those who can have all of them, in ea
 integer.
 """
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import accumulate, islice, repeat
-from operator import and_, xor
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from baton.types import BlocksStored, Digest, KVEvent, Tier
 
-Depths = NDArray[np.float32]  # by lane and place
+Depths = NDArray[np.floating[Any]]  # by lane and place
 Readers = tuple[str, int]  # of the same blocks in the pool: fingerprint, and degree of tensor parallelism
 OWN_TIERS = (Tier.DEVICE, Tier.HOST, Tier.FILES)  # what a worker holds for itself, fastest first
 FETCHED = (Tier.HOST, Tier.FILES, Tier.POOL)
+_untyped: Any = operator
+_AND: Callable[[int, int], int] = _untyped.and_
+_XOR: Callable[[int, int], int] = _untyped.xor
 _LANES = 5
 _COMING = 2  # beside `_WAYS`: it will be on the device
 _WAYS = {Tier.DEVICE: 1, Tier.HOST: 4, Tier.FILES: 8}
@@ -71,7 +75,7 @@ class PrefixIndex:
                 changed = self._set(holder, event.block_hashes, _WAYS[event.tier], on=stored)
                 held = holder.digests[event.tier]
                 count = held.num_blocks + (len(changed) if stored else -len(changed))
-                holder.digests[event.tier] = Digest(event.tier, count, reduce(xor, map(int.from_bytes, changed), held.xor))
+                holder.digests[event.tier] = Digest(event.tier, count, reduce(_XOR, map(int.from_bytes, changed), held.xor))
             elif event.tier is Tier.POOL and holder.readers is not None:
                 self._notice(self._pools[holder.readers], event.block_hashes, stored)
 
@@ -112,7 +116,7 @@ class PrefixIndex:
         count, states = self._num_bits, self._states(hashes)
         digits, digit = list[int](), 0
         for k in reversed(range(len(states).bit_length())):
-            digit = reduce(xor, states[(1 << k) - 1 :: 2 << k], digit)
+            digit = reduce(_XOR, states[(1 << k) - 1 :: 2 << k], digit)
             digits.append(digit)
         size, weights = -(-count // 8), 2.0 ** np.arange(len(digits), dtype=np.float32)[::-1]
         packed = np.frombuffer(bytearray().join(digit.to_bytes(size, "little") for digit in digits), dtype=np.uint8)
@@ -145,7 +149,7 @@ class PrefixIndex:
             who = list(map(self._table.get, hashes[begin : begin + _STRETCH], repeat(0)))
             for bit, reading in pools:
                 who = [some | reading if some & bit else some for some in who]
-            states += islice(accumulate(who, and_, initial=alive), 1, None)
+            states += islice(accumulate(who, _AND, initial=alive), 1, None)
             alive = states[-1]
             if not alive:
                 break

@@ -43,7 +43,7 @@ Policy = Callable[[Facts, Sequence[WorkerView]], Placement]
 
 
 def place(
-    facts: Facts, view: View, entrance: int, ranked: Sequence[int], reason: str, cached: Column | None = None, **seconds: float | None
+    facts: Facts, view: View, entrance: int, ranked: Sequence[int], reason: str, cached: Column | None = None, /, **seconds: float | None
 ) -> Placement:
     """The placement at these rows; `ranked` prefill workers, best first, or none. `cached`: tokens of the prompt that each will not have to
     compute, where that is not what it is expected to hold. `seconds`: what a `Placement` has of them."""

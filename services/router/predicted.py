@@ -106,7 +106,7 @@ def _best_pair(
     least = float((here + harm).min())
     at_decode = handing_over[decodes] + decoding[decodes]
     best: Option = (float("inf"), False, int(decodes[0]), 0.0)
-    left = at_decode.argmin(keepdims=True)
+    left = np.array([at_decode.argmin()])
     seen = np.zeros(len(decodes), dtype=np.bool_)
     while len(left) and least < np.inf:
         chunk, seen[left] = decodes[left], True
@@ -202,7 +202,9 @@ def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Colu
     what it has not, whichever is faster. It fetches beside what is queued. And the tokens that it has then."""
     if not (view.reachable_tokens > view.expected_tokens).any():
         return *_computing(facts, view, pace, view.expected_tokens), view.expected_tokens
-    (work, then), (own, less) = _computing(facts, view, pace, np.stack((view.expected_tokens, view.reachable_tokens)))
+    seconds, owns = _computing(facts, view, pace, np.stack((view.expected_tokens, view.reachable_tokens)))
+    columns: tuple[Column, ...] = (*seconds, *owns)
+    work, then, own, less = columns
     then = np.maximum(then - less, view.fetch_s) + less
     sooner = then < work
     return np.where(sooner, then, work), np.where(sooner, less, own), np.where(sooner, view.reachable_tokens, view.expected_tokens)
