@@ -13,7 +13,7 @@ from pathlib import Path
 from baton.errors import ConfigError
 
 _PR_SET_PDEATHSIG = 1
-_claims: list[socket.socket] = []
+_claims: list[int] = []
 
 
 def this_machine() -> str:
@@ -55,7 +55,7 @@ def free_port() -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("0.0.0.0", port))
             claim.bind(f"\0baton-port-{port}")
-            _claims.append(claim)
+            _claims.append(claim.detach())
             return port
         claim.close()
     raise ConfigError("no free port was found between 18000 and 32000")
