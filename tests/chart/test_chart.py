@@ -115,6 +115,8 @@ def test_a_router_is_ready_when_it_can_serve_and_a_worker_may_load_for_long() ->
     router, worker = container_of(found["rel-qwen3-32b-router"]), container_of(found["rel-qwen3-32b-decode"])
     assert router["readinessProbe"]["httpGet"]["path"] == "/ready"
     assert router["livenessProbe"]["httpGet"]["path"] == "/health", "a router without workers is alive"
+    paths = {probe: worker[f"{probe}Probe"]["httpGet"]["path"] for probe in ("readiness", "liveness")}
+    assert paths == {"readiness": "/ready", "liveness": "/health"}, "a worker that etcd refuses is alive, and a rollout waits for it"
     assert worker["startupProbe"]["periodSeconds"] * worker["startupProbe"]["failureThreshold"] >= 1800
 
 

@@ -79,7 +79,7 @@ lease_s: {{ .spec.leaseSeconds | default 5 }}
 
 {{- define "baton.probes" -}}
 startup: {httpGet: {path: /health, port: metrics}}
-readiness: {httpGet: {path: /health, port: metrics}}
+readiness: {httpGet: {path: /ready, port: metrics}}
 liveness: {httpGet: {path: /health, port: metrics}}
 {{- end }}
 
