@@ -281,8 +281,8 @@ class KVStoreMetrics(Metrics):
 
 
 def serve_metrics(metrics: Metrics, host: str, port: int, ready: Callable[[], bool]) -> tuple[WSGIServer, int]:
-    """Serves /metrics on a thread of its own, and two paths that say 200 or 503: /ready, what `ready` says; /health, whether it says anything.
-    The server (to shut down) and the port it got (`port` 0 takes a free one). Raises OSError."""
+    """Serves /metrics on a thread of its own, and two paths that answer 200 or 503: /ready, what `ready` says; /health, whether it says
+    anything. The server (to shut down) and the port it got (`port` 0 takes a free one). Raises OSError."""
 
     server, _ = start_http_server(port, host, metrics.registry)
     exporter = server.get_app()

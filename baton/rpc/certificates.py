@@ -83,7 +83,7 @@ class Certificates:
 
 
 def check_files(setting: str, paths: Mapping[str, Path]) -> None:
-    """That these PEM files are what they shall be: cert and key a pair, authority a certificate; those that are given. Raises ConfigError."""
+    """Of these PEM files, those that are given: that cert and key are a pair, and authority is a certificate. Raises ConfigError."""
     for name, path in paths.items():
         if not path.is_file():
             raise ConfigError(f"{setting}.{name}: there is no file {path}")

@@ -114,7 +114,8 @@ async def _poll(admin: MasterAdmin, metrics: KVStoreMetrics) -> None:
 
 
 async def _leave(store: MooncakeStore, admin: MasterAdmin) -> bool:
-    """Whether the pool has let go of this node's disk. Without a master Mooncake would try for 17 s to say goodbye, holding the interpreter: this process just ends then."""
+    """Whether the pool let go of this node's disk. Without a master Mooncake would try for 17 s to say goodbye, holding the interpreter:
+    this process just ends then."""
     try:
         await admin.segments()
     except StoreError as error:
