@@ -307,7 +307,7 @@ class KVStoreConfig(Strict):
     master_port: int = Field(default=50051, ge=1, le=65535)  # master: where mooncake_master listens
     master_metrics_port: int = Field(default=9003, ge=1, le=65535)
     hot_reads: int = Field(default=2, ge=0)  # master: a block read so often within 10 s gets a second replica on another node; 0: never
-    client_ttl_s: int = Field(default=5, ge=1)  # a silent node is unmounted after so long
+    client_ttl_s: int = Field(default=5, ge=1)  # a silent node is unmounted after so long; the same for masters and nodes with a disk
     drain_grace_s: float = Field(default=10.0, ge=0)
 
 

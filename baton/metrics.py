@@ -280,23 +280,24 @@ class KVStoreMetrics(Metrics):
         }
 
 
-def serve_metrics(metrics: Metrics, host: str, port: int, healthy: Callable[[], bool]) -> tuple[WSGIServer, int]:
-    """Serves /metrics on a thread of its own, and /health: 200 if `healthy` says so, else 503. The server (to shut down) and the port it
-    got (`port` 0 takes a free one). Raises OSError."""
+def serve_metrics(metrics: Metrics, host: str, port: int, ready: Callable[[], bool]) -> tuple[WSGIServer, int]:
+    """Serves /metrics on a thread of its own, and two paths that answer 200 or 503: /ready, what `ready` says; /health, whether it says
+    anything. The server (to shut down) and the port it got (`port` 0 takes a free one). Raises OSError."""
 
     server, _ = start_http_server(port, host, metrics.registry)
     exporter = server.get_app()
     assert exporter is not None
 
     def answer(environ: dict[str, Any], start_response: "StartResponse") -> Iterable[bytes]:
-        if environ["PATH_INFO"] != "/health":
+        path = environ["PATH_INFO"]
+        if path not in ("/health", "/ready"):
             return exporter(environ, start_response)
         try:
-            well = healthy()
+            well = ready() or path == "/health"
         except Exception:  # no answer in time, or nobody left to ask
             well = False
         start_response("200 OK" if well else "503 Service Unavailable", [("content-type", "text/plain")])
-        return [b"serving\n" if well else b"not serving\n"]
+        return [b"yes\n" if well else b"no\n"]
 
     server.set_app(answer)
     return server, int(server.server_address[1])

@@ -44,6 +44,8 @@ class EtcdMembership:
         self._url, self._access = url, access or EtcdAccessConfig()
         self._endpoints = itertools.cycle(_parse(url))
         _shown(url, self._access)
+        if self._access.user and not url.startswith("https://"):
+            logger.warning("the password of cluster.etcd_access.user goes to %s unencrypted: whoever sees it pass has it", url)
         self._prefix = f"/baton/{cluster}/members/"
         self._lease_s = lease_s
         self._member: Member | None = None
@@ -250,7 +252,10 @@ def _shown(url: str, access: EtcdAccessConfig) -> tuple[grpc.ChannelCredentials 
         except OSError as error:
             raise ConfigError(f"cluster.etcd_access.{setting}: {path} cannot be read: {error.strerror}") from error
 
-    password = (read("password_file") or b"").decode().partition("\n")[0].rstrip("\r")
+    try:
+        password = (read("password_file") or b"").decode().partition("\n")[0].rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cluster.etcd_access.password_file: {access.password_file} is not text, in UTF-8") from error
     if not url.startswith("https://"):
         return None, password
     return grpc.ssl_channel_credentials(read("authority"), read("key"), read("cert")), password

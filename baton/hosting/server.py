@@ -1,6 +1,6 @@
 """Hosting: one gRPC server with health and reflection, a metrics endpoint, a place in the cluster, and an orderly end.
 
-    build ─▶ listen ─▶ join (others may call now) ─▶ … ─▶ SIGTERM: say draining ─▶ finish what is there ─▶ leave ─▶ stop
+    build ─▶ listen (alive) ─▶ join (ready: others may call now) ─▶ … ─▶ SIGTERM: say draining ─▶ finish what is there ─▶ leave ─▶ stop
 
 A second signal ends the process at once. Knows nothing of what is served.
 """
@@ -72,6 +72,7 @@ class Host:
 
         Raises ConfigError when a port is taken.
         """
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)  # it begins with SERVING
         reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
         host = self._config.host
         advertised = self._config.advertise or host
@@ -87,7 +88,7 @@ class Host:
         metrics_address = ""
         if self._metrics is not None:
             try:
-                exporter, metrics_port = serve_metrics(self._metrics, host, self._config.metrics_port, self._healthy)
+                exporter, metrics_port = serve_metrics(self._metrics, host, self._config.metrics_port, self._ready)
             except OSError as error:
                 raise ConfigError(f"cannot listen on {host}:{self._config.metrics_port} (server.metrics_port): {error.strerror}") from error
             metrics_address = f"{advertised}:{metrics_port}"
@@ -133,7 +134,7 @@ class Host:
                     warned = True
                 await asyncio.sleep(0.5)
 
-    def _healthy(self) -> bool:
+    def _ready(self) -> bool:
         """What gRPC's health service says; for another thread, where the kubelet asks, which has no certificate."""
         asked: Any = self._health.Check(health_pb2.HealthCheckRequest(), None)
         answer = asyncio.run_coroutine_threadsafe(asked, self._loop).result(_HEALTH_S)

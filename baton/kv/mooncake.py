@@ -164,7 +164,7 @@ class MooncakeStore:
                     raise StoreError(
                         f"{self._segment[1]} bytes of shared memory cannot be lent (code {code}); pool.near='' lends Mooncake's own"
                     )
-            except StoreError:
+            except Exception:
                 store.close()
                 raise
             self._store = store
@@ -219,13 +219,16 @@ class MooncakeStore:
         self.connect()
         return str(self._store.get_hostname())
 
+    def release_disk(self) -> bool:
+        """Has the master let go of the disk of `spill`, before `close`. False where it did not, or never had it."""
+        with self._lock:
+            return self._store is not None and bool(self._options) and self._store.unmount_local_disk_segment() == 0
+
     def close(self) -> None:
         """Leaves the pool for good. Takes seconds where the master does not answer. Idempotent. With several masters Mooncake would take
         30 s, holding the interpreter, so nothing is done: the process is about to end (`hosting.process`), and the master notices."""
         with self._lock:
             self._closed = True
-            if self._store is not None and self._options:
-                self._store.unmount_local_disk_segment()
             if self._master.startswith(_ETCD):
                 _LEFT.append(self._store)
             elif self._store is not None:

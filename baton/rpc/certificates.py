@@ -7,6 +7,7 @@ certificate of the authority is one of us (docs/security.md).
 
 import logging
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ import grpc
 from baton.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-_Stamp = tuple[tuple[int, int, int], ...]
+_Stamp = tuple[tuple[int, int, int] | None, ...]  # None: there is no such file
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class Certificates:
         `setting`: where all this stands in the configuration. Raises ConfigError."""
         self.name, self._setting = name, setting
         self._paths = {"cert": Path(cert), "key": Path(key)} | ({"authority": Path(authority)} if authority else {})
-        self._files, self._seen = self._read(), self._stamp()
+        self._seen: _Stamp = ()
+        self._files = self._read()
         self._channel: tuple[_Files, grpc.ChannelCredentials] | None = None
 
     def server(self, *, demand: bool = True) -> grpc.ServerCredentials:
@@ -62,37 +64,49 @@ class Certificates:
 
     def _now(self) -> _Files:
         """What the files say; where that cannot be used, half renewed perhaps, what they said before."""
-        try:
-            if (stamp := self._stamp()) != self._seen:
-                self._seen = stamp
+        if self._stamp() != self._seen:
+            try:
                 self._files = self._read()
                 logger.info("%s: there are other certificates, which new connections are made with", self._setting)
-        except (ConfigError, OSError) as error:
-            logger.warning("the certificates that were there before stay in use: %s", error)
+            except (ConfigError, OSError) as error:
+                logger.warning("the certificates that were there before stay in use: %s", error)
         return self._files
 
     def _stamp(self) -> _Stamp:
-        stats = [path.stat() for path in self._paths.values()]
-        return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
+        return tuple(_stamp(path) for path in self._paths.values())
 
     def _read(self) -> _Files:
-        for name, path in self._paths.items():
-            if not path.is_file():
-                raise ConfigError(f"{self._setting}.{name}: there is no file {path}")
+        self._seen = self._stamp()  # first: what is renewed meanwhile is read the next time
+        check_files(self._setting, self._paths)
         cert, key, authority = self._paths["cert"], self._paths["key"], self._paths.get("authority")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(cert, key, password=lambda: "")
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{self._setting}: {cert} and {key} are not a certificate and its unencrypted key, in PEM: {error}"
-            ) from error
-        try:
-            if authority is not None:
-                context.load_verify_locations(authority)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self._setting}.authority: {authority} has no certificate, in PEM: {error}") from error
         return _Files(cert.read_bytes(), key.read_bytes(), authority.read_bytes() if authority is not None else None)
+
+
+def check_files(setting: str, paths: Mapping[str, Path]) -> None:
+    """Of these PEM files, those that are given: that cert and key are a pair, and authority is a certificate. Raises ConfigError."""
+    for name, path in paths.items():
+        if not path.is_file():
+            raise ConfigError(f"{setting}.{name}: there is no file {path}")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    cert, key, authority = paths.get("cert"), paths.get("key"), paths.get("authority")
+    try:
+        if cert is not None:
+            context.load_cert_chain(cert, key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}: {cert} and {key} are not a certificate and its unencrypted key, in PEM: {error}") from error
+    try:
+        if authority is not None:
+            context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}.authority: {authority} has no certificate, in PEM: {error}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _configuration(files: _Files) -> grpc.ServerCertificateConfiguration:

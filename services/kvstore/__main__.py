@@ -5,6 +5,7 @@ import logging
 import os
 from typing import Any, cast
 
+from baton.cluster.machine import is_loopback
 from baton.config import KVStoreConfig, member_id, pool_master
 from baton.errors import ConfigError, StoreError
 from baton.hosting.process import certificates_of, run_service
@@ -42,7 +43,7 @@ async def serve(config: KVStoreConfig) -> None:
         local_buffer=pool.local_buffer,
         segment=lent,
         segment_path=shared.path if shared is not None else "",
-        spill=Spill(config.disk.path, config.disk.bytes, config.disk.buffer) if disk is not None else None,
+        spill=Spill(disk.path, config.disk.bytes, config.disk.buffer) if disk is not None else None,
     )
     lender = Lender(shared, place, pool_name(address, config.cluster.name)) if shared is not None and place is not None else None
     # Blocks that the master still believes to be on this node's former self are not taken, and forgotten with that.
@@ -56,6 +57,9 @@ async def serve(config: KVStoreConfig) -> None:
     tasks = [asyncio.create_task(memory.join(), name="join"), asyncio.create_task(_poll(admin, metrics), name="poll")]
     supervisor = None
     if is_master:
+        if config.security.cert and not is_loopback(config.server.host):
+            ports = f"{config.server.host}:{config.master_port} and {config.master_metrics_port}"
+            logger.warning("mooncake_master at %s asks nobody for a certificate: keep others out (docs/security.md)", ports)
         supervisor = MasterSupervisor(config)
         metrics.totals(lambda: {"master_restarts": supervisor.num_restarts})
         supervisor.start()
@@ -69,9 +73,9 @@ async def serve(config: KVStoreConfig) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         memory.close()
         if served and not is_master:  # else it ends with its error, and the master forgets it; or the master ends with it
-            await _leave(store, admin)
+            left = await _leave(store, admin)
             if disk is not None:
-                await asyncio.to_thread(disk.close)
+                await asyncio.to_thread(disk.close, orderly=left)
         await admin.close()
         if supervisor is not None:
             await supervisor.stop()
@@ -109,15 +113,18 @@ async def _poll(admin: MasterAdmin, metrics: KVStoreMetrics) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-async def _leave(store: MooncakeStore, admin: MasterAdmin) -> None:
-    """Without a master Mooncake would try for 17 s to say goodbye, holding the interpreter: this process just ends then."""
+async def _leave(store: MooncakeStore, admin: MasterAdmin) -> bool:
+    """Whether the pool let go of this node's disk. Without a master Mooncake would try for 17 s to say goodbye, holding the interpreter:
+    this process just ends then."""
     try:
         await admin.segments()
     except StoreError as error:
         logger.warning("left the pool without saying goodbye: %s", error)
         logging.shutdown()
         os._exit(0)
+    left = await asyncio.to_thread(store.release_disk)
     await asyncio.to_thread(store.close)
+    return left
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ _MARK, _BLOCKS = "baton-disk", ("*.bucket", "*.meta")
 class Disk:
     def __init__(self, path: str, boot: str | None = None) -> None:
         """`boot`: of this machine, if not the kernel's. Raises ConfigError if the directory cannot be used, or another process has it."""
-        self._path = Path(path)
+        self.path = os.path.realpath(path)  # Mooncake refuses links, and ".."
+        self._path = Path(self.path)
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             self._mark = os.open(self._path / _MARK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -44,12 +45,13 @@ class Disk:
                     file.unlink(missing_ok=True)
         self._write(now)
 
-    def close(self) -> None:
-        """When Mooncake has let go of it."""
-        directory = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        if ctypes.CDLL(None).syncfs(directory) == 0:
-            self._write("")
-        os.close(directory)
+    def close(self, *, orderly: bool) -> None:
+        """`orderly`: the pool has let go of it. Otherwise it stays as an end of the process would leave it."""
+        if orderly:
+            directory = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            if ctypes.CDLL(None).syncfs(directory) == 0:
+                self._write("")
+            os.close(directory)
         os.close(self._mark)
 
     def _write(self, boot: str) -> None:

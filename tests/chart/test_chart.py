@@ -115,6 +115,8 @@ def test_a_router_is_ready_when_it_can_serve_and_a_worker_may_load_for_long() ->
     router, worker = container_of(found["rel-qwen3-32b-router"]), container_of(found["rel-qwen3-32b-decode"])
     assert router["readinessProbe"]["httpGet"]["path"] == "/ready"
     assert router["livenessProbe"]["httpGet"]["path"] == "/health", "a router without workers is alive"
+    paths = {probe: worker[f"{probe}Probe"]["httpGet"]["path"] for probe in ("readiness", "liveness")}
+    assert paths == {"readiness": "/ready", "liveness": "/health"}, "a worker that etcd refuses is alive, and a rollout waits for it"
     assert worker["startupProbe"]["periodSeconds"] * worker["startupProbe"]["failureThreshold"] >= 1800
 
 
@@ -353,8 +355,11 @@ def test_a_node_with_a_disk_has_a_claim_that_goes_with_it() -> None:
     (path,) = [mount["mountPath"] for mount in container_of(node)["volumeMounts"] if mount["name"] == claim["metadata"]["name"]]
     disk = KVStoreConfig.model_validate({"disk": config_of(objects, name)["disk"]}).disk
     assert (disk.path, disk.bytes) == (path, 3 * 2**40 * 85 // 100 >> 20 << 20)
-    assert container_of(node)["resources"]["limits"]["memory"] == f"{256 * 1024 + 1536}Mi"
+    assert container_of(node)["resources"]["limits"]["memory"] == f"{256 * 1024 + 1536 + 3 * 2**20 // 700}Mi"
+    liveness = container_of(node)["livenessProbe"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 900, "Mooncake looks through the disk"
     none = workloads(rendered("cpu-demo"))["rel-demo-kvstore-node"]
+    assert container_of(none)["livenessProbe"]["failureThreshold"] == 6
     assert "volumeClaimTemplates" not in none["spec"]
     assert container_of(none)["resources"]["limits"]["memory"] == "1536Mi"
     etcd = workloads(objects)["rel-etcd"]["spec"]
@@ -376,6 +381,8 @@ def test_an_etcd_that_is_there_is_used() -> None:
     objects = rendered("external-etcd")
     assert ("StatefulSet", "rel-etcd") not in by_key(objects)
     assert config_of(objects, "rel-qwen3-8b-router")["cluster"]["etcd"].count("http://") == 3
+    masters = render(example("external-etcd"), "security.tls.secret=certs", "kvstore.master.replicas=2")
+    assert config_of(masters, "rel-qwen3-8b-kvstore-master")["cluster"]["etcd_access"] == {}, "certificates of services are not shown to it"
 
 
 @pytest.mark.parametrize(
@@ -390,10 +397,13 @@ def test_an_etcd_that_is_there_is_used() -> None:
         ("etcd.replicas=3", "give etcd.storage.size"),
         ("security.tls.secret=certs,kvstore.master.replicas=2", "one master, or an etcd that asks for neither"),
         ("networkPolicy.enabled=false", "security.insecure=true"),
+        ("networkPolicy.enabled=false,security.tls.secret=certs", "by Mooncake's ports"),
         ("etcd.endpoints={https://a:1}", "etcd.access.authoritySecret"),
         ("etcd.endpoints={https://a:1,http://b:1}", "etcd.endpoints"),
         ("etcd.endpoints={http://a:1},etcd.access.user=u", "user and passwordSecret"),
         ("etcd.access.user=u", "give etcd.endpoints"),
+        ("etcd.access.certificateSecret=c", "give etcd.endpoints"),
+        ("etcd.endpoints={http://a:1},etcd.access.certificateSecret=c", "at https:// alone"),
         ("worker.settings.security.insecure=true", "security"),
         ("router.settings.tls.cert=/tls/tls.crt", "tls"),
         ("router.settings.tenants[0].key_file=/keys/a", "name"),

@@ -119,7 +119,7 @@ async def test_clients_of_the_router_need_none_and_see_whom_they_ask(locked: Run
 def test_the_kubelet_asks_without_a_certificate(locked: RunningCluster) -> None:
     status = locked.status()
     for each in [*status["workers"], *status["others"]]:
-        assert httpx.get(f"http://{each['metrics']}/health").status_code == 200
+        assert [httpx.get(f"http://{each['metrics']}/{path}").status_code for path in ("health", "ready")] == [200, 200]
         assert "baton" in httpx.get(f"http://{each['metrics']}/metrics").text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -49,7 +50,8 @@ async def test_a_process_that_is_told_to_stop_finishes_first(tiny_model: Path) -
         async with grpc.aio.insecure_channel(process.address) as channel:
             await asyncio.wait_for(channel.channel_ready(), 60)
             health, stub = health_pb2_grpc.HealthStub(channel), decode_pb2_grpc.DecodeStub(channel)
-            assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+            while (await health.Check(health_pb2.HealthCheckRequest())).status != health_pb2.HealthCheckResponse.SERVING:
+                await asyncio.sleep(0.01)
             request = dataclasses.replace(prompt(8, max_tokens=300), sampling=SamplingParams(max_tokens=300, ignore_eos=True))
             stream = aiter(stub.Generate(decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request))))
             outputs = [await anext(stream)]
@@ -61,6 +63,16 @@ async def test_a_process_that_is_told_to_stop_finishes_first(tiny_model: Path) -
             outputs += [message async for message in stream]
             assert sum(len(message.output.tokens) for message in outputs) == 300
         assert (await process.ended(10))[0] == 0
+
+
+async def test_a_process_that_is_not_in_etcd_is_alive_and_not_ready(tiny_model: Path) -> None:
+    port = free_port()
+    with Process(tiny_model, f"server.metrics_port={port}", f"cluster.etcd=http://127.0.0.1:{free_port()}") as process:
+        async with grpc.aio.insecure_channel(process.address) as channel, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            await asyncio.wait_for(channel.channel_ready(), 60)
+            assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 503]
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 async def test_a_second_signal_ends_it_at_once(tiny_model: Path) -> None:

@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from baton.cluster.machine import is_loopback
 from baton.config import ClusterConfig, KVStoreConfig, PoolConfig, SecurityConfig, ServerConfig, WorkerConfig, load_config, pool_master
 from baton.errors import ConfigError
+from baton.hosting.members import make_membership
 from baton.hosting.process import certificates_of, check_exposure
 from baton.rpc.certificates import Certificates
 from baton.rpc.channel import Channels, client_options, server_options
@@ -125,6 +126,34 @@ async def test_renewed_files_are_used_by_new_connections_and_old_ones_stay(autho
         await channels.close()
 
 
+def test_what_is_renewed_while_it_is_read_is_read_again(authority: Authority, tmp_path: Path) -> None:
+    folder = authority.sign(tmp_path / "one")
+
+    class Renewed(Certificates):
+        def _read(self) -> Any:
+            found, times[0] = super()._read(), times[0] + 1
+            if times[0] == 1:
+                authority.sign(folder)
+            return found
+
+    times = [0]
+    certificates = Renewed(str(folder / "tls.crt"), str(folder / "tls.key"), str(folder / "ca.crt"))
+    assert certificates._now().cert == (folder / "tls.crt").read_bytes()
+    assert certificates._now() is certificates._now()
+    assert times == [2]
+
+
+def test_a_file_that_is_missing_is_told_once(authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = authority.sign(tmp_path / "one")
+    certificates = of(folder)
+    before = certificates.channel()
+    (folder / "tls.key").rename(folder / "away")
+    assert [certificates.channel() is before for _ in range(3)] == [True] * 3
+    assert caplog.text.count("there is no file") == 1
+    (folder / "away").rename(folder / "tls.key")
+    assert certificates.channel() is not before
+
+
 def test_files_that_cannot_be_used(authority: Authority, tmp_path: Path) -> None:
     one, other = authority.sign(tmp_path / "one"), authority.sign(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"security\.key: there is no file"):
@@ -133,6 +162,25 @@ def test_files_that_cannot_be_used(authority: Authority, tmp_path: Path) -> None
         Certificates(str(one / "tls.crt"), str(other / "tls.key"), str(one / "ca.crt"))
     with pytest.raises(ConfigError, match="has no certificate"):
         Certificates(str(one / "tls.crt"), str(one / "tls.key"), str(one / "tls.key"))
+
+
+async def test_what_etcd_is_to_be_shown_is_looked_at_before(authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, other, password = authority.sign(tmp_path / "one"), authority.sign(tmp_path / "other"), tmp_path / "password"
+    good = {"authority": str(one / "ca.crt"), "cert": str(one / "tls.crt"), "key": str(one / "tls.key")}
+    for wrong, said in (
+        ({"authority": str(one / "tls.key")}, r"etcd_access\.authority: .* has no certificate"),
+        ({"key": str(other / "tls.key")}, "are not a certificate and its unencrypted key"),
+        ({"user": "u", "password_file": str(password)}, "not text, in UTF-8"),
+    ):
+        password.write_bytes(b"\xff")
+        with pytest.raises(ConfigError, match=said):
+            make_membership(ClusterConfig.model_validate({"etcd": "https://a:1", "etcd_access": {**good, **wrong}}))
+    password.write_text("p")
+    access = {"user": "u", "password_file": str(password)}
+    make_membership(ClusterConfig.model_validate({"etcd": "https://a:1", "etcd_access": {**good, **access}}))
+    assert not caplog.text
+    make_membership(ClusterConfig.model_validate({"etcd": "http://a:1", "etcd_access": access}))
+    assert "goes to http://a:1 unencrypted" in caplog.text
 
 
 def test_without_certificates_a_service_is_for_its_machine_alone(caplog: pytest.LogCaptureFixture) -> None:

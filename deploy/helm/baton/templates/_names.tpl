@@ -67,5 +67,5 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | quote }}
 {{- end }}
 
 {{- define "baton.etcdTLS" -}}{{/* something, where the chart's own etcd asks for certificates */}}
-{{- with .Values.security.tls }}{{ if and .secret .etcd }}tls{{ end }}{{ end }}
+{{- with .Values.security.tls }}{{ if and .secret .etcd (not $.Values.etcd.endpoints) }}tls{{ end }}{{ end }}
 {{- end }}

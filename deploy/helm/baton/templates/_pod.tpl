@@ -104,7 +104,7 @@ spec:
       resources: {{ mergeOverwrite (deepCopy $block.resources) (dict "limits" $limits) | toJson }}
       startupProbe: {{ mergeOverwrite (deepCopy $w.probes.startup) (dict "periodSeconds" 2 "timeoutSeconds" 5 "failureThreshold" (div (add (int $block.startupSeconds) 1) 2)) | toJson }}
       readinessProbe: {{ mergeOverwrite (deepCopy $w.probes.readiness) (dict "periodSeconds" 5 "timeoutSeconds" 3 "failureThreshold" 2) | toJson }}
-      livenessProbe: {{ mergeOverwrite (deepCopy $w.probes.liveness) (dict "periodSeconds" 10 "timeoutSeconds" 5 "failureThreshold" 6) | toJson }}
+      livenessProbe: {{ mergeOverwrite (dict "periodSeconds" 10 "timeoutSeconds" 5 "failureThreshold" 6) $w.probes.liveness | toJson }}
       {{- with $w.preStopSeconds }}
       lifecycle: {preStop: {exec: {command: [sleep, {{ . | quote }}]}}}
       {{- end }}

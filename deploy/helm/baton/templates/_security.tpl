@@ -1,19 +1,20 @@
 {{/* Certificates and passwords: what is mounted where, and the settings that say so. */}}
 
 {{- define "baton.security" -}}{{/* root's context: the setting `security` */}}
+{{- if not (or .Values.networkPolicy.enabled .Values.security.insecure) }}
+{{- fail "networkPolicy.enabled=false: whoever reaches a pod would be believed, and with security.tls.secret still reads and writes KV, by Mooncake's ports; where something else keeps others out, say security.insecure=true" }}
+{{- end }}
 {{- if .Values.security.tls.secret -}}
 {cert: /etc/baton-tls/tls.crt, key: /etc/baton-tls/tls.key, authority: /etc/baton-tls/ca.crt, name: {{ .Values.security.tls.name }}}
-{{- else if or .Values.networkPolicy.enabled .Values.security.insecure -}}
+{{- else -}}
 {insecure: true}
-{{- else }}
-{{- fail "networkPolicy.enabled=false and no security.tls.secret: whoever reaches a pod would be believed; where something else keeps others out, say security.insecure=true" }}
 {{- end }}
 {{- end }}
 
 {{- define "baton.etcdAccess" -}}{{/* root's context: the setting `cluster.etcd_access` */}}
 {{- $access := .Values.etcd.access }}
 {{- if not .Values.etcd.endpoints }}
-{{- if or $access.user $access.authoritySecret.name }}{{ fail "etcd.access is for an etcd of your own: give etcd.endpoints" }}{{ end }}
+{{- if or $access.user $access.authoritySecret.name $access.certificateSecret }}{{ fail "etcd.access is for an etcd of your own: give etcd.endpoints" }}{{ end }}
 {{- if include "baton.etcdTLS" . -}}
 {authority: /etc/baton-tls/ca.crt, cert: /etc/baton-tls/tls.crt, key: /etc/baton-tls/tls.key, name: {{ .Values.security.tls.name }}}
 {{- else -}}
@@ -24,6 +25,7 @@
 {{- if ne $encrypted (not (empty $access.authoritySecret.name)) }}
 {{- fail "etcd.access.authoritySecret belongs to etcd.endpoints at https://, and is needed there: who signed their certificate" }}
 {{- end }}
+{{- if and $access.certificateSecret (not $encrypted) }}{{ fail "etcd.access.certificateSecret is shown to etcd.endpoints at https:// alone" }}{{ end }}
 {{- if ne (empty $access.user) (empty $access.passwordSecret.name) }}{{ fail "etcd.access: give user and passwordSecret, or neither" }}{{ end -}}
 {
 {{- if $encrypted }}authority: /etc/baton-etcd/ca.crt, name: {{ $access.name | quote }},{{ end }}

@@ -79,7 +79,7 @@ lease_s: {{ .spec.leaseSeconds | default 5 }}
 
 {{- define "baton.probes" -}}
 startup: {httpGet: {path: /health, port: metrics}}
-readiness: {httpGet: {path: /health, port: metrics}}
+readiness: {httpGet: {path: /ready, port: metrics}}
 liveness: {httpGet: {path: /health, port: metrics}}
 {{- end }}
 
@@ -208,7 +208,13 @@ liveness: {httpGet: {path: /health, port: metrics}}
 {{- if $disk }}
 {{- $_ := set $own "disk" (dict "path" "/kv" "bytes" (printf "%dMi" (div (mul (include "baton.mebibytes" $disk | int64) 85) 100))) }}
 {{- end }}
-{{- $memory := printf "%dMi" (add (include "baton.mebibytes" .node.memory | int64) (ternary 1536 1024 (not (empty $disk)))) }}
+{{- $beside := 1024 }}{{/* MiB: the process; with a disk its buffer, and 0.7 KB for each block, taken to be 0.5 MB */}}
+{{- if $disk }}{{ $beside = add 1536 (div (include "baton.mebibytes" $disk | int64) 700) }}{{ end }}
+{{- $memory := printf "%dMi" (add (include "baton.mebibytes" .node.memory | int64) $beside) }}
+{{- $probes := include "baton.probes" . | fromYaml }}
+{{- if $disk }}{{/* while Mooncake looks through it, nothing else in the process runs */}}
+{{- $_ := set $probes.liveness "failureThreshold" (div (add (int .node.startupSeconds) 9) 10) }}
+{{- end }}
 {{- $sizes := dict "requests" (dict "memory" $memory) "limits" (dict "memory" $memory) }}
 {{- $block := include "baton.merge" (list .node (dict "resources" $sizes)) -}}
 - name: {{ include "baton.name" (dict "root" .root "model" .model "version" "" "component" "kvstore-node") }}
@@ -219,8 +225,7 @@ liveness: {httpGet: {path: /health, port: metrics}}
   args: [kvstore, --config, /etc/baton/config.yaml]
   ports:
     {{- include "baton.ports.grpc" . | nindent 4 }}
-  probes:
-    {{- include "baton.probes" . | nindent 4 }}
+  probes: {{ toJson $probes }}
   addressKeys: [BATON_SERVER__HOST, BATON_POOL__HOST]
   config: {{ include "baton.merge" (list .node.settings $own) }}
   {{- if $disk }}
