@@ -343,7 +343,7 @@ class Engine:
             elapsed_s, own_s = self._watch.lap()
             self._pace.observe(plan, own_s, elapsed_s)
             self.on_step(plan, elapsed_s)
-        self._flights.ended(flight)
+        self._flights.ended()
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         logger.error("a step of %d requests failed", len(plan.scheduled), exc_info=error)
