@@ -109,6 +109,7 @@ class Engine:
         )
         self._publisher = StatePublisher(self._census, cache.pool, holdings, self.loader.take_news)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.turns = 0  # of the engine's thread
         self._stopping = False
         self._stalled = True
 
@@ -256,6 +257,7 @@ class Engine:
         try:
             with self._publisher.lock:
                 while self._work_inbox():
+                    self.turns += 1
                     self._flush()  # what came meanwhile need not wait for the step
                     self.loader.tick(time.monotonic())
                     self.reservations.serve()
