@@ -188,6 +188,17 @@ def test_a_decode_worker_without_room_is_one_that_has_to_be_waited_for() -> None
     assert placed("predicted", [workers[0], replace(full, kv_tokens=0), roomy], num_output_tokens=100).decode == "d0"  # not announced
 
 
+def test_blocks_that_are_reserved_for_those_that_wait_are_not_waited_for_again() -> None:
+    """Eight prompts of 4,000 tokens are on their way to 32,000 of 82,000 tokens that are held."""
+    reserved = {"num_requests": 18, "num_waiting": 8, "num_held": 8, "context_tokens": 50_000, "kv_used": 0.82, "kv_tokens": 100_000}
+    decode = worker("d0", Role.DECODE, **reserved)
+    told, unknown = (
+        placed("predicted", [worker("p0", Role.PREFILL), each], num_prompt_tokens=4000, num_output_tokens=300, local_prefill=False)
+        for each in (decode, replace(decode, kv_tokens=0))
+    )
+    assert told.ttft_s == unknown.ttft_s
+
+
 # -- bursts
 
 HASHES = block_hashes(range(1000), 10)
