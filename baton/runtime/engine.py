@@ -104,7 +104,7 @@ class Engine:
             scheduler,
             self._entries,
             lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s),
-            self._flights.plans,
+            self._flights,
             self.loader.fetch_token_s,
         )
         self._publisher = StatePublisher(self._census, cache.pool, holdings, self.loader.take_news)

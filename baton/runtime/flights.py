@@ -39,6 +39,10 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flying)
 
+    @property
+    def num_ended(self) -> int:
+        return self._count - len(self._flying)
+
     def plans(self) -> list[StepPlan]:
         return [flight.plan for flight in self._flying]
 

@@ -322,7 +322,7 @@ def test_columns_of_rows_and_rows_of_columns_are_the_same() -> None:
     assert list(View.of(rows)) == rows
 
 
-def test_a_worker_is_at_its_step_since_it_told_of_it_or_got_something_to_do() -> None:
+def test_a_worker_is_at_its_step_since_it_told_of_another_or_got_something_to_do() -> None:
     now = [10.0]
     made = Fleet(lambda: now[0])
     p0 = made.add(Member(id="p0", role=Role.PREFILL, address="", fingerprint="f", block_size=10))
@@ -336,9 +336,19 @@ def test_a_worker_is_at_its_step_since_it_told_of_it_or_got_something_to_do() ->
     now[0] = 14.0
     made.routed("p0", "second", 1000, 500_000)  # waits for the first
     assert computing_s() == pytest.approx(1.0)
-    say(made, p0, 1, num_waiting_tokens=1000, num_waiting=1)
+    say(made, p0, 1, num_waiting_tokens=1000, num_waiting=1)  # in that step
     now[0] = 14.5
+    assert computing_s() == pytest.approx(1.5)
+    say(made, p0, 2, num_waiting_tokens=1000, num_waiting=1, num_steps=1)
+    now[0] = 15.0
     assert computing_s() == pytest.approx(0.5)
+    made.unrouted("p0", "first")
+    made.unrouted("p0", "second")
+    say(made, p0, 3, num_steps=2)
+    now[0] = 16.0
+    say(made, p0, 4, num_waiting_tokens=10, num_waiting=1, num_steps=2)  # from another router
+    now[0] = 16.25
+    assert computing_s() == pytest.approx(0.25)
 
 
 # -- tiers
