@@ -130,7 +130,7 @@ class EngineConfig(Strict):
     prefix_caching: bool = True
     num_threads: int | None = Field(default=None, ge=1)  # of torch on CPU, for each rank
     tensor_parallel_size: int = Field(default=1, ge=1)  # ranks that share the model: a process and, on CUDA, a GPU each
-    step_timeout_s: float = Field(default=300.0, ge=5)  # an engine that is silent for longer is stuck: the process ends, its requests move
+    step_timeout_s: float = Field(default=300.0, ge=5)  # a step that takes longer is stuck: the process ends, its requests move
 
 
 class ParallelConfig(Strict):

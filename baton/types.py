@@ -224,6 +224,7 @@ class Load:
     num_waiting_tokens: int = 0  # known tokens of waiting and running requests that are not computed yet
     num_waiting_pairs: int = 0  # of tokens, one of them not computed yet, that attend to each other
     num_context_tokens: int = 0  # computed tokens of running requests
+    num_steps: int = 0  # that have ended: until it grows, the worker is in the same one
     blocks_total: int = 0
     blocks_free: int = 0  # neither held by a request nor caching anything, plus evictable cached ones
     blocks_cached: int = 0  # blocks that hold a hash (held or evictable)

@@ -97,6 +97,11 @@ class Engine(Protocol):
     @property
     def load(self) -> Load: ...
 
+    @property
+    def turns(self) -> int:
+        """Grows at least once a second, unless the engine is in a step."""
+        ...
+
     async def check_integrity(self) -> list[str]:
         """Problems found in the block bookkeeping; empty when every block is accounted for."""
         ...

@@ -20,7 +20,7 @@ from baton.rpc import convert
 from baton.rpc.certificates import Certificates
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc
-from baton.types import GenerateRequest, Member, MemberState, PushTarget, StateUpdate
+from baton.types import GenerateRequest, Member, MemberState, PushTarget
 
 logger = logging.getLogger(__name__)
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Worker"].full_name
@@ -79,7 +79,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         return convert.member_to_proto(self._current())
 
     async def WatchState(self, request: pb.WatchStateRequest, context: Context) -> AsyncIterator[pb.StateUpdate]:
-        """During a long step the engine says nothing; then the last load is repeated, so the numbering is the stream's own."""
+        """When the engine has nothing to say, as in a long step, the last load is repeated, so the numbering is the stream's own."""
         sequence, last = 0, None
         async for news in with_heartbeat(self._intake.engine.watch(), self._interval_s):
             update = news or (last and dataclasses.replace(last, events=(), snapshot=False, arrived=()))
@@ -127,25 +127,14 @@ def as_ours(error: Exception) -> BatonError:
 
 
 async def end_if_stuck(engine: Engine, limit_s: float) -> None:
-    """Ends the process when its engine has been silent for `limit_s`: peers see broken streams, and a supervisor starts it again."""
-    updates = engine.watch()
-    tick_s, silent_s = min(limit_s / 5, 1.0), 0.0  # in ticks, so that a pause of the whole process counts as one
-    pending = asyncio.ensure_future(_next(updates))
-    try:
-        while silent_s < limit_s:
-            done, _ = await asyncio.wait([pending], timeout=tick_s)
-            silent_s = 0.0 if done else silent_s + tick_s
-            if done:
-                pending.result()
-                pending = asyncio.ensure_future(_next(updates))
-    finally:
-        pending.cancel()
+    """Ends the process when its engine has been in one step for `limit_s`: peers see broken streams, and a supervisor starts it again."""
+    tick_s, stuck_s, turns = min(limit_s / 5, 1.0), 0.0, engine.turns  # in ticks, so that a pause of the whole process counts as one
+    while stuck_s < limit_s:
+        await asyncio.sleep(tick_s)
+        before, turns = turns, engine.turns
+        stuck_s = stuck_s + tick_s if turns == before else 0.0
     logger.critical("the engine has been stuck in a step for %g s (engine.step_timeout_s); ending this process", limit_s)
     os._exit(EXIT_SOFTWARE)
-
-
-async def _next(updates: AsyncIterator[StateUpdate]) -> StateUpdate:
-    return await anext(updates)
 
 
 async def host_worker(

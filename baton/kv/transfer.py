@@ -105,13 +105,9 @@ class _Lane:
         return True
 
     def flush(self, limit_s: float) -> bool:
-        """Waits until the calls already there have been made; False where that takes longer."""
-        deadline, made = time.monotonic() + limit_s, threading.Event()
-        try:
-            self._queue.put(made.set, timeout=limit_s)
-        except queue.Full:
-            return False
-        return made.wait(max(deadline - time.monotonic(), 0))
+        """Waits until the calls that are there have been made; False where that takes longer."""
+        with self._queue.all_tasks_done:
+            return self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, limit_s)
 
     def end(self, limit_s: float) -> bool:
         """After the calls already there; False where they take longer."""
@@ -132,6 +128,7 @@ class _Lane:
                 logger.exception("what a KV transfer should tell could not be told")
             finally:
                 self._busy_since = None
+                self._queue.task_done()
 
 
 class KVTransfer:

@@ -2,11 +2,11 @@
 keeps the engine from taking them in may be long."""
 
 import queue
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from baton.runtime.entry import Entry
+from baton.runtime.flights import Flights
 from baton.scheduling.backlog import Backlog
-from baton.scheduling.plan import StepPlan
 from baton.scheduling.request import RequestStatus
 from baton.scheduling.scheduler import Scheduler
 from baton.types import Load, Pace, Tier
@@ -20,12 +20,12 @@ class Census:
         scheduler: Scheduler,
         entries: Mapping[str, Entry],
         pace: Callable[[], Pace],
-        in_flight: Callable[[], Iterable[StepPlan]] = tuple,
+        flights: Flights,
         fetching: Callable[[], tuple[tuple[Tier, float], ...]] = tuple,
     ) -> None:
-        """`entries`: the requests that the engine has taken in. `fetching`: see `Load.fetch_token_s`. `in_flight`: steps that were
-        submitted and have not ended, whose tokens the scheduler takes for computed."""
-        self._scheduler, self._entries, self._pace, self._in_flight = scheduler, entries, pace, in_flight
+        """`entries`: the requests that the engine has taken in. `flights`: what is in them the scheduler takes for computed.
+        `fetching`: see `Load.fetch_token_s`."""
+        self._scheduler, self._entries, self._pace, self._flights = scheduler, entries, pace, flights
         self._fetching, self._backlog = fetching, Backlog(scheduler.cache)
         self._arriving: dict[Entry, None] = {}  # in the engine's inbox
         self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()  # not told to the routers yet
@@ -47,7 +47,7 @@ class Census:
         own = [entry.request for entry in inside if not entry.is_held]
         running = [request for request in own if request.status in (RequestStatus.RUNNING, RequestStatus.ENDING)]
         tokens, pairs = self._backlog.measure(own)
-        for item in (item for plan in self._in_flight() for item in plan.scheduled if item.num_new_tokens > 1):
+        for item in (item for plan in self._flights.plans() for item in plan.scheduled if item.num_new_tokens > 1):
             if item.request.finish_reason is None:
                 tokens += item.num_new_tokens
                 pairs += (item.end**2 - item.start**2) // 2
@@ -58,6 +58,7 @@ class Census:
             num_waiting_tokens=tokens,
             num_waiting_pairs=pairs,
             num_context_tokens=sum(request.num_computed_tokens for request in running),
+            num_steps=self._flights.num_ended,
             blocks_total=pool.num_blocks,
             blocks_free=pool.num_free,
             blocks_cached=pool.num_cached,

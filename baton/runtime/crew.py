@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -52,7 +53,7 @@ class Team(Protocol):
         """`heard` gets each answer, or an error, on another thread."""
         ...
 
-    def ask(self, name: str, **arguments: Any) -> list[Any]:
+    def ask(self, name: str, *, within_s: float = ASK_S, **arguments: Any) -> list[Any]:
         """All other ranks, together; waits for their one answer. Raises BatonError."""
         ...
 
@@ -70,7 +71,7 @@ class Solo:
     def call(self, rank: int, name: str, arguments: Mapping[str, Any], heard: Heard) -> None:
         raise AssertionError("there is nobody to call")
 
-    def ask(self, name: str, **arguments: Any) -> list[Any]:
+    def ask(self, name: str, *, within_s: float = ASK_S, **arguments: Any) -> list[Any]:
         return []
 
     def join(self, device: torch.device) -> Group:
@@ -133,16 +134,17 @@ class Crew:
         self._heard[number] = heard
         self._calls[rank].send_json({"call": number, "name": name, "arguments": arguments})
 
-    def ask(self, name: str, **arguments: Any) -> list[Any]:
+    def ask(self, name: str, *, within_s: float = ASK_S, **arguments: Any) -> list[Any]:
         futures: list[Future[Any]] = []
+        deadline = time.monotonic() + within_s
         for rank in self.others:
             future: Future[Any] = Future()
             futures.append(future)
             self.call(rank, name, arguments, lambda value, error, future=future: _settle(future, value, error))
         try:
-            return [future.result(ASK_S) for future in futures]
+            return [future.result(max(deadline - time.monotonic(), 0.0)) for future in futures]
         except TimeoutError as error:
-            raise InternalError(f"a rank has not answered to {name} for {ASK_S:g} s") from error
+            raise InternalError(f"a rank has not answered to {name} for {within_s:.3g} s") from error
 
     def close(self) -> None:
         """Ends the ranks. Idempotent."""

@@ -104,11 +104,12 @@ class Engine:
             scheduler,
             self._entries,
             lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s),
-            self._flights.plans,
+            self._flights,
             self.loader.fetch_token_s,
         )
         self._publisher = StatePublisher(self._census, cache.pool, holdings, self.loader.take_news)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.turns = 0  # of the engine's thread
         self._stopping = False
         self._stalled = True
 
@@ -256,6 +257,7 @@ class Engine:
         try:
             with self._publisher.lock:
                 while self._work_inbox():
+                    self.turns += 1
                     self._flush()  # what came meanwhile need not wait for the step
                     self.loader.tick(time.monotonic())
                     self.reservations.serve()
@@ -343,7 +345,7 @@ class Engine:
             elapsed_s, own_s = self._watch.lap()
             self._pace.observe(plan, own_s, elapsed_s)
             self.on_step(plan, elapsed_s)
-        self._flights.ended(flight)
+        self._flights.ended()
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         logger.error("a step of %d requests failed", len(plan.scheduled), exc_info=error)

@@ -39,6 +39,10 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flying)
 
+    @property
+    def num_ended(self) -> int:
+        return self._count - len(self._flying)
+
     def plans(self) -> list[StepPlan]:
         return [flight.plan for flight in self._flying]
 
@@ -47,10 +51,12 @@ class Flights:
         self._flying.append(Flight(self._count, plan, result))
 
     def oldest(self) -> Flight:
-        """No longer counted. `ended` must follow."""
-        return self._flying.popleft()
+        """Counts until `ended`, which must follow."""
+        return self._flying[0]
 
-    def ended(self, flight: Flight) -> None:
+    def ended(self) -> None:
+        """The oldest."""
+        flight = self._flying.popleft()
         while self._waiting and self._waiting[0][0] <= flight.number:
             self._waiting.popleft()[1]()
 

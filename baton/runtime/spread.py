@@ -16,14 +16,13 @@ from baton.kv.push import Door, PushResult, PushStatus
 from baton.kv.shards import Joint, ShareSender
 from baton.kv.store import Buffer
 from baton.kv.transfer import KVTransfer
-from baton.runtime.crew import ASK_S, Team
+from baton.runtime.crew import Team
 from baton.runtime.rank_kv import RankKV
 from baton.types import PushShard, PushTarget
 
 Answer = Callable[..., None]
 """(value, last=True)"""
-_ANSWER_S = 1.0  # that a rank has to tell of a push beyond the push's own limit
-_FLUSH_S = ASK_S / 2  # of a tier, at most: a rank must have answered within ASK_S
+_ANSWER_S = 1.0  # that a rank has to tell of a push, or a flush, beyond its own limit
 
 
 class _Part:
@@ -193,9 +192,10 @@ class TeamTier:
         self._own.save(self._keys(keys), buffers, together)
 
     def flush(self, limit_s: float) -> None:
-        limit_s = min(limit_s, _FLUSH_S)
-        self._team.ask("flush_tier", tier=self._number, limit_s=limit_s)  # its saves and ours go on beside each other
-        self._own.flush(limit_s)
+        deadline = time.monotonic() + limit_s
+        self._own.flush(limit_s)  # the other ranks' saves go on beside ours
+        left_s = max(deadline - time.monotonic(), 0.0)
+        self._team.ask("flush_tier", within_s=left_s + _ANSWER_S, tier=self._number, limit_s=left_s)
 
     def close(self) -> None:
         try:

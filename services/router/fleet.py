@@ -30,12 +30,16 @@ class Worker:
     gaps: int = 0  # updates that did not come, and were noticed by the next one's number
     mismatches: int = 0  # updates after which its digests were not those of the index
     row: int = -1  # in the fleet's table
-    since: float = 0.0  # when it told what is pending, or got something to do
+    since: float = 0.0  # when it told of another step, or got something to do
     settling: list[str] = dataclasses.field(default_factory=list[str])  # requests whose blocks the next update will name
 
     @property
     def usable(self) -> bool:
         return not self.gone and self.state is MemberState.READY and self.member.state is MemberState.READY
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.load.num_waiting_tokens) or any(tokens for tokens, _ in self.routed.values())
 
 
 class Fleet:
@@ -79,6 +83,8 @@ class Fleet:
         if self.workers.get(name) is not worker:  # it has a successor
             return False
         self.index.apply(name, update.events, snapshot=update.snapshot)
+        if not worker.has_work or update.load.num_steps != worker.load.num_steps:
+            worker.since = self._now()
         worker.sequence, worker.snapshots = update.sequence, worker.snapshots + update.snapshot
         worker.state, worker.load = update.state, update.load
         for request_id in update.arrived:
@@ -86,7 +92,6 @@ class Fleet:
         for request_id in worker.settling:
             self.index.settle(name, request_id)
         worker.settling.clear()
-        worker.since = self._now()
         self._stale |= moved
         self._write(worker)
         return changed
@@ -96,7 +101,7 @@ class Fleet:
         blocks that it will compute there for it."""
         worker = self.workers.get(worker_id)
         if worker is not None:
-            if not worker.load.num_waiting_tokens and not any(some for some, _ in worker.routed.values()):
+            if not worker.has_work:
                 worker.since = self._now()
             worker.routed[request_id] = tokens, pairs
             if expected:

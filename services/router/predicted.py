@@ -233,10 +233,11 @@ def _decode(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
 
 
 def _room(facts: Facts, view: View, step: Column) -> Column:
-    """Seconds until a decode worker has blocks for it and for those that wait there, which are taken to be like it. In the time of one
-    request's tokens all that are held become free once."""
+    """Seconds until a decode worker has blocks for it and for those that wait there, which are taken to be like it; what is held and not
+    computed yet is reserved for them. In the time of one request's tokens all that are held become free once."""
     held, each = view.kv_used * view.kv_tokens, facts.num_prompt_tokens + facts.num_output_tokens
-    lacking = (1 + view.num_waiting) * each - view.matched_tokens - (view.kv_tokens - held)
+    waiting = np.maximum(view.num_waiting * each - np.maximum(held - view.context_tokens, 0.0), 0.0)
+    lacking = each + waiting - view.matched_tokens - (view.kv_tokens - held)
     lacking = np.where((view.kv_tokens > 0) & ~view.layout.is_prefill, np.maximum(lacking, 0.0), 0.0)
     return lacking / np.maximum(held, 1.0) * facts.num_output_tokens * step
 

@@ -40,7 +40,7 @@ class WorkerView:
     kv_used: float = 0.0  # share of its blocks that requests hold
     kv_tokens: int = 0  # that its blocks hold; 0: not announced
     batched_tokens: int = 0  # of a step at most; 0: not announced
-    computing_s: float = 0.0  # since it told what is pending, or the first of it was sent there: so long it has been at it
+    computing_s: float = 0.0  # since it told of another step, or got something to do: so long it has been at it
     device: str = ""  # the same for workers that compute on the same cores; empty: nobody else does
     pace: Pace = field(default_factory=Pace)
 

@@ -89,22 +89,26 @@ async def test_a_second_signal_ends_it_at_once(tiny_model: Path) -> None:
 
 
 def test_a_stuck_engine_ends_its_process() -> None:
+    """Also while requests come and go, of which its event loop tells the routers."""
     code = """
 import asyncio
 from baton.hosting.worker import end_if_stuck
 from baton.types import Role
-from tests.workers import generate, prompt, worker
+from tests.workers import prompt, worker
 
 async def main():
     async with worker(Role.UNIFIED, {}) as stuck:
-        watchdog = asyncio.create_task(end_if_stuck(stuck.engine, 1.5))
-        await asyncio.sleep(2)  # idle is not stuck
+        watchdog = asyncio.create_task(end_if_stuck(stuck.engine, 2.0))
+        await asyncio.sleep(2.5)  # idle is not stuck
         stuck.runner.step_s = 3600
-        await generate(stuck, prompt())
+        stuck.engine.submit(prompt())
+        while True:
+            stuck.engine.submit(prompt(name="another")).close()
+            await asyncio.sleep(0.1)
 
 asyncio.run(main())
 """
-    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=30)
     assert ended.returncode == 70
     assert "stuck in a step" in ended.stderr
 

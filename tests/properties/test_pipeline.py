@@ -32,6 +32,19 @@ def test_the_next_step_is_submitted_before_the_first_has_ended() -> None:
     made.teardown()
 
 
+def test_a_step_counts_as_work_while_its_result_is_waited_for() -> None:
+    """Routers are told meanwhile of what comes: this worker is not idle."""
+    made = machine()
+    submit(made, [1] * 20)
+    told: list[int] = []
+    compute = made.runner._compute
+    made.runner._compute = lambda work: told.append(made.engine._census.measure().num_waiting_tokens) or compute(work)  # type: ignore[func-returns-value]
+    made.step()
+    made.step()
+    assert told == [20 + 1]  # and its first token
+    made.teardown()
+
+
 def test_no_load_lands_in_a_block_that_a_step_in_flight_still_writes() -> None:
     """Else the late write would lie over what was loaded."""
     made = machine()

@@ -7,9 +7,10 @@ import pytest
 from baton.runtime.census import Census
 from baton.runtime.entry import Entry
 from baton.runtime.feed import Feed
+from baton.runtime.flights import Flights
 from baton.runtime.state import MIN_INTERVAL_S, StatePublisher
 from baton.scheduling.cache import KVCache
-from baton.scheduling.plan import StepPlan, StepResult
+from baton.scheduling.plan import StepResult
 from baton.scheduling.request import Request, RequestStatus
 from baton.scheduling.scheduler import Scheduler
 from baton.types import FinishReason, GenerateRequest, OutputToken, Pace, SamplingParams, StateUpdate
@@ -20,8 +21,8 @@ LENGTH, BLOCKS = 24, 16
 class Worker:
     def __init__(self) -> None:
         self.scheduler, self.entries = Scheduler(KVCache(BLOCKS, 4), max_num_batched_tokens=8, max_num_seqs=4), dict[str, Entry]()
-        self.flying = list[StepPlan]()
-        self.census = Census(self.scheduler, self.entries, Pace, lambda: self.flying)
+        self.flights = Flights()
+        self.census = Census(self.scheduler, self.entries, Pace, self.flights)
 
     def submit(self, name: str, *, hold: bool = False) -> Entry:
         whole = GenerateRequest(request_id=name, prompt_token_ids=tuple(range(LENGTH)), sampling=SamplingParams(max_tokens=2))
@@ -165,6 +166,11 @@ def test_a_step_that_has_not_ended_is_still_to_be_computed() -> None:
     plan = worker.scheduler.schedule()
     worker.scheduler.advance(plan)
     assert worker.census.measure().num_waiting_tokens == LENGTH - 8
-    worker.flying.append(plan)
+    worker.flights.add(plan, lambda: StepResult({}))
     load = worker.census.measure()
-    assert (load.num_waiting_tokens, load.num_waiting_pairs) == (LENGTH, LENGTH * LENGTH // 2)
+    assert (load.num_waiting_tokens, load.num_waiting_pairs, load.num_steps) == (LENGTH, LENGTH * LENGTH // 2, 0)
+    worker.flights.oldest()
+    assert worker.census.measure() == load  # its result is waited for
+    worker.flights.ended()
+    load = worker.census.measure()
+    assert (load.num_waiting_tokens, load.num_steps) == (LENGTH - 8, 1)

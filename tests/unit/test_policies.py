@@ -188,6 +188,17 @@ def test_a_decode_worker_without_room_is_one_that_has_to_be_waited_for() -> None
     assert placed("predicted", [workers[0], replace(full, kv_tokens=0), roomy], num_output_tokens=100).decode == "d0"  # not announced
 
 
+def test_blocks_that_are_reserved_for_those_that_wait_are_not_waited_for_again() -> None:
+    """Eight prompts of 4,000 tokens are on their way to 32,000 of 82,000 tokens that are held."""
+    reserved = {"num_requests": 18, "num_waiting": 8, "num_held": 8, "context_tokens": 50_000, "kv_used": 0.82, "kv_tokens": 100_000}
+    decode = worker("d0", Role.DECODE, **reserved)
+    told, unknown = (
+        placed("predicted", [worker("p0", Role.PREFILL), each], num_prompt_tokens=4000, num_output_tokens=300, local_prefill=False)
+        for each in (decode, replace(decode, kv_tokens=0))
+    )
+    assert told.ttft_s == unknown.ttft_s
+
+
 # -- bursts
 
 HASHES = block_hashes(range(1000), 10)
@@ -311,7 +322,7 @@ def test_columns_of_rows_and_rows_of_columns_are_the_same() -> None:
     assert list(View.of(rows)) == rows
 
 
-def test_a_worker_is_at_its_step_since_it_told_of_it_or_got_something_to_do() -> None:
+def test_a_worker_is_at_its_step_since_it_told_of_another_or_got_something_to_do() -> None:
     now = [10.0]
     made = Fleet(lambda: now[0])
     p0 = made.add(Member(id="p0", role=Role.PREFILL, address="", fingerprint="f", block_size=10))
@@ -325,9 +336,19 @@ def test_a_worker_is_at_its_step_since_it_told_of_it_or_got_something_to_do() ->
     now[0] = 14.0
     made.routed("p0", "second", 1000, 500_000)  # waits for the first
     assert computing_s() == pytest.approx(1.0)
-    say(made, p0, 1, num_waiting_tokens=1000, num_waiting=1)
+    say(made, p0, 1, num_waiting_tokens=1000, num_waiting=1)  # in that step
     now[0] = 14.5
+    assert computing_s() == pytest.approx(1.5)
+    say(made, p0, 2, num_waiting_tokens=1000, num_waiting=1, num_steps=1)
+    now[0] = 15.0
     assert computing_s() == pytest.approx(0.5)
+    made.unrouted("p0", "first")
+    made.unrouted("p0", "second")
+    say(made, p0, 3, num_steps=2)
+    now[0] = 16.0
+    say(made, p0, 4, num_waiting_tokens=10, num_waiting=1, num_steps=2)  # from another router
+    now[0] = 16.25
+    assert computing_s() == pytest.approx(0.25)
 
 
 # -- tiers

@@ -35,7 +35,7 @@ class Ranks(Solo):
     others = range(1, 2)  # type: ignore[assignment]
 
     def __init__(self, kv: RankKV) -> None:
-        self._handlers, self.stopped = Handlers(kv), False
+        self._handlers, self.stopped, self.within_s = Handlers(kv), False, 0.0  # of the last question
         self._kept: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def call(self, rank: int, name: str, arguments: Mapping[str, Any], heard: Callable[[Any, BatonError | None], None]) -> None:
@@ -47,10 +47,14 @@ class Ranks(Solo):
 
         self._handlers.serve(name, json.loads(json.dumps(arguments)), answer)
 
-    def ask(self, name: str, **arguments: Any) -> list[Any]:
+    def ask(self, name: str, *, within_s: float = 10.0, **arguments: Any) -> list[Any]:
+        self.within_s = within_s
         answers: queue.SimpleQueue[tuple[Any, BatonError | None]] = queue.SimpleQueue()
         self.call(1, name, arguments, lambda value, error: answers.put((value, error)))
-        value, error = answers.get(timeout=10)
+        try:
+            value, error = answers.get(timeout=within_s)
+        except queue.Empty:
+            raise InternalError("rank 1 has not answered") from None
         if error is not None:
             raise error
         return [value]
@@ -82,13 +86,14 @@ def receiving() -> Iterator[tuple[TeamReceiver, list[RankKV]]]:
         made.close()
 
 
-def test_what_is_queued_is_saved_on_every_rank() -> None:
-    def tiered(rank: int) -> RankKV:
-        transfer = KVTransfer(BreakableStore())
-        pool = KVPool(LAYOUT.share(2), 4, torch.device("cpu"))
-        share = Share(rank, 2)
-        return RankKV(pool=pool, layout=LAYOUT, share=share, prefix=f"f/{rank}of2/", sender=None, receiver=None, tiers=(transfer,))
+def tiered(rank: int) -> RankKV:
+    transfer = KVTransfer(BreakableStore())
+    pool = KVPool(LAYOUT.share(2), 4, torch.device("cpu"))
+    share = Share(rank, 2)
+    return RankKV(pool=pool, layout=LAYOUT, share=share, prefix=f"f/{rank}of2/", sender=None, receiver=None, tiers=(transfer,))
 
+
+def test_what_is_queued_is_saved_on_every_rank() -> None:
     ranks = [tiered(rank) for rank in range(2)]
     theirs = ranks[1].tiers[0]._store
     assert isinstance(theirs, BreakableStore)
@@ -101,6 +106,25 @@ def test_what_is_queued_is_saved_on_every_rank() -> None:
     assert saved.values == [[True]]
     assert theirs.contains([ranks[1].key(bytes(16))]) == [True]
     opens.join()
+    team.close()
+
+
+def test_a_rank_that_says_nothing_of_a_flush_costs_its_own_part_alone() -> None:
+    ranks = [tiered(rank) for rank in range(2)]
+    own, others = ranks[0].tiers[0]._store, Ranks(ranks[1])
+    assert isinstance(own, BreakableStore)
+    own.gate.clear()
+    team = TeamTier(0, ranks[0], others)
+    team.save([bytes(16).hex()], [ranks[0].pool.buffer(1)], Answers())
+    others.stopped = True
+    opens = threading.Timer(0.2, own.gate.set)
+    opens.start()
+    with pytest.raises(InternalError, match="rank 1"):
+        team.flush(1.0)
+    assert others.within_s < 2.0
+    assert own.contains([ranks[0].key(bytes(16))]) == [True]
+    opens.join()
+    others.stopped = False
     team.close()
 
 

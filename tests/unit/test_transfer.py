@@ -278,6 +278,17 @@ def test_every_call_is_answered_while_another_thread_closes(store: BreakableStor
         assert len(answers.wait(count)) == count
 
 
+def test_who_has_nothing_to_save_needs_no_time_for_it(
+    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], caplog: pytest.LogCaptureFixture
+) -> None:
+    transfer.flush(0.0)
+    assert not caplog.text
+    store.gate.clear()
+    transfer.save(KEYS, memory, Answers())
+    transfer.flush(0.0)
+    assert "what is still to be saved is lost" in caplog.text
+
+
 def test_a_full_queue_is_a_miss(transfer: KVTransfer, store: BreakableStore) -> None:
     store.gate.clear()
     answers = Answers()

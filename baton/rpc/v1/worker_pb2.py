@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62\x61ton/rpc/v1/worker.proto\x12\x0c\x62\x61ton.rpc.v1\"\xeb\x02\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.baton.rpc.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.baton.rpc.v1.MemberState\x12\x0b\n\x03pid\x18\x05 \x01(\x04\x12\r\n\x05model\x18\x06 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\x04\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x17\n\x0fmetrics_address\x18\x0b \x01(\t\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x10\n\x08instance\x18\r \x01(\t\x12\x0f\n\x07machine\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x10 \x01(\r\"\x80\x01\n\x04Pace\x12\x0e\n\x06\x62\x61se_s\x18\x01 \x01(\x01\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\x12\x0e\n\x06pair_s\x18\x03 \x01(\x01\x12\r\n\x05row_s\x18\x04 \x01(\x01\x12\x11\n\tcontext_s\x18\x05 \x01(\x01\x12\x14\n\x0cpush_token_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x63rowded\x18\x07 \x01(\x01\">\n\tFetchRate\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.baton.rpc.v1.Tier\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\"\xa9\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\x04\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\x04\x12\x15\n\rblocks_cached\x18\x06 \x01(\x04\x12 \n\x04pace\x18\x07 \x01(\x0b\x32\x12.baton.rpc.v1.Pace\x12\x1a\n\x12num_context_tokens\x18\x08 \x01(\x04\x12\x19\n\x11num_waiting_pairs\x18\t \x01(\x04\x12\x10\n\x08num_held\x18\n \x01(\r\x12.\n\rfetch_token_s\x18\x0b \x03(\x0b\x32\x17.baton.rpc.v1.FetchRate\"R\n\x07KVEvent\x12\x0f\n\x07removed\x18\x01 \x01(\x08\x12 \n\x04tier\x18\x02 \x01(\x0e\x32\x12.baton.rpc.v1.Tier\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x01(\x0c\"K\n\x06\x44igest\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.baton.rpc.v1.Tier\x12\x12\n\nnum_blocks\x18\x02 \x01(\x04\x12\x0b\n\x03xor\x18\x03 \x01(\x0c\"\xe2\x01\n\x0bStateUpdate\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.baton.rpc.v1.MemberState\x12 \n\x04load\x18\x03 \x01(\x0b\x32\x12.baton.rpc.v1.Load\x12%\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x15.baton.rpc.v1.KVEvent\x12\x10\n\x08snapshot\x18\x05 \x01(\x08\x12\x0f\n\x07\x61rrived\x18\x07 \x03(\t\x12%\n\x07\x64igests\x18\x08 \x03(\x0b\x32\x14.baton.rpc.v1.DigestJ\x04\x08\x06\x10\x07\"\x12\n\x10GetMemberRequest\"\x13\n\x11WatchStateRequest\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"%\n\x0c\x44rainRequest\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\"\'\n\rDrainResponse\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r\"\x17\n\x15\x43heckIntegrityRequest\"L\n\x16\x43heckIntegrityResponse\x12\x10\n\x08problems\x18\x01 \x03(\t\x12 \n\x04load\x18\x02 \x01(\x0b\x32\x12.baton.rpc.v1.Load*t\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x10\n\x0cROLE_UNIFIED\x10\x03\x12\x10\n\x0cROLE_KVSTORE\x10\x04\x12\x0f\n\x0bROLE_ROUTER\x10\x05*^\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12MEMBER_STATE_READY\x10\x01\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x02*[\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x12\r\n\tTIER_POOL\x10\x03\x12\x0e\n\nTIER_FILES\x10\x04\x32\xfb\x02\n\x06Worker\x12\x41\n\tGetMember\x12\x1e.baton.rpc.v1.GetMemberRequest\x1a\x14.baton.rpc.v1.Member\x12J\n\nWatchState\x12\x1f.baton.rpc.v1.WatchStateRequest\x1a\x19.baton.rpc.v1.StateUpdate0\x01\x12\x43\n\x06\x43\x61ncel\x12\x1b.baton.rpc.v1.CancelRequest\x1a\x1c.baton.rpc.v1.CancelResponse\x12@\n\x05\x44rain\x12\x1a.baton.rpc.v1.DrainRequest\x1a\x1b.baton.rpc.v1.DrainResponse\x12[\n\x0e\x43heckIntegrity\x12#.baton.rpc.v1.CheckIntegrityRequest\x1a$.baton.rpc.v1.CheckIntegrityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62\x61ton/rpc/v1/worker.proto\x12\x0c\x62\x61ton.rpc.v1\"\xeb\x02\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.baton.rpc.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.baton.rpc.v1.MemberState\x12\x0b\n\x03pid\x18\x05 \x01(\x04\x12\r\n\x05model\x18\x06 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\x04\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x17\n\x0fmetrics_address\x18\x0b \x01(\t\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x10\n\x08instance\x18\r \x01(\t\x12\x0f\n\x07machine\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x10 \x01(\r\"\x80\x01\n\x04Pace\x12\x0e\n\x06\x62\x61se_s\x18\x01 \x01(\x01\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\x12\x0e\n\x06pair_s\x18\x03 \x01(\x01\x12\r\n\x05row_s\x18\x04 \x01(\x01\x12\x11\n\tcontext_s\x18\x05 \x01(\x01\x12\x14\n\x0cpush_token_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x63rowded\x18\x07 \x01(\x01\">\n\tFetchRate\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.baton.rpc.v1.Tier\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\"\xbc\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\x04\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\x04\x12\x15\n\rblocks_cached\x18\x06 \x01(\x04\x12 \n\x04pace\x18\x07 \x01(\x0b\x32\x12.baton.rpc.v1.Pace\x12\x1a\n\x12num_context_tokens\x18\x08 \x01(\x04\x12\x19\n\x11num_waiting_pairs\x18\t \x01(\x04\x12\x10\n\x08num_held\x18\n \x01(\r\x12.\n\rfetch_token_s\x18\x0b \x03(\x0b\x32\x17.baton.rpc.v1.FetchRate\x12\x11\n\tnum_steps\x18\x0c \x01(\x04\"R\n\x07KVEvent\x12\x0f\n\x07removed\x18\x01 \x01(\x08\x12 \n\x04tier\x18\x02 \x01(\x0e\x32\x12.baton.rpc.v1.Tier\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x01(\x0c\"K\n\x06\x44igest\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.baton.rpc.v1.Tier\x12\x12\n\nnum_blocks\x18\x02 \x01(\x04\x12\x0b\n\x03xor\x18\x03 \x01(\x0c\"\xe2\x01\n\x0bStateUpdate\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.baton.rpc.v1.MemberState\x12 \n\x04load\x18\x03 \x01(\x0b\x32\x12.baton.rpc.v1.Load\x12%\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x15.baton.rpc.v1.KVEvent\x12\x10\n\x08snapshot\x18\x05 \x01(\x08\x12\x0f\n\x07\x61rrived\x18\x07 \x03(\t\x12%\n\x07\x64igests\x18\x08 \x03(\x0b\x32\x14.baton.rpc.v1.DigestJ\x04\x08\x06\x10\x07\"\x12\n\x10GetMemberRequest\"\x13\n\x11WatchStateRequest\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"%\n\x0c\x44rainRequest\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\"\'\n\rDrainResponse\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r\"\x17\n\x15\x43heckIntegrityRequest\"L\n\x16\x43heckIntegrityResponse\x12\x10\n\x08problems\x18\x01 \x03(\t\x12 \n\x04load\x18\x02 \x01(\x0b\x32\x12.baton.rpc.v1.Load*t\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x10\n\x0cROLE_UNIFIED\x10\x03\x12\x10\n\x0cROLE_KVSTORE\x10\x04\x12\x0f\n\x0bROLE_ROUTER\x10\x05*^\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12MEMBER_STATE_READY\x10\x01\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x02*[\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x12\r\n\tTIER_POOL\x10\x03\x12\x0e\n\nTIER_FILES\x10\x04\x32\xfb\x02\n\x06Worker\x12\x41\n\tGetMember\x12\x1e.baton.rpc.v1.GetMemberRequest\x1a\x14.baton.rpc.v1.Member\x12J\n\nWatchState\x12\x1f.baton.rpc.v1.WatchStateRequest\x1a\x19.baton.rpc.v1.StateUpdate0\x01\x12\x43\n\x06\x43\x61ncel\x12\x1b.baton.rpc.v1.CancelRequest\x1a\x1c.baton.rpc.v1.CancelResponse\x12@\n\x05\x44rain\x12\x1a.baton.rpc.v1.DrainRequest\x1a\x1b.baton.rpc.v1.DrainResponse\x12[\n\x0e\x43heckIntegrity\x12#.baton.rpc.v1.CheckIntegrityRequest\x1a$.baton.rpc.v1.CheckIntegrityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.rpc.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1588
-  _globals['_ROLE']._serialized_end=1704
-  _globals['_MEMBERSTATE']._serialized_start=1706
-  _globals['_MEMBERSTATE']._serialized_end=1800
-  _globals['_TIER']._serialized_start=1802
-  _globals['_TIER']._serialized_end=1893
+  _globals['_ROLE']._serialized_start=1607
+  _globals['_ROLE']._serialized_end=1723
+  _globals['_MEMBERSTATE']._serialized_start=1725
+  _globals['_MEMBERSTATE']._serialized_end=1819
+  _globals['_TIER']._serialized_start=1821
+  _globals['_TIER']._serialized_end=1912
   _globals['_MEMBER']._serialized_start=44
   _globals['_MEMBER']._serialized_end=407
   _globals['_PACE']._serialized_start=410
@@ -44,29 +44,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHRATE']._serialized_start=540
   _globals['_FETCHRATE']._serialized_end=602
   _globals['_LOAD']._serialized_start=605
-  _globals['_LOAD']._serialized_end=902
-  _globals['_KVEVENT']._serialized_start=904
-  _globals['_KVEVENT']._serialized_end=986
-  _globals['_DIGEST']._serialized_start=988
-  _globals['_DIGEST']._serialized_end=1063
-  _globals['_STATEUPDATE']._serialized_start=1066
-  _globals['_STATEUPDATE']._serialized_end=1292
-  _globals['_GETMEMBERREQUEST']._serialized_start=1294
-  _globals['_GETMEMBERREQUEST']._serialized_end=1312
-  _globals['_WATCHSTATEREQUEST']._serialized_start=1314
-  _globals['_WATCHSTATEREQUEST']._serialized_end=1333
-  _globals['_CANCELREQUEST']._serialized_start=1335
-  _globals['_CANCELREQUEST']._serialized_end=1370
-  _globals['_CANCELRESPONSE']._serialized_start=1372
-  _globals['_CANCELRESPONSE']._serialized_end=1403
-  _globals['_DRAINREQUEST']._serialized_start=1405
-  _globals['_DRAINREQUEST']._serialized_end=1442
-  _globals['_DRAINRESPONSE']._serialized_start=1444
-  _globals['_DRAINRESPONSE']._serialized_end=1483
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=1485
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=1508
-  _globals['_CHECKINTEGRITYRESPONSE']._serialized_start=1510
-  _globals['_CHECKINTEGRITYRESPONSE']._serialized_end=1586
-  _globals['_WORKER']._serialized_start=1896
-  _globals['_WORKER']._serialized_end=2275
+  _globals['_LOAD']._serialized_end=921
+  _globals['_KVEVENT']._serialized_start=923
+  _globals['_KVEVENT']._serialized_end=1005
+  _globals['_DIGEST']._serialized_start=1007
+  _globals['_DIGEST']._serialized_end=1082
+  _globals['_STATEUPDATE']._serialized_start=1085
+  _globals['_STATEUPDATE']._serialized_end=1311
+  _globals['_GETMEMBERREQUEST']._serialized_start=1313
+  _globals['_GETMEMBERREQUEST']._serialized_end=1331
+  _globals['_WATCHSTATEREQUEST']._serialized_start=1333
+  _globals['_WATCHSTATEREQUEST']._serialized_end=1352
+  _globals['_CANCELREQUEST']._serialized_start=1354
+  _globals['_CANCELREQUEST']._serialized_end=1389
+  _globals['_CANCELRESPONSE']._serialized_start=1391
+  _globals['_CANCELRESPONSE']._serialized_end=1422
+  _globals['_DRAINREQUEST']._serialized_start=1424
+  _globals['_DRAINREQUEST']._serialized_end=1461
+  _globals['_DRAINRESPONSE']._serialized_start=1463
+  _globals['_DRAINRESPONSE']._serialized_end=1502
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=1504
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=1527
+  _globals['_CHECKINTEGRITYRESPONSE']._serialized_start=1529
+  _globals['_CHECKINTEGRITYRESPONSE']._serialized_end=1605
+  _globals['_WORKER']._serialized_start=1915
+  _globals['_WORKER']._serialized_end=2294
 # @@protoc_insertion_point(module_scope)

@@ -107,7 +107,7 @@ class FetchRate(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., token_s: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "blocks_total", "blocks_free", "blocks_cached", "pace", "num_context_tokens", "num_waiting_pairs", "num_held", "fetch_token_s")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "blocks_total", "blocks_free", "blocks_cached", "pace", "num_context_tokens", "num_waiting_pairs", "num_held", "fetch_token_s", "num_steps")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class Load(_message.Message):
     NUM_WAITING_PAIRS_FIELD_NUMBER: _ClassVar[int]
     NUM_HELD_FIELD_NUMBER: _ClassVar[int]
     FETCH_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
@@ -130,7 +131,8 @@ class Load(_message.Message):
     num_waiting_pairs: int
     num_held: int
     fetch_token_s: _containers.RepeatedCompositeFieldContainer[FetchRate]
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., num_context_tokens: _Optional[int] = ..., num_waiting_pairs: _Optional[int] = ..., num_held: _Optional[int] = ..., fetch_token_s: _Optional[_Iterable[_Union[FetchRate, _Mapping]]] = ...) -> None: ...
+    num_steps: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., num_context_tokens: _Optional[int] = ..., num_waiting_pairs: _Optional[int] = ..., num_held: _Optional[int] = ..., fetch_token_s: _Optional[_Iterable[_Union[FetchRate, _Mapping]]] = ..., num_steps: _Optional[int] = ...) -> None: ...
 
 class KVEvent(_message.Message):
     __slots__ = ("removed", "tier", "block_hashes")

@@ -89,6 +89,7 @@ class SimulatedEngine:
         self._run: _Run | None = None
         self._stuck = False  # those that wait cannot be admitted before somebody ends
         self._plan: StepPlan | None = None
+        self._num_steps = 0  # that have ended
         self._version = 0  # of the event that ends the step or run in progress
         self._sequence, self._sent_at, self._flushing = 0, -1.0, False
         self._sent: Load = Load()
@@ -229,8 +230,10 @@ class SimulatedEngine:
         run, plan = self._run, self._plan
         self._run = self._plan = None
         if run is not None:
+            self._num_steps += run.count
             self._finish_run(run.count)
         elif plan is not None:
+            self._num_steps += 1
             drawn = [item.request for item in plan.scheduled if item.samples]
             self.scheduler.update(plan, StepResult(tokens={request.request_id: _TOKEN for request in drawn}))
             for request in drawn:
@@ -323,6 +326,7 @@ class SimulatedEngine:
             num_waiting_tokens=tokens,
             num_waiting_pairs=pairs,
             num_context_tokens=sum(request.num_computed_tokens for request in running),
+            num_steps=self._num_steps,
             blocks_total=pool.num_blocks,
             blocks_free=pool.num_free,
             blocks_cached=pool.num_cached,
