@@ -33,7 +33,7 @@ def _decode_kernel(
 ):  # fmt: skip
     KV_HEADS: tl.constexpr = HEADS // GROUP
     sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    # The step's lists are read before the kernel before has ended: it writes none of them.
+    # The step's lists are read before the kernels before have ended: all are written before the step's embedding, an ordinary launch.
     row = tl.load(query_start_ptr + sequence).to(tl.int64)
     count = tl.load(query_start_ptr + sequence + 1) - row
     length = tl.load(context_lens_ptr + sequence)

@@ -73,7 +73,8 @@ def _rope_write_kernel(
     columns = tl.arange(0, HALF)
     inside = (heads < Q_HEADS + 2 * KV_HEADS)[:, None] & (columns < HALF)[None, :]
     is_q, is_v = (heads < Q_HEADS)[:, None], (heads >= Q_HEADS + KV_HEADS)[:, None]
-    position, slot = tl.load(positions_ptr + token), tl.load(slots_ptr + token)  # all but qkv is there before the kernel before has ended
+    # The step's lists are read before the kernels before have ended: all are written before the step's embedding, an ordinary launch.
+    position, slot = tl.load(positions_ptr + token), tl.load(slots_ptr + token)
     cos, sin = tl.load(cos_sin_ptr + position * DIM + columns)[None, :], tl.load(cos_sin_ptr + position * DIM + HALF + columns)[None, :]
     if NORM:
         w1 = tl.where(is_q, tl.load(q_weight_ptr + columns)[None, :], tl.load(k_weight_ptr + columns)[None, :]).to(tl.float32)

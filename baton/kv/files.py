@@ -7,10 +7,10 @@
 
 Readers never see half a block: a file has its name only when it is complete, and what a crash of the machine left of it is caught by length
 and checksum, counts as a miss and is removed. There is no index beside the files: a new process finds what the last one left by their
-names, and the order of their use by their times, which reading sets. A process alone keeps a better order in memory: a lookup is a use
-of a whole prompt. Several processes may write the same directory, which each should know (`shared`): else it looks for nothing that it
-has not written or counted itself; then a lookup sets times that are old. It counts what is there when it has itself written a sixteenth
-of the budget, so the budget may be passed by so much for each of them.
+names, and the order of their use by their times, of what is used together the end's the oldest. A process alone keeps a better order in
+memory: a lookup is a use of a whole prompt. Several processes may write the same directory, which each should know (`shared`): else it
+looks for nothing that it has not written or counted itself; then a lookup sets times that are old, and reading none. It counts what is
+there when it has itself written a sixteenth of the budget, so the budget may be passed by so much for each of them.
 """
 
 import contextlib
@@ -74,28 +74,33 @@ class FileStore:
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         self._check()
+        names = list(map(_name, keys))
         if not self._shared:
-            names = list(map(_name, keys))
             self._use(names)
             return [name in self._files for name in names]
-        found: list[bool] = []
+        found = dict[str, float]()
         missing = 0
-        for key in keys:
-            here = missing < GAP and self._seen(_name(key))  # others evict, too
-            missing = 0 if here else missing + 1
-            found.append(here)
-        self._use([_name(key) for key, here in zip(keys, found, strict=True) if here])
-        return found
+        for name in names:
+            used = self._used_at(name) if missing < GAP else None  # others evict, too
+            missing += 1
+            if used is not None:
+                found[name], missing = used, 0
+        self._date([name for name, used in found.items() if time.time() - used > STALE_S])
+        self._use(list(found))
+        return [name in found for name in names]
 
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
         self._check()
         files = [self._open(_name(key)) for key in keys]
         try:
-            return [self._read(file, _name(key), key, buffer) for file, key, buffer in zip(files, keys, buffers, strict=True)]
+            loaded = [self._read(file, _name(key), key, buffer) for file, key, buffer in zip(files, keys, buffers, strict=True)]
         finally:
             for file in files:
                 if file is not None:
                     os.close(file)
+        if not self._shared:  # else the lookup has
+            self._date([_name(key) for key, here in zip(keys, loaded, strict=True) if here])
+        return loaded
 
     def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
         self._check()
@@ -104,12 +109,14 @@ class FileStore:
             try:
                 stored.append(self._write(_name(key), key, buffer))
             except OSError as error:
-                if error.errno in _FULL or error.errno == _TOO_LARGE:
-                    logger.debug("%s: %s", self._root, error.strerror)
-                    return stored + [False] * (len(keys) - len(stored))
-                raise StoreError(f"{self._root} cannot be written: {error.strerror}") from error
-        self._use(list(map(_name, keys)))
-        return stored
+                if error.errno not in _FULL and error.errno != _TOO_LARGE:
+                    raise StoreError(f"{self._root} cannot be written: {error.strerror}") from error
+                logger.debug("%s: %s", self._root, error.strerror)
+                break
+        there = [_name(key) for key, here in zip(keys, stored, strict=False) if here]
+        self._use(there)
+        self._date(there)
+        return stored + [False] * (len(keys) - len(stored))
 
     def usage(self) -> Usage:
         return Usage(self._used, self._capacity, self._evictions, self._damaged)
@@ -119,16 +126,12 @@ class FileStore:
 
     # -- one block
 
-    def _seen(self, name: str) -> bool:
-        """By others, too."""
-        path = self._path(name)
+    def _used_at(self, name: str) -> float | None:
+        """By others, too; None: it is not there."""
         try:
-            if time.time() - os.stat(path).st_mtime > STALE_S:
-                with contextlib.suppress(OSError):  # read only
-                    os.utime(path)
+            return os.stat(self._path(name)).st_mtime
         except OSError:
-            return False
-        return True
+            return None
 
     def _open(self, name: str) -> int | None:
         """The disk begins to read it, beside the others that are opened."""
@@ -156,8 +159,6 @@ class FileStore:
             view = _view(buffer)
             if not _fill(file, view) or zlib.crc32(view) != checksum:
                 return self._remove_damaged(name)
-            with contextlib.suppress(OSError):  # read only
-                os.utime(file)
         except OSError as error:
             logger.warning("%s: %s", self._path(name), error.strerror)
             self._forget(name)
@@ -249,6 +250,17 @@ class FileStore:
             for name in reversed(names):
                 if name in self._files:
                     self._files.move_to_end(name)
+
+    def _date(self, names: Sequence[str]) -> None:
+        """The same, for those who count."""
+        now = time.time_ns()
+        for place in reversed(range(len(names))):
+            path, then = self._path(names[place]), now - 1000 * place
+            with contextlib.suppress(OSError):  # read only
+                try:
+                    os.utime(path, ns=(then, then))
+                except PermissionError:  # another user's, who alone may do more than this
+                    os.utime(path)
 
     def _forget(self, name: str) -> None:
         with self._lock:

@@ -186,8 +186,9 @@ class Engine:
         await _end(self.on_stopped)
 
     def ended(self, sequence: EngineSequence) -> None:
-        """Told its end, or cancelled."""
-        self._live.pop(sequence.request_id, None)
+        """Told its end, or cancelled. Both may happen; by the second time another may have its name."""
+        if self._live.get(sequence.request_id) is sequence:
+            del self._live[sequence.request_id]
 
     def cancel(self, sequence: EngineSequence) -> None:
         self.post_to(sequence.request_id, self.abort)

@@ -5,7 +5,7 @@ every `HEARTBEAT_S`. A reader that falls behind loses its backlog and gets a new
 
 What an engine has in hand changes while its thread is in a step, too: requests come and are cancelled on the event loop. So its state has a
 lock, which the thread holds but for while it waits, or a step is computed (`elsewhere`); then the event loop tells what there is to tell.
-All but `StateReader`, `opened`, `changed` and `close` belongs to whoever has the lock.
+All but `StateReader`, `open`, `changed` and `close` belongs to whoever has the lock.
 """
 
 import asyncio
@@ -109,9 +109,10 @@ class StatePublisher:
     @contextlib.contextmanager
     def elsewhere(self) -> Iterator[None]:
         """The engine's thread leaves the state alone for a while. What it had no time to tell yet, the event loop will."""
-        if self._dirty and self._timer is None and self._loop is not None:
+        loop = self._loop  # it may end meanwhile
+        if self._dirty and self._timer is None and loop is not None:
             with contextlib.suppress(RuntimeError):  # it is closed
-                self._loop.call_soon_threadsafe(self.changed)
+                loop.call_soon_threadsafe(self.changed)
         self.lock.release()
         try:
             yield

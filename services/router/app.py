@@ -274,7 +274,7 @@ def describe(gateway: Gateway) -> dict[str, Any]:
         "degraded": gateway.dispatcher.placer.degraded() or None,
         "workers": workers,
         "others": sorted(others, key=lambda m: m["id"]),
-        "blocks_indexed": gateway.dispatcher.workers.num_indexed,
+        "blocks_indexed": gateway.dispatcher.workers.num_indexed,  # what several hold counts for each of them
     }
 
 

@@ -138,13 +138,13 @@ class PrefixIndex:
         return all(known[each.tier] == each for each in digests if each.tier in known)
 
     def __len__(self) -> int:
-        """Blocks on devices, of each one."""
+        """Blocks on devices; what several hold counts for each of them."""
         return sum(holder.digests[Tier.DEVICE].num_blocks for holder in self._holders.values())
 
     def _states(self, hashes: Sequence[bytes]) -> list[int]:
         """Who can have all blocks up to each of them, until nobody can."""
         states, alive = list[int](), (1 << self._num_bits) - 1
-        pools = [(pool.bits[1], pool.reading) for pool in self._pools.values() if pool.blocks]
+        pools = [(pool.bits[1], pool.reading) for pool in self._pools.values() if pool.reading and pool.blocks]
         for begin in range(0, len(hashes), _STRETCH):
             who = list(map(self._table.get, hashes[begin : begin + _STRETCH], repeat(0)))
             for bit, reading in pools:

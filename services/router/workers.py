@@ -67,7 +67,7 @@ class Workers:
 
     @property
     def num_indexed(self) -> int:
-        """Blocks that somebody holds."""
+        """Blocks on devices; what several hold counts for each of them."""
         return len(self._fleet.index)
 
     def view(self, hashes_by_size: "HashesBySize", exclude: Sequence[str] = ()) -> View:

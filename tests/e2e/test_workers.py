@@ -236,6 +236,16 @@ async def test_a_cancelled_call_frees_everything_at_any_moment() -> None:
         assert answer.tokens == reference(prompt())
 
 
+async def test_the_end_of_who_was_cancelled_is_not_its_successors() -> None:
+    async with worker(Role.UNIFIED, {}) as w:
+        first = w.engine.submit(prompt())
+        first.close()
+        second = w.engine.submit(prompt())
+        first.deliver(GenerateOutput(finish_reason=FinishReason.LENGTH))  # was on its way
+        assert list(w.engine._live.values()) == [second]
+        second.close()
+
+
 async def test_a_client_that_does_not_read_can_still_be_cancelled() -> None:
     async with worker(Role.UNIFIED, {}) as d:
         stream = call(d, prompt(8, max_tokens=700))

@@ -115,6 +115,22 @@ def test_a_lookup_in_a_shared_directory_sets_old_times(root: Path) -> None:
     assert store.contains(list("abcde")) == [True, False, True, True, True]
 
 
+@pytest.mark.parametrize("use", ["put", "got", "looked up"])
+def test_in_a_shared_directory_too_the_end_of_a_prompt_goes_first(root: Path, use: str) -> None:
+    prompt = [f"p{number}" for number in range(8)]
+    first, other = (FileStore(root, 8 * FILE, shared=True) for _ in range(2))
+    put(first, *prompt)
+    if use == "got":
+        assert [read(other, key) for key in prompt] == list(map(content, prompt))
+    elif use == "looked up":
+        for path in blocks(root):
+            os.utime(path, (int(path.name[1:]), int(path.name[1:])))
+        assert all(other.contains(prompt))
+    other._count()
+    put(other, *(f"x{number}" for number in range(4)))
+    assert first.contains(prompt) == [True] * 4 + [False] * 4
+
+
 def test_another_size_is_a_miss_and_no_damage(store: FileStore, root: Path) -> None:
     put(store, "a")
     slot = Slot(bytes(BLOCK // 2))

@@ -201,6 +201,7 @@ def test_each_role_has_its_own_pace_and_what_it_has_not_met_from_the_others() ->
     paces = by_role([(Role.PREFILL, prefill), (Role.DECODE, decode), (Role.DECODE, slow)])
     assert paces[Role.PREFILL] == dataclasses.replace(prefill, row_s=pytest.approx(3e-3))
     assert paces[Role.DECODE] == Pace(base_s=pytest.approx(0.02), token_s=1e-3, row_s=pytest.approx(3e-3), push_token_s=1e-5)
+    assert paces[Role.UNIFIED].row_s == pytest.approx(3e-3)  # there is none
 
 
 def test_the_time_between_tokens_is_by_token_also_where_a_chunk_brings_several() -> None:

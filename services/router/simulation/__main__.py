@@ -176,13 +176,13 @@ def paces_of(url: str) -> dict[Role, Pace]:
     except httpx.HTTPError as error:
         raise ConfigError(f"no router answers at {url} ({error})") from error
     paces = by_role([(Role(worker["role"]), Pace(**worker["pace"])) for worker in workers])
-    if not paces or not all(pace.token_s and pace.row_s + pace.context_s for pace in paces.values()):
+    if not all(pace.token_s and pace.row_s + pace.context_s for pace in paces.values()):
         raise ConfigError(f"the workers at {url} have not learned their pace yet: send them some requests first")
     return paces
 
 
 def by_role(workers: Sequence[tuple[Role, Pace]]) -> dict[Role, Pace]:
-    """By the clock, the mean of each role's workers; what none of them has met yet is the others'."""
+    """By the clock, the mean of each role's workers; what none of them has met yet is the others', all of it where there are none."""
     known = [(role, pace.by_the_clock()) for role, pace in workers]
 
     def mean(name: str, role: Role) -> float:
@@ -190,7 +190,7 @@ def by_role(workers: Sequence[tuple[Role, Pace]]) -> dict[Role, Pace]:
         own = [value for each, value in values if each is role] or [value for _, value in values]
         return sum(own) / len(own) if own else 0.0
 
-    return {role: Pace(**{field.name: mean(field.name, role) for field in dataclasses.fields(Pace)}) for role, _ in known}
+    return {role: Pace(**{field.name: mean(field.name, role) for field in dataclasses.fields(Pace)}) for role in Role}
 
 
 def main() -> None:
