@@ -149,7 +149,7 @@ class PoolConfig(Strict):
     budget_s: float = Field(default=2.0, gt=0)  # a slower pool call counts as a miss
     local_buffer: Size = 16 * 2**20
     near: str = "auto"  # directory where nodes hand their memory to workers of this machine; auto: one of this user; empty: never
-    verify: bool = False  # blocks carry checksums, for tests: all workers of a pool alike; slow, and not on a GPU
+    verify: bool = False  # blocks' checksums are taken when they were computed, for tests: slow, and not on a GPU
 
 
 class HostConfig(Strict):

@@ -1,4 +1,4 @@
-"""Host memory beside the KV memory of a device, and copies between the two (`kv.store.Memory`)."""
+"""Host memory beside the KV memory of a device, copies between the two (`kv.store.Memory`), and checksums of blocks in either."""
 
 import ctypes
 import threading
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from baton.kv.store import Buffer, Memory
+from baton.kv.store import SUMS, Buffer, Memory, Summing
 
 _REGISTER_PORTABLE, _REGISTER_READ_ONLY = 1, 8  # flags of cudaHostRegister
 
@@ -47,7 +47,7 @@ class CudaMemory:
         self._device = flat.device
         self._regions = [(flat.data_ptr(), flat)]  # replaced, never changed: other threads look things up
         self._lock = threading.Lock()
-        self._own = threading.local()
+        self._streams = _Streams(self._device)
 
     def allocate(self, nbytes: int) -> Buffer:
         pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -67,7 +67,7 @@ class CudaMemory:
             _call("cudaHostUnregister", region.address)
 
     def copy(self, targets: Sequence[Buffer], sources: Sequence[Buffer]) -> None:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream()):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._streams.own()):
             for target, source in zip(targets, sources, strict=True):
                 self._view(target).copy_(self._view(source), non_blocking=True)
             arrived = torch.cuda.Event(blocking=True)
@@ -81,16 +81,41 @@ class CudaMemory:
         with self._lock:
             self._regions = [*self._regions, (tensor.data_ptr(), tensor)]
 
-    def _stream(self) -> torch.cuda.Stream:
-        if not hasattr(self._own, "stream"):
-            self._own.stream = torch.cuda.Stream(self._device)
-        return self._own.stream
-
     def _view(self, buffer: Buffer) -> torch.Tensor:
         for start, tensor in self._regions:
             if start <= buffer.address < start + tensor.numel():
                 return tensor[buffer.address - start : buffer.address - start + buffer.nbytes]
         raise AssertionError(f"{buffer} lies in no memory that is known here")
+
+
+class CudaSumming(Summing):
+    """The device reads the blocks, which lie in its memory or in host memory that it knows (`CudaMemory`); each thread on a stream of its
+    own. What is read has been written, as for `CudaMemory.copy`."""
+
+    name = SUMS[1]
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._streams = device, _Streams(device)
+
+    def sums(self, buffers: Sequence[Buffer]) -> list[int]:
+        from baton.kernels.checksum import checksums  # Triton, which a CPU's machine need not have
+
+        if not buffers:
+            return []
+        (nbytes,) = {buffer.nbytes for buffer in buffers}
+        with torch.cuda.device(self._device), torch.cuda.stream(self._streams.own()):
+            return [each % 2**64 for each in checksums([buffer.address for buffer in buffers], nbytes, self._device).tolist()]
+
+
+class _Streams:
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._local = device, threading.local()
+
+    def own(self) -> torch.cuda.Stream:
+        """Of the calling thread."""
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self._device)
+        return self._local.stream
 
 
 def _call(name: str, *arguments: int) -> None:
@@ -102,3 +127,7 @@ def _call(name: str, *arguments: int) -> None:
 
 def memory_beside(device_memory: torch.Tensor) -> Memory:
     return CudaMemory(device_memory) if device_memory.device.type == "cuda" else CpuMemory()
+
+
+def summing_for(device_memory: torch.Tensor) -> Summing:
+    return CudaSumming(device_memory.device) if device_memory.device.type == "cuda" else Summing()

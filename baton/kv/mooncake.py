@@ -2,7 +2,7 @@
 
 Connects at the first call, so a worker starts and serves before the pool exists. Mooncake's client comes back by itself after a restart of
 the master. Every value is written from and read into registered memory, without a copy; or read from the memory of a node on this machine,
-where that is mapped (`kv.neighbours`).
+where that is mapped (`kv.neighbours`). Behind each block stands its seal (`kv.seals`): a node's memory has no fence against late writes.
 """
 
 import base64
@@ -23,7 +23,8 @@ import httpx
 
 from baton.errors import ConfigError, StoreError
 from baton.kv.neighbours import Neighbours, Place
-from baton.kv.store import Buffer
+from baton.kv.seals import SEAL_BYTES, Seals, seal
+from baton.kv.store import SUMS, Buffer, Summing
 from baton.kv.transfer import TransferStats
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Blocks of one call over TCP. They all get a connection at once, so a node that is stopped costs a call one time-out; further ones would
 # queue behind them and wait in turn (64 blocks over 4 connections took 31 s), at last longer than Mooncake waits for them.
 WAVE = 16
+_LARGE_WAVE = 1024  # of one call over RDMA
 
 # Read by Mooncake's C++ when a client is made.
 _ENVIRONMENT = {
@@ -50,7 +52,8 @@ TRANSFER_FAILED = -800  # the node that holds the value, or shall, does not answ
 NO_SPACE = -200  # said at once; eviction begins then
 MASTER_AWAY = frozenset({-900, -901})  # the master does not answer, or not in time; of a read: or the node, asked for what is on its disk
 _NOT_TRIED = -1
-_READ = "batch_get_into"
+_OTHER_CONTENT = -2  # ours
+_READ, _WRITE = "batch_get_into_multi_buffers", "batch_put_from_multi_buffers"
 LEASE_S = 5  # that a key which was looked up or read is not evicted for: longer than any call takes; the master is told
 _SILENT_S = 1.0  # a call that took longer and says nothing of any key was not answered
 _ROOM_S = 0.05  # that eviction takes
@@ -108,11 +111,15 @@ class MooncakeStore:
         segment_path: str = "",
         spill: Spill | None = None,
         near: Neighbours | None = None,
+        summing: Summing | None = None,
     ) -> None:
         """`master` is host:port of mooncake_master, or etcd://host:port;host:port, where the leading one of `cluster` is found; `host` is
         where other clients reach this process; `segment` bytes are lent to the pool, of the file `segment_path`, if given, and what is
-        saved there goes to `spill` as well, if given. What lies on this machine is read by way of `near`, if given. Raises ConfigError if
-        Mooncake is not installed."""
+        saved there goes to `spill` as well, if given. What lies on this machine is read by way of `near`, if given. `summing`: takes the
+        checksums of blocks, on a device, say; all workers of a pool that shall read each other's blocks alike. Raises ConfigError if
+        Mooncake is not installed.
+
+        `get` and `put` are for one thread each."""
         if master.startswith(_ETCD):
             os.environ["MC_STORE_CLUSTER_ID"] = cluster
         self._chatty = "MC_LOG_LEVEL" in os.environ
@@ -138,10 +145,13 @@ class MooncakeStore:
         self._near = near
         self.stats = TransferStats()
         self._master, self._cluster, self._protocol = master, cluster, protocol
-        self._wave = WAVE if protocol == "tcp" else 0  # keys of one call; 0: any number
+        self._wave = WAVE if protocol == "tcp" else _LARGE_WAVE  # keys of one call
         self._store: Any = None
         self._closed = False
-        self._regions: list[Buffer] = []
+        self._summing = summing or Summing()
+        self._seals = {method: Seals(self._wave) for method in (_READ, _WRITE)}
+        self._regions: list[Buffer] = [seals.region for seals in self._seals.values()]
+        self._taken: dict[int, tuple[str, int]] = {}  # by a block's address: key and checksum of what is to be saved from there
         self._lock = threading.Lock()
 
     def connect(self) -> None:
@@ -184,6 +194,11 @@ class MooncakeStore:
             self._near.meet()
         return [code == 1 for code in self._call("batch_is_exist", [self._object(key) for key in keys])]
 
+    def holds(self, keys: Sequence[str]) -> list[bool]:
+        """Which keys workers of any kind could read. Raises StoreError."""
+        codes = self._call("batch_is_exist", [_object(key, kind) for key in keys for kind in SUMS])
+        return [1 in codes[i : i + len(SUMS)] for i in range(0, len(codes), len(SUMS))]
+
     def get(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
         found = self._get_near(keys, buffers) if self._near is not None and self._near.meet() else {}
         rest = [i for i in range(len(keys)) if i not in found]
@@ -197,12 +212,20 @@ class MooncakeStore:
         return [found[i] for i in range(len(keys))]
 
     def put(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[bool]:
-        codes = self._transfer("batch_put_from", keys, buffers)
+        codes = self._transfer(_WRITE, keys, buffers)
         if full := [i for i, code in enumerate(codes) if code == NO_SPACE]:
             time.sleep(_ROOM_S)
-            again = self._transfer("batch_put_from", [keys[i] for i in full], [buffers[i] for i in full])
+            again = self._transfer(_WRITE, [keys[i] for i in full], [buffers[i] for i in full])
             codes = [again[full.index(i)] if i in full else code for i, code in enumerate(codes)]
+        for buffer in buffers:
+            self._taken.pop(buffer.address, None)
         return [code == 0 for code in codes]
+
+    def take(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> None:
+        """Before `put`, when the blocks hold what was computed: they are sealed with the checksums of now, so what is written there until
+        they are put is found out. Without this, `put` takes them."""
+        sums = self._summing.sums(buffers)
+        self._taken.update((buffer.address, (key, each)) for key, buffer, each in zip(keys, buffers, sums, strict=True))
 
     def remove(self, prefix: str) -> int:
         """Removes every key that starts with `prefix`, leased ones too; returns how many."""
@@ -247,18 +270,19 @@ class MooncakeStore:
         with self._near.held():
             near: dict[int, tuple[Place, Buffer]] = {}
             for i, (name, buffer) in enumerate(zip(names, buffers, strict=True)):
-                size = buffer.nbytes + self._trailer
+                size = buffer.nbytes + SEAL_BYTES
                 if (found := self._near.find(_places(replicas.get(name, ()), size), size)) is not None:
                     near[i] = found
             sources = [Buffer(there.address, buffers[i].nbytes) for i, (_, there) in near.items()]
             self._near.memory.copy([buffers[i] for i in near], sources)
-            trailers = {i: ctypes.string_at(there.address + buffers[i].nbytes, self._trailer) for i, (_, there) in near.items()}
+            seals = {i: ctypes.string_at(there.address + buffers[i].nbytes, SEAL_BYTES) for i, (_, there) in near.items()}
         still = self._replicas([names[i] for i in near]) if near else {}
         if time.monotonic() - asked > LEASE_S:
             return {}
-        kept = [i for i, (place, _) in near.items() if place in _places(still.get(names[i], ()), buffers[i].nbytes + self._trailer)]
+        kept = [i for i, (place, _) in near.items() if place in _places(still.get(names[i], ()), buffers[i].nbytes + SEAL_BYTES)]
         self.stats.blocks_near += len(kept)
-        return {i: self._intact(keys[i], buffers[i], trailers[i]) for i in kept}
+        intact = self._intact([keys[i] for i in kept], [buffers[i] for i in kept], [seals[i] for i in kept])
+        return dict(zip(kept, intact, strict=True))
 
     def _replicas(self, names: list[str]) -> dict[str, Sequence[Any]]:
         """As Mooncake describes them; of what the pool has. Leases it."""
@@ -269,22 +293,28 @@ class MooncakeStore:
             raise StoreError("mooncake_master does not answer")
         return replicas
 
-    _trailer = 0  # bytes of an object behind the block
-
     def _object(self, key: str) -> str:
-        """The name of a key's object."""
-        return key
+        return _object(key, self._summing.name)
 
-    def _intact(self, key: str, buffer: Buffer, trailer: bytes) -> bool:
-        """Whether a copy from a neighbour's memory is what was saved."""
-        return True
+    def _intact(self, keys: Sequence[str], buffers: Sequence[Buffer], seals: Sequence[bytes]) -> list[bool]:
+        """Whether blocks that were read are what was saved. Those that are not are removed from the pool: else nobody could save them."""
+        sums = self._summing.sums(buffers)
+        intact = [seal(key, each) == found for key, each, found in zip(keys, sums, seals, strict=True)]
+        self.stats.blocks_verified += len(intact)
+        for key in [key for key, good in zip(keys, intact, strict=True) if not good]:
+            self.stats.blocks_corrupt += 1
+            removed = self._store.remove(self._object(key), True) == 0
+            logger.critical(
+                "block %s came from the KV pool with another content than it was saved with; it is not used%s",
+                key, " and was removed" if removed else "",
+            )  # fmt: skip
+        return intact
 
     def _transfer(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
         """A batch call's codes. After a wave in which a node did not answer nothing more is tried: it would wait for that node again."""
-        step = self._wave or max(len(keys), 1)
         codes: list[int] = []
-        for start in range(0, len(keys), step):
-            wave = slice(start, start + step)
+        for start in range(0, len(keys), self._wave):
+            wave = slice(start, start + self._wave)
             codes += self._move(method, keys[wave], buffers[wave])
             if TRANSFER_FAILED in codes:
                 break
@@ -293,8 +323,27 @@ class MooncakeStore:
         return codes + [_NOT_TRIED] * (len(keys) - len(codes))
 
     def _move(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
-        """One wave."""
-        return self._call(method, list(keys), [b.address for b in buffers], [b.nbytes for b in buffers])
+        """One wave. Of what was read: a block's bytes, if it is what was saved."""
+        seals = self._seals[method]
+        if method == _WRITE:
+            seals.set(map(seal, keys, self._sums(keys, buffers)))
+        addresses = [[buffer.address, seals.address(i)] for i, buffer in enumerate(buffers)]
+        sizes = [[buffer.nbytes, SEAL_BYTES] for buffer in buffers]
+        codes = self._call(method, [self._object(key) for key in keys], addresses, sizes)
+        if method == _WRITE:
+            return codes
+        here = [i for i, (code, buffer) in enumerate(zip(codes, buffers, strict=True)) if code == buffer.nbytes + SEAL_BYTES]
+        intact = self._intact([keys[i] for i in here], [buffers[i] for i in here], [seals.get(i) for i in here])
+        for i, good in zip(here, intact, strict=True):
+            codes[i] = buffers[i].nbytes if good else _OTHER_CONTENT
+        return codes
+
+    def _sums(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
+        """Of what is to be written: as they were taken before, or of now."""
+        taken = [self._taken.get(buffer.address, ("", 0)) for buffer in buffers]
+        known = [each if name == key else None for key, (name, each) in zip(keys, taken, strict=True)]
+        rest = iter(self._summing.sums([buffer for buffer, each in zip(buffers, known, strict=True) if each is None]))
+        return [next(rest) if each is None else each for each in known]
 
     def _call(self, method: str, *arguments: object) -> list[int]:
         self.connect()
@@ -323,6 +372,11 @@ class MooncakeStore:
         are reported by who calls this adapter; set MC_LOG_LEVEL to see Mooncake's own lines."""
         with contextlib.suppress(ValueError):  # a build without that symbol stays loud
             ctypes.c_int32.in_dll(ctypes.CDLL(sys.modules[self._make.__module__].__file__), _GLOG_LEVEL).value = _GLOG_FATAL
+
+
+def _object(key: str, kind: str) -> str:
+    """The name of the object of a block whose checksum is of that kind: one of another kind would look corrupt."""
+    return f"{key}+{kind}"
 
 
 def _places(replicas: Sequence[Any], nbytes: int) -> list[Place]:

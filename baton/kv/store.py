@@ -6,11 +6,12 @@ pool is a cache: a lost or refused block is a miss (False), never an error. `Sto
 
 import ctypes
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import xxhash
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,21 @@ class Usage:
 
 
 def checksum(buffer: Buffer) -> int:
-    """CRC-32 of memory that the CPU can read."""
-    return zlib.crc32((ctypes.c_char * buffer.nbytes).from_address(buffer.address))
+    """64 bits (XXH3) of memory that the CPU can read."""
+    return xxhash.xxh3_64_intdigest(memoryview((ctypes.c_char * buffer.nbytes).from_address(buffer.address)))
+
+
+SUMS = ("xxh3", "nh")  # the kinds of checksums that there are: of a CPU and of a GPU
+
+
+class Summing:
+    """How a worker takes checksums of blocks: here, of memory that the CPU can read."""
+
+    name = SUMS[0]
+
+    def sums(self, buffers: Sequence[Buffer]) -> list[int]:
+        """64 bits of each."""
+        return [checksum(buffer) for buffer in buffers]
 
 
 class KVStore(Protocol):

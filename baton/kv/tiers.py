@@ -10,13 +10,13 @@ from baton.config import FilesConfig, HostConfig, PoolConfig
 from baton.kv.files import FileStore
 from baton.kv.holdings import Holdings
 from baton.kv.host import HostStore
-from baton.kv.memory import CpuMemory, memory_beside
+from baton.kv.memory import CpuMemory, memory_beside, summing_for
 from baton.kv.mooncake import MooncakeStore
 from baton.kv.neighbours import Neighbours, meeting_place, pool_name
 from baton.kv.staged import StagedStore
 from baton.kv.store import Buffer
 from baton.kv.transfer import KVTransfer
-from baton.kv.verify import CheckedStore, CheckedTransfer
+from baton.kv.verify import VerifiedTransfer
 from baton.types import Tier
 
 
@@ -58,8 +58,9 @@ def connect_tiers(
         tiers.append(KVTransfer(served, "files", shared=files.shared, direct=direct, usage=store.usage, holdings=own))
     if pool.master:
         near = meeting_place(pool.near)
-        make = CheckedStore if pool.verify else MooncakeStore
-        mooncake = make(
+        summing = summing_for(memory)
+        summing.sums([Buffer(memory.data_ptr(), block_bytes)])  # what is compiled for it is compiled now
+        mooncake = MooncakeStore(
             pool.master,
             host=pool.host,
             cluster=cluster,
@@ -67,9 +68,10 @@ def connect_tiers(
             devices=pool.devices,
             local_buffer=pool.local_buffer,
             near=Neighbours(near, beside, pool_name(pool.master, cluster)) if near is not None else None,
+            summing=summing,
         )
         mooncake.register(Buffer(memory.data_ptr(), memory.nbytes))
-        tiers.append(CheckedTransfer(mooncake) if isinstance(mooncake, CheckedStore) else KVTransfer(mooncake, stats=mooncake.stats))
+        tiers.append(VerifiedTransfer(mooncake) if pool.verify else KVTransfer(mooncake, stats=mooncake.stats))
     if host.bytes:
         behind = next((tier for tier in tiers if not tier.direct), None)
         held = Holdings(Tier.HOST, prefix)

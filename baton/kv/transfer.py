@@ -41,7 +41,7 @@ class TransferStats:
     seconds_loading: float = 0.0
     seconds_saving: float = 0.0
     blocks_near: int = 0  # of those loaded: copied from memory that a process of this machine shares (kv.neighbours)
-    blocks_verified: int = 0  # with kv.verify
+    blocks_verified: int = 0  # of a pool: those whose seals were compared
     blocks_corrupt: int = 0
     failures: int = 0
     skipped: int = 0  # calls not made because the store was left alone, or the queue was full

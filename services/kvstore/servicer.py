@@ -20,7 +20,7 @@ class KVStoreServicer(kvstore_pb2_grpc.KVStoreServicer):
         found: list[bool] = []
         async with guarded(context):
             keys = [block_key(request.fingerprint, key, request.tp_rank, request.tp_size or 1) for key in request.block_hashes]
-            found = await asyncio.to_thread(self._store.contains, keys) if keys else []
+            found = await asyncio.to_thread(self._store.holds, keys) if keys else []
         return pb.LookupResponse(found=found)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:

@@ -20,8 +20,9 @@ import pytest
 from baton.cluster.machine import free_port
 from baton.errors import StoreError
 from baton.kv.mooncake import MooncakeStore
+from baton.kv.seals import SEAL_BYTES
 from baton.kv.store import Buffer
-from baton.kv.verify import CheckedStore, CheckedTransfer
+from baton.kv.verify import VerifiedTransfer
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 BLOCK = 64 << 10
@@ -183,9 +184,9 @@ def test_the_service_looks_up_counts_and_removes(pool: Pool, client: tuple[Moonc
         found = stub.Lookup(kvstore_pb2.LookupRequest(fingerprint="aa", block_hashes=[*hashes, b"x" * 16])).found
         assert list(found) == [True] * COUNT + [False]
         stats = pool.wait(lambda seen: seen.num_keys == 2 * COUNT)
-        assert stats.used_bytes == 2 * COUNT * BLOCK
+        assert stats.used_bytes == 2 * COUNT * (BLOCK + SEAL_BYTES)
         assert stats.capacity_bytes == 32 << 20
-        assert [(each.used_bytes, each.capacity_bytes) for each in stats.segments] == [(2 * COUNT * BLOCK, 32 << 20)]
+        assert [(each.used_bytes, each.capacity_bytes) for each in stats.segments] == [(stats.used_bytes, 32 << 20)]
         assert stub.Remove(kvstore_pb2.RemoveRequest(prefix="a.*/")).num_removed == 0  # a prefix is no pattern
         assert stub.Remove(kvstore_pb2.RemoveRequest(prefix="aa/")).num_removed == COUNT
         assert store.contains(keys("aa") + keys("bb")) == [False] * COUNT + [True] * COUNT
@@ -215,7 +216,7 @@ def test_a_full_pool_evicts_and_serves_on(pool: Pool, client: tuple[MooncakeStor
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert {name: pool.metric(name) for name in levels} == levels
-    assert pool.metric("kvstore_used_bytes") == pool.metric("kvstore_keys") * BLOCK
+    assert pool.metric("kvstore_used_bytes") == pool.metric("kvstore_keys") * (BLOCK + SEAL_BYTES)
     assert pool.metric("kvstore_evicted_bytes_total") == pool.metric("kvstore_evicted_keys_total") * BLOCK
 
 
@@ -412,9 +413,9 @@ def test_a_service_that_cannot_start_says_why() -> None:
 
 def test_a_corrupted_block_is_caught_and_not_used(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
     """pool.verify: the source of one block is written to between its step and its save."""
-    store, memory = CheckedStore(pool.master, host="127.0.0.1"), Memory()
+    store, memory = MooncakeStore(pool.master, host="127.0.0.1"), Memory()
     store.register(memory.region)
-    transfer = CheckedTransfer(store)
+    transfer = VerifiedTransfer(store)
     try:
         content = memory.fill(1)
         store.take(keys("a"), memory.blocks)
@@ -433,6 +434,6 @@ def test_a_corrupted_block_is_caught_and_not_used(pool: Pool, caplog: pytest.Log
         assert loaded.get(timeout=30) == [True] * 2 + [False] + [True] * 5
         assert (transfer.stats.blocks_verified, transfer.stats.blocks_corrupt, transfer.stats.failures) == (2 * COUNT, 1, 0)
         assert "with another content than it was saved with" in caplog.text
-        assert MooncakeStore(pool.master, host="127.0.0.1").contains(keys("a")) == [False] * COUNT  # workers without it never see these
+        assert store.contains(keys("a")) == [True] * 2 + [False] + [True] * 5  # so that it can be saved again
     finally:
         transfer.close()

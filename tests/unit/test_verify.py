@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from baton.kv.mooncake import WAVE
+from baton.kv.mooncake import MooncakeStore
 from baton.kv.push import PushResult, PushStatus
 from baton.kv.store import Buffer, checksum
-from baton.kv.verify import CheckedStore
 from baton.runtime.feed import Feed
 from baton.runtime.pushing import Pusher, Reservations
 from baton.scheduling.cache import KVCache
@@ -101,16 +100,20 @@ def test_a_corrupted_block_is_caught_and_not_used(corrupt: str | None, caplog: p
     assert decode.cache.pool.check_integrity([]) == []
 
 
-def test_a_pool_over_rdma_has_no_more_checksums_in_a_call_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_over_rdma_has_no_more_seals_in_a_call_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MC_FORCE_HCA", "MC_FORCE_TCP"):
         monkeypatch.setenv(name, "")  # a store sets the one and removes the other
-    store = CheckedStore("nobody:1", host="127.0.0.1", protocol="rdma")
-    memory = ctypes.create_string_buffer(bytes(range(256)), 256)
-    keys, blocks = [f"k{i}" for i in range(4 * WAVE)], [Buffer(ctypes.addressof(memory) + i * 4, 4) for i in range(4 * WAVE)]
+    store = MooncakeStore("nobody:1", host="127.0.0.1", protocol="rdma")
+    count = 3000
+    memory = ctypes.create_string_buffer(bytes(range(250)) * 48, 4 * count)
+    content = memory.raw
+    keys, blocks = [f"k{i}" for i in range(count)], [Buffer(ctypes.addressof(memory) + i * 4, 4) for i in range(count)]
     pool: dict[str, list[bytes]] = {}
+    most = 0
 
     def call(method: str, names: list[str], addresses: list[list[int]], sizes: list[list[int]]) -> list[int]:
-        assert len(names) <= WAVE
+        nonlocal most
+        most = max(most, len(names))
         for name, pieces in zip(names, zip(addresses, sizes, strict=True), strict=True):
             if method.startswith("batch_put"):
                 pool[name] = [ctypes.string_at(*piece) for piece in zip(*pieces, strict=True)]
@@ -120,11 +123,10 @@ def test_a_pool_over_rdma_has_no_more_checksums_in_a_call_than_there_is_room_for
         return [0 if method.startswith("batch_put") else sum(each) for each in sizes]
 
     monkeypatch.setattr(store, "_call", call)
-    store.take(keys, blocks)
-    assert store.put(keys, blocks) == [True] * len(keys)
-    content = memory.raw
-    ctypes.memset(memory, 0, 256)
-    assert store.get(keys, blocks) == [True] * len(keys)
+    assert store.put(keys, blocks) == [True] * count
+    ctypes.memset(memory, 0, 4 * count)
+    assert store.get(keys, blocks) == [True] * count
     assert memory.raw == content
-    assert (store.stats.blocks_verified, store.stats.blocks_corrupt) == (len(keys), 0)
+    assert (store.stats.blocks_verified, store.stats.blocks_corrupt) == (count, 0)
+    assert 16 < most < count
     store.close()
