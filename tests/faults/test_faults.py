@@ -56,7 +56,7 @@ def under_fault(cluster: RunningCluster, prompts: Sequence[Prompt], fault: Calla
 def check(outcomes: Sequence[Outcome], expected: Sequence[Outcome]) -> None:
     assert [outcome.error for outcome in outcomes] == [None] * len(outcomes)
     for i, (outcome, wanted) in enumerate(zip(outcomes, expected, strict=True)):
-        assert outcome.token_ids == wanted.token_ids, f"stream {i} has other tokens"
+        assert outcome.token_ids == wanted.token_ids, f"stream {i} has other tokens: {outcome} instead of {wanted}"
         assert outcome.text == wanted.text, f"stream {i} has another text"
     assert max(outcome.slowest for outcome in outcomes) <= LIMIT_S
 

@@ -38,6 +38,7 @@ class Outcome:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     error: str | None = None
+    route: str = ""  # which workers
     broken: bool = False  # the error is the connection's: the router is gone
     ends: int = 0  # finish reasons, and ends of the stream, each counted: two of a whole answer
     slowest: float = 0.0
@@ -61,6 +62,7 @@ async def stream(client: httpx.AsyncClient, prompt: Prompt, started: asyncio.Eve
     last = time.monotonic()
     try:
         async with client.stream("POST", f"{url}/v1/completions", json=prompt.body()) as response:
+            outcome.route = response.headers.get("x-baton-route", "")
             if response.status_code != 200:
                 outcome.error = f"HTTP {response.status_code}: {(await response.aread()).decode()}"
                 return outcome
