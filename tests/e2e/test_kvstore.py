@@ -217,7 +217,7 @@ def test_a_full_pool_evicts_and_serves_on(pool: Pool, client: tuple[MooncakeStor
         time.sleep(0.1)
     assert {name: pool.metric(name) for name in levels} == levels
     assert pool.metric("kvstore_used_bytes") == pool.metric("kvstore_keys") * (BLOCK + SEAL_BYTES)
-    assert pool.metric("kvstore_evicted_bytes_total") == pool.metric("kvstore_evicted_keys_total") * BLOCK
+    assert pool.metric("kvstore_evicted_bytes_total") == pool.metric("kvstore_evicted_keys_total") * (BLOCK + SEAL_BYTES)
 
 
 def test_a_killed_master_is_started_again_and_everybody_comes_back(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
