@@ -36,4 +36,4 @@ class Seals:
         self._memory[: len(content)] = content
 
     def get(self, index: int) -> bytes:
-        return self._memory[index * SEAL_BYTES : (index + 1) * SEAL_BYTES]
+        return ctypes.string_at(self.address(index), SEAL_BYTES)
