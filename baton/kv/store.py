@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import xxhash
-
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
@@ -34,6 +32,8 @@ class Usage:
 
 def checksum(buffer: Buffer) -> int:
     """64 bits (XXH3) of memory that the CPU can read."""
+    import xxhash  # here, so that kernels and engine can be tried on a machine that has nothing but torch
+
     return xxhash.xxh3_64_intdigest(memoryview((ctypes.c_char * buffer.nbytes).from_address(buffer.address)))
 
 
