@@ -146,7 +146,7 @@ class PoolConfig(Strict):
     protocol: Literal["tcp", "rdma"] = "tcp"
     devices: str = ""  # RDMA devices, comma-separated
     host: str = "127.0.0.1"  # that other store clients reach this one at
-    budget_s: float = Field(default=2.0, gt=0)  # a slower pool call counts as a miss
+    budget_s: float = Field(default=2.0, gt=0)  # a slower read from a tier counts as a miss; half of it for a lookup
     local_buffer: Size = 16 * 2**20
     near: str = "auto"  # directory where nodes hand their memory to workers of this machine; auto: one of this user; empty: never
     verify: bool = False  # blocks' checksums are taken when they were computed, for tests: slow, and not on a GPU

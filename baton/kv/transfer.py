@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 5.0
+DOUBT_S = 0.5  # a lookup in hand for longer is not what others should wait behind
 STALLED_S = 3.0  # a call in hand for longer hangs; a store gives up a node that is stopped after 2
 MAX_QUEUED = 1024  # calls per thread; more are misses at once
 CLOSE_S = 10.0  # a call that hangs for longer is left behind with its thread
@@ -161,6 +162,11 @@ class KVTransfer:
         breakers = (self._lookup_breaker, self._load_breaker, self._save_breaker)
         longest = max(lane.busy_s for lane in (self._lookups, self._loads, self._saves))
         return not any(breaker.open for breaker in breakers) and longest < STALLED_S
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a lookup may well hang: the last one failed, or one has been in hand for long."""
+        return self._lookup_breaker.probing or self._lookups.busy_s > DOUBT_S
 
     def values(self) -> dict[str, float]:
         return {**self.stats.values(), **(asdict(self._usage()) if self._usage is not None else {})}

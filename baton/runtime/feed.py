@@ -27,7 +27,7 @@ class Feed:
     deadline: float | None = None  # of the calls in flight
 
     asked: range = range(0)  # blocks of the lookup
-    answered: set[int] = field(default_factory=set[int])  # tiers
+    answered: set[int] = field(default_factory=set[int])  # tiers, or those not waited for
     sources: dict[int, list[int]] = field(default_factory=dict[int, list[int]])  # of a block: tiers to try, in order
     failed: set[int] = field(default_factory=set[int])  # tiers that took too long
     assumed_s: dict[int, float] = field(default_factory=dict[int, float])  # for a block, by tier, when it was decided what to fetch

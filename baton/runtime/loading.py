@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SAVING_FRACTION = 0.5  # of all blocks may wait to be saved; beyond, saves are skipped
 MAX_BLOCKS_PER_LOAD = 64  # one call's worth: smaller calls give earlier progress
+LOOKUP_SHARE = 0.5  # of the budget: a question, without data
 SURPRISE = 1.5  # a tier that turns out to be so much slower than was assumed is decided about again
 TOUCH_S = 60.0  # that a prefix on the device is not told again to be in use
 _REMEMBERED = 4096  # such prefixes
@@ -94,10 +95,13 @@ class Loader:
         if not feed.asked or not self._tiers:
             self._found(feed)
         else:
-            self._expect(feed)
+            self._expect(feed, self._budget_s * LOOKUP_SHARE)
             keys = [self._key(key) for key in request.block_hashes[first:last]]
+            feed.answered = {number for number, tier in enumerate(self._tiers) if tier.doubtful}
             for number, tier in enumerate(self._tiers):
                 tier.lookup(keys, lambda held, number=number: self._post(lambda: self._looked_up(feed, number, held)))
+            if len(feed.answered) == len(self._tiers):
+                self._found(feed)
         if self._outlasting and first > 0:
             self._touch(request.block_hashes[:first])
 
@@ -244,7 +248,7 @@ class Loader:
         hashes = feed.request.block_hashes[feed.num_loaded : feed.num_loaded + count]
         call = self._calls = self._calls + 1
         self._taken[call] = feed.in_flight
-        self._expect(feed)
+        self._expect(feed, self._budget_s)
         keys, buffers = [self._key(key) for key in hashes], [self._buffer(block_id) for block_id in feed.in_flight]
 
         def loaded(found: list[bool]) -> None:
@@ -391,8 +395,8 @@ class Loader:
         """Blocks of calls in flight, for the integrity check."""
         return list(self._taken.values())
 
-    def _expect(self, feed: Feed) -> None:
-        feed.deadline = time.monotonic() + self._budget_s
+    def _expect(self, feed: Feed, within_s: float) -> None:
+        feed.deadline = time.monotonic() + within_s
         self._feeds[feed] = None
 
     def _settle(self, feed: Feed) -> None:

@@ -173,6 +173,10 @@ class TeamTier:
     def available(self) -> bool:
         return self._own.available
 
+    @property
+    def doubtful(self) -> bool:
+        return self._own.doubtful
+
     def decline(self, num_blocks: int) -> None:
         self._own.decline(num_blocks)
 

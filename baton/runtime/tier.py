@@ -16,6 +16,9 @@ class Tier(Protocol):
     @property
     def available(self) -> bool: ...  # it answers, as far as is known
 
+    @property
+    def doubtful(self) -> bool: ...  # it is asked, so that one notices when it is back, but not waited for
+
     def seconds(self, nbytes: int) -> float: ...
 
     def decline(self, num_blocks: int) -> None: ...

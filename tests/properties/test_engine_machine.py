@@ -189,9 +189,10 @@ class EngineMachine(RuleBasedStateMachine):
     def tier_call_returns(self, data: st.DataObject, works: bool) -> None:
         data.draw(st.sampled_from(self.tiers)).answer_one(works)
 
-    @rule(data=st.data(), block_s=st.sampled_from([0.0, 1e-5, 1000.0]))
-    def tier_is_so_fast(self, data: st.DataObject, block_s: float) -> None:
-        data.draw(st.sampled_from(self.tiers)).block_s = block_s
+    @rule(data=st.data(), block_s=st.sampled_from([0.0, 1e-5, 1000.0]), doubtful=st.booleans())
+    def tier_is_so_fast(self, data: st.DataObject, block_s: float, doubtful: bool) -> None:
+        tier = data.draw(st.sampled_from(self.tiers))
+        tier.block_s, tier.doubtful = block_s, doubtful
 
     @rule(data=st.data(), key=st.integers(0, 99))
     def tier_loses_a_block(self, data: st.DataObject, key: int) -> None:

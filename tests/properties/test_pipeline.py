@@ -32,6 +32,22 @@ def test_the_next_step_is_submitted_before_the_first_has_ended() -> None:
     made.teardown()
 
 
+def test_a_tier_that_is_doubted_is_asked_and_not_waited_for() -> None:
+    made = machine()
+    made.transfer.doubtful = True
+    made.submit(prompt=[1, 2, 3] * 4, max_tokens=2, cut=0, hold=False, await_saves=False)
+    entry = made.entries[f"r{made.count}"]
+    assert entry.feed.ready
+    made.step()
+    assert made.transfer.answer_one(True)  # the lookup
+    made.run_inbox()
+    made.transfer.doubtful = False
+    made.submit(prompt=[4, 5, 6] * 4, max_tokens=2, cut=0, hold=False, await_saves=False)
+    entry = made.entries[f"r{made.count}"]
+    assert not entry.feed.ready
+    made.teardown()
+
+
 def test_a_step_counts_as_work_while_its_result_is_waited_for() -> None:
     """Routers are told meanwhile of what comes: this worker is not idle."""
     made = machine()

@@ -62,6 +62,7 @@ class ToyTransfer:
 
     direct = True
     available = True
+    doubtful = False
 
     def __init__(self, runner: ToyRunner, pool: dict[str, tuple[int | None, ...]], name: str = "pool", *, shared: bool = True) -> None:
         self._runner, self.pool, self.name, self.shared = runner, pool, name, shared

@@ -143,6 +143,7 @@ def test_a_store_that_fails_is_left_alone_then_probed_by_one_call(
     assert [lookup(transfer) for _ in range(5)] == [0] * 5
     assert (store.calls, transfer.stats.failures, transfer.stats.skipped) == (1, 1, 5)
     until(lambda: transfer.available)
+    assert transfer.doubtful
     store.gate.clear()  # the probe hangs: nobody waits behind it
     probe, others = Answers(), Answers()
     transfer.lookup(KEYS, probe)
@@ -156,6 +157,22 @@ def test_a_store_that_fails_is_left_alone_then_probed_by_one_call(
     store.gate.set()
     assert probe.wait(1) == [[True] * 3]
     assert lookup(transfer) == 3  # and all is well again
+    assert not transfer.doubtful
+
+
+def test_a_store_that_takes_long_over_a_lookup_is_doubted(
+    transfer: KVTransfer, store: BreakableStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DOUBT_S", 0.05)
+    store.gate.clear()
+    answers = Answers()
+    transfer.lookup(KEYS, answers)
+    assert not transfer.doubtful
+    until(lambda: transfer.doubtful)
+    assert transfer.available
+    store.gate.set()
+    answers.wait(1)
+    until(lambda: not transfer.doubtful)
 
 
 def test_a_lookup_that_works_does_not_make_loads_be_tried_again(
