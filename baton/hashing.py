@@ -5,6 +5,8 @@ salt, so equal hashes mean equal tokens, equal prefixes and equal salts. Python'
 """
 
 import hashlib
+import sys
+from array import array
 from collections.abc import Sequence
 from struct import pack
 
@@ -22,6 +24,13 @@ def block_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(previous + pack(f"<{len(token_ids)}I", *token_ids)).digest()[:HASH_BYTES]
 
 
+def _words(token_ids: Sequence[int]) -> bytes:
+    """As little-endian uint32."""
+    if isinstance(token_ids, array) and token_ids.itemsize == 4 and sys.byteorder == "little":
+        return token_ids.tobytes()
+    return pack(f"<{len(token_ids)}I", *token_ids)
+
+
 def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "", known: Sequence[bytes] = ()) -> list[bytes]:
     """Hashes of all full blocks of `token_ids`; the partial last block has none.
 
@@ -31,7 +40,7 @@ def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "", know
     previous = hashes[-1] if hashes else root_hash(salt)
     start = len(hashes) * block_size
     end = len(token_ids) - len(token_ids) % block_size
-    words = pack(f"<{max(end - start, 0)}I", *token_ids[start:end])
+    words = _words(token_ids[start:end])
     for at in range(0, len(words), 4 * block_size):
         previous = hashlib.sha256(previous + words[at : at + 4 * block_size]).digest()[:HASH_BYTES]
         hashes.append(previous)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from baton.forward import ForwardBatch
-from baton.runtime.staging import to_device
+from baton.runtime.staging import all_to_device
 from baton.scheduling.plan import ScheduledRequest, StepPlan
 from baton.scheduling.request import PENDING
 
@@ -59,16 +59,17 @@ class InputBuilder:
         np.cumsum(counts, out=query_start[1:])
         tables = self._tables.gather(plan)
         if len(items) == query_start[-1]:  # one token each
-            tokens, owners, positions = [item.request.token_ids[item.start] for item in items], np.arange(len(items)), starts
+            token_ids = np.fromiter((item.request.token_ids[item.start] for item in items), np.int64, len(items))
+            owners, positions = np.arange(len(items)), starts
         else:
-            tokens = [token for item in items for token in item.request.token_ids[item.start : item.end]]
+            token_ids = np.concatenate([_tokens(item) for item in items])
             owners = np.repeat(np.arange(len(items)), counts)
             positions = np.arange(query_start[-1]) - query_start[owners] + starts[owners]
-        token_ids = np.fromiter(tokens, np.int64, len(tokens))
         if drawn:
-            for index, item in enumerate(items):
-                if item.samples and tokens[query_start[index + 1] - 1] == PENDING:
-                    token_ids[query_start[index + 1] - 1] = -1 - drawn[item.request.request_id]
+            last = query_start[1:] - 1
+            for index in np.flatnonzero(token_ids[last] == PENDING).tolist():
+                if items[index].samples:
+                    token_ids[last[index]] = -1 - drawn[items[index].request.request_id]
         return {
             "token_ids": token_ids,
             "positions": positions,
@@ -95,7 +96,7 @@ class InputBuilder:
     def batch(self, arrays: Mapping[str, np.ndarray]) -> ForwardBatch:
         """Of what `arrays` and `wanted` have given."""
         counts, ends = np.diff(arrays["query_start"]).tolist(), arrays["context_lens"].tolist()
-        tensors = {name: to_device(array, self._kv.device) for name, array in arrays.items()}
+        tensors = all_to_device(arrays, self._kv.device)
         return ForwardBatch(
             **{"logits_rows": None, "logits_owners": None, **tensors},
             max_query_len=max(counts),
@@ -103,6 +104,14 @@ class InputBuilder:
             lengths=tuple(zip(counts, ends, strict=True)),
             kv=self._kv,
         )
+
+
+def _tokens(item: ScheduledRequest) -> np.ndarray:
+    """int64."""
+    request = item.request
+    if item.end <= len(request.words):
+        return np.frombuffer(request.words, np.uint32, item.num_new_tokens, 4 * item.start).astype(np.int64)
+    return np.array(request.token_ids[item.start : item.end], np.int64)
 
 
 def wanted_positions(item: ScheduledRequest) -> list[int]:

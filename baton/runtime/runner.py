@@ -77,7 +77,10 @@ class ModelRunner:
         self._rows = {item.request.request_id: row for row, item in enumerate(items)} if self._is_cuda else {}
         if not items:
             return self._ended(scores)
-        draw = sampler.launch(logits, [_row(item) for item in items], self._kernels.argmax, greedy)
+        if all(sampler.is_plain(item.request.sampling) for item in items):
+            draw = sampler.plain(logits, self._kernels.argmax, greedy)
+        else:
+            draw = sampler.launch(logits, [_row(item) for item in items], self._kernels.argmax, greedy)
         if draw.ids is not greedy:
             self._drawn[: len(items)].copy_(draw.ids)
 

@@ -33,17 +33,6 @@ class Row:
     eos_token_ids: frozenset[int]
 
     @property
-    def is_plain(self) -> bool:
-        """The greatest logit, and nothing else is wanted."""
-        p = self.params
-        return (
-            p.temperature < _GREEDY
-            and p.logprobs is None
-            and p.repetition_penalty == 1
-            and not (p.presence_penalty or p.frequency_penalty or p.logit_bias or p.min_tokens)
-        )
-
-    @property
     def banned(self) -> tuple[int, ...]:
         """Ids that would end the sequence before min_tokens are out."""
         if len(self.token_ids) - self.num_prompt_tokens >= self.params.min_tokens:
@@ -75,6 +64,21 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[OutputToken]:
     return launch(logits, rows).tokens()
 
 
+def is_plain(params: SamplingParams) -> bool:
+    """The greatest logit, and nothing else is wanted."""
+    return (
+        params.temperature < _GREEDY
+        and params.logprobs is None
+        and params.repetition_penalty == 1
+        and not (params.presence_penalty or params.frequency_penalty or params.logit_bias or params.min_tokens)
+    )
+
+
+def plain(logits: torch.Tensor, argmax: Callable[[torch.Tensor], torch.Tensor], greedy: torch.Tensor | None) -> Draw:
+    """As `launch`, of rows that are all plain."""
+    return Draw(argmax(logits) if greedy is None else greedy, {})
+
+
 def launch(
     logits: torch.Tensor,
     rows: Sequence[Row],
@@ -83,8 +87,8 @@ def launch(
 ) -> Draw:
     """Starts to draw. Plain greedy rows are taken from logits of any dtype as they are; all else is computed in fp32. `greedy` [R]: the
     logits' argmax, where it is known; drawn tokens are written over it."""
-    if all(row.is_plain for row in rows):
-        return Draw(argmax(logits) if greedy is None else greedy, {})
+    if all(is_plain(row.params) for row in rows):
+        return plain(logits, argmax, greedy)
     adjusted = _penalise(_bias(logits, rows), rows)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY]
     if len(drawn) == len(rows):

@@ -1,7 +1,10 @@
 """What a request must satisfy before an engine takes it. Pure: raises InvalidRequest, whose message tells the caller what to change."""
 
-from collections.abc import Collection
+from array import array
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from baton.errors import InvalidRequest, PromptTooLong
 from baton.types import GenerateRequest, SamplingParams
@@ -23,9 +26,9 @@ def validate(request: GenerateRequest, limits: Limits, live: Collection[str]) ->
     prompt, output = request.prompt_token_ids, request.output_token_ids
     if not prompt:
         raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
-    for token_id in (min(prompt), max(prompt), min(output, default=0), max(output, default=0)):
-        if not 0 <= token_id < limits.vocab_size:
-            raise InvalidRequest(f"token id {token_id} is outside the model's vocabulary (0 to {limits.vocab_size - 1})", param="prompt")
+    if not (_within(prompt, limits.vocab_size) and _within(output, limits.vocab_size)):
+        token_id = next(token_id for token_id in (*prompt, *output) if not 0 <= token_id < limits.vocab_size)
+        raise InvalidRequest(f"token id {token_id} is outside the model's vocabulary (0 to {limits.vocab_size - 1})", param="prompt")
     if len(prompt) + len(output) >= limits.max_model_len:
         raise PromptTooLong(
             f"the prompt has {len(prompt) + len(output)} tokens; this model takes at most {limits.max_model_len} tokens, prompt and "
@@ -33,6 +36,15 @@ def validate(request: GenerateRequest, limits: Limits, live: Collection[str]) ->
             param="prompt",
         )
     _validate_sampling(request.sampling, limits, len(output))
+
+
+def _within(token_ids: Sequence[int], size: int) -> bool:
+    """Whether all are from 0 to size - 1. By words: a long prompt has its first kernel to wait for."""
+    try:
+        words = array("I", token_ids)
+    except OverflowError:
+        return False
+    return not words or int(np.frombuffer(words, np.uint32).max()) < size
 
 
 def _validate_sampling(sampling: SamplingParams, limits: Limits, num_output: int) -> None:
