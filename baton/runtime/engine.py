@@ -46,6 +46,7 @@ from baton.types import FinishReason, GenerateRequest, Load, OutputToken, PushTa
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # also the heartbeat of the state stream
+OWING_WAIT_S = 0.001  # the state is told after that
 STALLED_WAIT_S = 0.01  # work is queued, but memory is held by calls in flight
 
 
@@ -112,6 +113,7 @@ class Engine:
         self.turns = 0  # of the engine's thread
         self._stopping = False
         self._stalled = True
+        self._owes = False  # its readers the state after the last step
 
     # -- the event loop's side
 
@@ -140,7 +142,7 @@ class Engine:
         entry = Entry(inner, Feed(inner, hold=hold, await_saves=await_saves), sequence)
         self._census.arrives(entry)
         self._post(lambda: self._admit(entry, push))
-        self._publisher.changed()
+        self._publisher.arrives()
         return sequence
 
     async def watch(self) -> AsyncIterator[StateUpdate]:
@@ -259,13 +261,17 @@ class Engine:
             with self._publisher.lock:
                 while self._work_inbox():
                     self.turns += 1
-                    self._flush()  # what came meanwhile need not wait for the step
+                    if not self.runner.depth:  # what came meanwhile need not wait for the step, nor routers, which send to who seems idle
+                        self._flush()
                     self.loader.tick(time.monotonic())
                     self.reservations.serve()
-                    self._publisher.publish(time.monotonic())  # what came: the step may be long, and routers send to who seems idle
+                    if not self.runner.depth:
+                        self._publisher.publish(time.monotonic())
                     self._stalled = not self._step()
                     self._flush()
-                    self._publisher.publish(time.monotonic())
+                    self._owes = not self._stalled and not self._flights and not self.scheduler.has_work
+                    if not self._owes:  # else who waits for the last tokens comes first
+                        self._publisher.publish(time.monotonic())
         except Exception:
             logger.critical("the engine has crashed", exc_info=True)
             self._stopping = True
@@ -296,6 +302,8 @@ class Engine:
             return 0.0
         if self.scheduler.has_work:
             return STALLED_WAIT_S if self._stalled else 0.0
+        if self._owes:
+            return OWING_WAIT_S
         waits = [IDLE_WAIT_S, self._publisher.wait(time.monotonic())]
         for deadline in (self.loader.next_deadline, self.reservations.next_deadline):
             if deadline is not None:
@@ -307,6 +315,9 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan.scheduled:
             self._submit(plan)
+            if self.runner.depth:  # the device is at work: now is time to tell what came
+                self._flush()
+                self._publisher.publish(time.monotonic())
         elif not self._flights:
             return False
         ahead = self.runner.depth if plan.scheduled and not plan.needs_history else 0

@@ -87,6 +87,11 @@ class StatePublisher:
         if self._timer is None and self._loop is not None:
             self._look()
 
+    def arrives(self) -> None:
+        """Something has come that the engine's thread is about to take in: it tells of it unless it is busy, and is not held up by it."""
+        if self._timer is None and self._loop is not None:
+            self._timer = self._loop.call_later(_BUSY_S, self._look)
+
     def close(self) -> None:
         """Nothing is told any more, but by the engine's thread."""
         self._loop = None
