@@ -110,6 +110,8 @@ def _choose(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool)
     size = min(-(-len(x) // _STEP) * _STEP, _MANY)
     key = (weight.shape, weight.dtype, add, x.device, size)
     if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return None
         for fewer in range(LEAST, min(size, len(x)), _STEP):
             _choose(x[:fewer], weight, out[:fewer], add)
         scratch = torch.zeros_like(out)
@@ -141,13 +143,14 @@ def _choose(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool)
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if len(x) < LEAST or x.dtype not in _TYPES or weight.dtype is not x.dtype or torch.cuda.is_current_stream_capturing():
+    if len(x) < LEAST or x.dtype not in _TYPES or weight.dtype is not x.dtype:
         return False
     aligned = all(each.stride(1) == 1 and each.data_ptr() % 256 == 0 and each.stride(0) % 128 == 0 for each in (x, weight))
     return aligned and weight.shape[0] % 8 == 0 and _library() is not None
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> bool:
-    """out [M, N] = x [M, K] · weight [N, K]ᵀ, or += that, of what it serves. False where it can't be done; then nothing was written."""
+    """out [M, N] = x [M, K] · weight [N, K]ᵀ, or += that, of what it serves. False where it can't be done, as in a graph that is captured
+    before the algorithm was chosen; then nothing was written."""
     proposal = _choose(x, weight, out, add)
     return proposal is not None and _run(proposal, x, weight, out, add)

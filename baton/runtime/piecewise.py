@@ -1,13 +1,15 @@
 """PiecewiseGraphs: steps with prompts of few tokens, captured as CUDA graphs between their attentions.
 
-    sizes 64, 128, … 512, 640, … 1024 tokens; a step runs in the smallest that holds it, padded with rows that write nowhere
+    sizes 64, 128, … 512, 640, … 1024, 1280, … 2048 tokens; a step runs in the smallest that holds it, padded with rows that write nowhere,
+    but from 1024 on only if they are few
 
     piece 0      embed, layer 0 up to its queries          ─▶ attention 0, called
     piece i      layer i - 1 from its attention on, layer i up to its queries          ─▶ attention i, called
     last layer   called: of the rows that are wanted alone
 
-A layer is some nine kernels, which a host takes longer to launch one by one than a GPU to compute for so few tokens. Attention's grid
-follows from what is in the step, so it stays outside. Larger steps keep a GPU busy by themselves.
+A layer is some nine kernels, which a host takes longer to launch one by one than a GPU to compute for so few tokens; up to 2048 a slow host
+still falls behind in the small ones around attention. Attention's grid follows from what is in the step, so it stays outside. Larger steps
+keep a GPU busy by themselves.
 """
 
 import logging
@@ -19,7 +21,8 @@ from baton.forward import ForwardBatch
 from baton.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
-_SIZES = (*range(64, 512, 64), *range(512, 1025, 128))  # tokens
+_SIZES = (*range(64, 512, 64), *range(512, 1025, 128), *range(1280, 2049, 256))  # tokens
+_FREELY, _FEW = 1024, 32  # up to so many tokens padding costs less than launches; beyond, up to one row in so many does
 
 
 class PiecewiseGraphs:
@@ -62,9 +65,9 @@ class PiecewiseGraphs:
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
         """As the model's: logits [R, vocab_size]."""
         count = len(batch.token_ids)
-        if count > self._sizes[-1]:
+        size = next((size for size in self._sizes if size >= count), None)
+        if size is None or (size > _FREELY and (size - count) * _FEW > count):
             return self._model(batch)
-        size = next(size for size in self._sizes if size >= count)
         for row, values in zip(self._inputs, (batch.token_ids, batch.positions, batch.slots), strict=True):
             row[:count].copy_(values)
         self._inputs[2, count:size].fill_(-1)

@@ -55,7 +55,7 @@ async def test_greedy_tokens_are_those_of_transformers(family: Family, tmp_path:
         assert tokens == whole[0, length:].tolist(), length
 
 
-@pytest.mark.parametrize("budget", [1024, 4096], ids=["captured between attentions", "called"])
+@pytest.mark.parametrize("budget", [1024, 2048, 4096], ids=["captured between attentions", "the largest captured", "called"])
 async def test_large_steps_give_the_tokens_of_small_ones(budget: int, tmp_path: Path) -> None:
     FAMILIES[0].make(tmp_path)
     requests = [request(length) for length in (*LENGTHS, 1100)]  # one step of the larger budget holds it whole, which no graph does
