@@ -1,6 +1,6 @@
 """The engine alone on one GPU: milliseconds per decode step and per prefill, on random weights of a model's shape in bf16.
 
-    python benchmarks/engine.py [--model llama-3.1-8b|qwen3-8b] [--json FILE] [--profile]
+    python benchmarks/engine.py [--model llama-3.1-8b|qwen3-8b] [--json FILE] [--profile] [--only REGEX]
     python benchmarks/engine.py --first-token FOLDER     seconds until a checkpoint's first token, from the start of the process
 
 A decode step is measured from the first to the last token of the request that comes last, while all others still run; a prefill is the
@@ -16,6 +16,7 @@ STARTED = time.perf_counter()
 import asyncio
 import json
 import random
+import re
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -96,16 +97,20 @@ class Driver:
         return first, last
 
 
-async def measure(run: Callable[[int, int, int], Awaitable[Times]]) -> dict[str, float]:
-    """Milliseconds by case."""
+async def measure(run: Callable[[int, int, int], Awaitable[Times]], only: str = "") -> dict[str, float]:
+    """Milliseconds by case, of those in whose names `only` is found."""
     found: dict[str, float] = {}
     await run(8, 128, 16)
     for batch, length, steps in DECODES:
+        if not re.search(only, f"decode {batch} x {length}"):
+            continue
         await run(batch, 128, 8)
         best = min([(await run(batch, length, 1 + steps)).step for _ in range(3)]) * 1e3
         found[f"decode {batch} x {length}"] = best
         print(f"decode batch={batch} context={length}: {best:.3f} ms/step", flush=True)
     for batch, length in PREFILLS:
+        if not re.search(only, f"prefill {batch} x {length}"):
+            continue
         best = min([(await run(batch, length, 1)).all for _ in range(4)])
         found[f"prefill {batch} x {length}"] = best * 1e3
         print(f"prefill batch={batch} length={length}: {best * 1e3:.1f} ms {batch * length / best:.0f} tok/s", flush=True)
@@ -148,6 +153,7 @@ async def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--only", default="", metavar="REGEX")
     parser.add_argument("--first-token", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     settings = EngineConfig(
@@ -165,7 +171,7 @@ async def main() -> None:
     try:
         if arguments.first_token:
             return
-        found = await measure(driver.run)
+        found = await measure(driver.run, arguments.only)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=1))
         if arguments.profile:

@@ -103,6 +103,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=ours.MODELS, default="llama-3.1-8b")
     parser.add_argument("--ours", type=Path)
+    parser.add_argument("--only", default="", metavar="REGEX", help="as of engine.py")
     parser.add_argument("--first-token", type=Path, metavar="FOLDER")
     parser.add_argument("--write", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
@@ -114,12 +115,13 @@ async def main() -> None:
     print(f"first token after {time.perf_counter() - STARTED:.1f} s", flush=True)
     if arguments.first_token:
         return None
-    theirs = await ours.measure(peer.run)
+    theirs = await ours.measure(peer.run, arguments.only)
     if arguments.ours:
         mine = json.loads(arguments.ours.read_text())
         print("\n| work | Baton, ms | vLLM, ms | Baton ÷ vLLM |\n|---|---|---|---|")
         for case, value in mine.items():
-            print(f"| {case} | {value:.3f} | {theirs[case]:.3f} | {value / theirs[case]:.3f} |")
+            if case in theirs:
+                print(f"| {case} | {value:.3f} | {theirs[case]:.3f} | {value / theirs[case]:.3f} |")
     return None
 
 
