@@ -266,7 +266,8 @@ def _prompt(
     own += pace.base_s * missing / at_most * ~decodes  # who decodes makes the steps anyway
     if not fetches:
         return seconds, own, view.expected_tokens
-    work, then, own, less = seconds[0], seconds[1], own[0], own[1]
+    columns: tuple[Column, ...] = (*seconds, *own)
+    work, then, own, less = columns
     then = np.maximum(then - less, view.fetch_s) + less
     sooner = then < work
     return np.where(sooner, then, work), np.where(sooner, less, own), np.where(sooner, view.reachable_tokens, view.expected_tokens)
