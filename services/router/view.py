@@ -180,6 +180,10 @@ class View(Sequence[WorkerView]):
     kv_tokens: Column
     batched_tokens: Column
     computing_s: Column
+    matched_tokens: Column
+    expected_tokens: Column
+    reachable_tokens: Column
+    fetch_s: Column
 
     def __init__(self, layout: Layout, load: Table, paces: Table, found: Table) -> None:
         """By worker: LOAD_COLUMNS; PACE_COLUMNS; matched, expected and reachable tokens, and the seconds of fetching."""
