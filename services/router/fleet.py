@@ -127,10 +127,15 @@ class Fleet:
             table, places, fetch = table[:, rows], places[rows], fetch[:, rows]
         found = np.zeros((4, len(places)))
         for size in layout.block_sizes:
-            np.copyto(found, _found(self.index.reaches(hashes(size)).take(places, axis=1), fetch) * size, where=layout.block_size == size)
+            some = _found(self.index.reaches(hashes(size), places), fetch)
+            some *= size
+            if len(layout.block_sizes) == 1:
+                found = some
+            else:
+                np.copyto(found, some, where=layout.block_size == size)
         table = table if exclude else table.copy()
         table[_SINCE] = self._now() - table[_SINCE]
-        return View(layout, table, *found)
+        return View(layout, table[: len(LOAD_COLUMNS)], table[len(LOAD_COLUMNS) :], found)
 
     def _lay_out(self) -> None:
         usable = sorted((worker for worker in self.workers.values() if worker.usable), key=lambda worker: worker.member.id)
@@ -186,13 +191,17 @@ class Fleet:
 def _found(reaches: Depths, token_s: NDArray[np.float64]) -> NDArray[np.float64]:
     """The leading blocks that each worker holds, will hold, and can have, and the seconds of fetching what it will not hold, by the seconds
     of a token each. What a tier adds to the run counts at its own rate, and ends the run where that tier does not answer."""
+    found = np.empty((4, reaches.shape[1]))
+    found[:2], found[2] = reaches[:2], reaches[-1]
+    if (found[2] == found[1]).all():
+        found[3] = 0.0
+        return found
     fetched = reaches[2:] - reaches[1:-1]
     seconds = fetched * token_s
     if seconds.max(initial=0.0) >= _NEVER:
         beyond = np.logical_or.accumulate(seconds >= _NEVER)
         fetched[beyond] = seconds[beyond] = 0.0
-    found = np.empty((4, reaches.shape[1]))
-    found[:2] = reaches[:2]
-    np.add(found[1], fetched.sum(axis=0), out=found[2])
-    seconds.sum(axis=0, out=found[3])
+        np.add(found[1], fetched.sum(axis=0), out=found[2])
+    np.add(seconds[0], seconds[1], out=found[3])
+    found[3] += seconds[2]
     return found

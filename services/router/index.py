@@ -9,6 +9,7 @@ integer.
 """
 
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -26,12 +27,14 @@ OWN_TIERS = (Tier.DEVICE, Tier.HOST, Tier.FILES)  # what a worker holds for itse
 FETCHED = (Tier.HOST, Tier.FILES, Tier.POOL)
 _untyped: Any = operator
 _AND: Callable[[int, int], int] = _untyped.and_
+_OR: Callable[[int, int], int] = _untyped.or_
 _XOR: Callable[[int, int], int] = _untyped.xor
 _LANES = 5
 _COMING = 2  # beside `_WAYS`: it will be on the device
 _WAYS = {Tier.DEVICE: 1, Tier.HOST: 4, Tier.FILES: 8}
 _OWN = sum(_WAYS.values())
 _STRETCH = 64  # blocks that are looked at before it is asked whether anybody's run goes on
+_WEIGHTS = 2.0 ** np.arange(23, -1, -1, dtype=np.float32)  # of digits; what is counted is exact in 24 of them
 MOST_POOL_BLOCKS = 1 << 18  # remembered, for each kind of reader; those that were saved first are forgotten first
 
 
@@ -107,21 +110,21 @@ class PrefixIndex:
         """Where each is in what `reaches` gives; until one of them is removed."""
         return np.array([self._place(worker) for worker in workers], dtype=np.intp)
 
-    def reaches(self, hashes: Sequence[bytes]) -> Depths:
-        """How many leading blocks of `hashes` each worker holds on its device; how many it will hold, when it has computed what was sent
-        there; and how many it can have by fetching: from its host memory, from its files too, from the pool too.
+    def reaches(self, hashes: Sequence[bytes], places: NDArray[np.intp]) -> Depths:
+        """How many leading blocks of `hashes` the worker at each of these places holds on its device; how many it will hold, when it has
+        computed what was sent there; and how many it can have by fetching: from its host memory, from its files too, from the pool too.
 
         Who has the first n blocks has the first n - 1. So digit k of a worker's number is the XOR of its bits after 2ᵏ blocks, and after
         each 2ᵏ more; half of which are those for digit k + 1."""
-        count, states = self._num_bits, self._states(hashes)
-        digits, digit = list[int](), 0
+        states, length, reading = self._states(hashes)
+        count, digits, digit = self._num_bits, list[int](), 0
         for k in reversed(range(len(states).bit_length())):
             digit = reduce(_XOR, states[(1 << k) - 1 :: 2 << k], digit)
-            digits.append(digit)
-        size, weights = -(-count // 8), 2.0 ** np.arange(len(digits), dtype=np.float32)[::-1]
-        packed = np.frombuffer(bytearray().join(digit.to_bytes(size, "little") for digit in digits), dtype=np.uint8)
+            digits.append(digit ^ reading if length >> k & 1 else digit)
+        size, weights = -(-count // 8), _WEIGHTS[len(_WEIGHTS) - len(digits) :]
+        packed = np.frombuffer(b"".join([digit.to_bytes(size, "little") for digit in digits]), dtype=np.uint8)
         bits = np.unpackbits(packed.reshape(len(digits), size), axis=1, count=count, bitorder="little")
-        return (weights @ bits.astype(np.float32)).reshape(-1, _LANES).T
+        return (weights @ bits.astype(np.float32)).reshape(-1, _LANES).T.take(places, axis=1)
 
     def blocks(self, worker: str, tier: Tier = Tier.DEVICE) -> frozenset[bytes]:
         """What a worker is known to hold; for comparison with the worker's own."""
@@ -141,19 +144,34 @@ class PrefixIndex:
         """Blocks on devices; what several hold counts for each of them."""
         return sum(holder.digests[Tier.DEVICE].num_blocks for holder in self._holders.values())
 
-    def _states(self, hashes: Sequence[bytes]) -> list[int]:
-        """Who can have all blocks up to each of them, until nobody can."""
+    def _states(self, hashes: Sequence[bytes]) -> tuple[list[int], int, int]:
+        """Who can have all blocks up to each of them, until nobody can. Of the first ones, so many, the readers of their pools, whose bits
+        are the last, can have all: these bits are missing there."""
         states, alive = list[int](), (1 << self._num_bits) - 1
         pools = [(pool.bits[1], pool.reading) for pool in self._pools.values() if pool.reading and pool.blocks]
+        beginning = self._table.get(hashes[0], 0) if pools and hashes else 0
+        whole, others = [pool for pool in pools if pool[0] & beginning], [pool for pool in pools if not pool[0] & beginning]
+        bits, readers = reduce(_OR, (bit for bit, _ in whole), 0), reduce(_OR, (reading for _, reading in whole), 0)
+        length, alive, within = 0, alive & ~readers, bool(whole)
         for begin in range(0, len(hashes), _STRETCH):
             who = list(map(self._table.get, hashes[begin : begin + _STRETCH], repeat(0)))
-            for bit, reading in pools:
+            for bit, reading in others if within else pools:
                 who = [some | reading if some & bit else some for some in who]
+            if within:  # all blocks so far are in these pools
+                some = list(accumulate(who, _AND, initial=alive))
+                num = bisect_left(some, True, lo=1, key=lambda state: state & bits != bits) - 1
+                states += some[1 : num + 1]
+                length, alive, who = length + num, some[num], who[num:]
+                if not who:
+                    continue
+                within, alive = False, alive | readers
+                for bit, reading in whole:
+                    who = [some | reading if some & bit else some for some in who]
             states += islice(accumulate(who, _AND, initial=alive), 1, None)
             alive = states[-1]
             if not alive:
                 break
-        return states
+        return states, length, readers
 
     def _set(self, holder: _Holder, keys: Iterable[bytes], ways: int, *, on: bool) -> list[bytes]:
         """It has these blocks in these ways, or has not; those for which that is new."""

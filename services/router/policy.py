@@ -43,16 +43,16 @@ Policy = Callable[[Facts, Sequence[WorkerView]], Placement]
 
 
 def place(
-    facts: Facts, view: View, entrance: int, ranked: Sequence[int], reason: str, cached: Column | None = None, /, **seconds: float | None
+    facts: Facts, view: View, entrance: int, ranked: Sequence[int], reason: str, cached: float | None = None, /, **seconds: float | None
 ) -> Placement:
-    """The placement at these rows; `ranked` prefill workers, best first, or none. `cached`: tokens of the prompt that each will not have to
-    compute, where that is not what it is expected to hold. `seconds`: what a `Placement` has of them."""
+    """The placement at these rows; `ranked` prefill workers, best first, or none. `cached`: tokens of the prompt that need no
+    computing, where that is not what is expected to be held. `seconds`: what a `Placement` has of them."""
     computes = ranked[0] if len(ranked) else entrance
-    cached = view.expected_tokens if cached is None else cached
+    cached = float(view.expected_tokens[computes]) if cached is None else cached
     return Placement(
         decode=view.layout.ids[entrance],
-        prefills=tuple(view.layout.ids[row] for row in ranked[:_MAX_PREFILLS]),
-        missing_tokens=facts.num_prompt_tokens - int(cached[computes]),
+        prefills=tuple(map(view.layout.ids.__getitem__, ranked[:_MAX_PREFILLS])),
+        missing_tokens=facts.num_prompt_tokens - int(cached),
         reason=reason,
         **seconds,
     )
@@ -67,7 +67,15 @@ def cheapest(facts: Facts, view: View, cost: Column, why: Callable[[int], str]) 
 
 
 def ranking(rows: Rows, cost: Column) -> list[int]:
-    return rows[cost[rows].argsort(kind="stable")[:_MAX_PREFILLS]].tolist()
+    return rows[first(cost[rows])].tolist()
+
+
+def first(cost: Column) -> Rows:
+    """Where the cheapest are, of equals the first, as many as a decode worker is told of."""
+    if len(cost) <= _MAX_PREFILLS:
+        return cost.argsort(kind="stable")
+    some = (cost <= np.partition(cost, _MAX_PREFILLS - 1)[_MAX_PREFILLS - 1]).nonzero()[0]
+    return some[cost[some].argsort(kind="stable")[:_MAX_PREFILLS]]
 
 
 def round_robin(facts: Facts, workers: Sequence[WorkerView]) -> Placement:

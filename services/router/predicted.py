@@ -31,94 +31,144 @@ What a worker lacks of a prompt is what it will lack when it has computed all th
 first of them went, which computes what they share once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from baton.errors import Overloaded
-from services.router.policy import Facts, Placement, place, ranking
-from services.router.view import Column, Paces, Rows, View, WorkerView
+from services.router.policy import Facts, Placement, first, place
+from services.router.view import LEARNED, Column, Paces, Pool, Rows, Table, View, WorkerView
 
 _NOBODY_KNOWS = 1e-4  # of a prompt's token: what is cached and what is pending matters then, and no time is told
 _CHUNK = 16  # decode workers that are looked at together
 
-Option = tuple[float, bool, int, float]  # cost, whether D computes the prompt, D's row, seconds to the first token
+
+class _Asked(NamedTuple):
+    """A request, and what it would be at each worker: in seconds, but for `cached`."""
+
+    facts: Facts
+    view: View
+    limit: float  # to the first token, as promised; infinite: nothing was
+    step: Column  # that it is in
+    handing_over: Column  # that step, and until there is room
+    ttft: Column  # until the prompt is computed there, when there is room
+    soonest: Column  # the same, less what has passed of a prefill worker's step; that only where there is a limit
+    own: Column  # those of them that the prompt takes itself
+    cached: Column  # tokens of the prompt that need no computing there
+    harm: Column  # that others lose by its computing; infinite where it would be late
+    with_it: Column  # a step with it
+    decoding: Column  # its tokens, and those that they cost others; infinite where that would be slower than promised
+
+
+class _Option(NamedTuple):
+    cost: float
+    here: bool  # whether the decode worker computes the prompt
+    decode: int  # its row; no two options have the same above
+    ttft_s: float
+    ranked: Callable[[], list[int]]  # rows of prefill workers, best first
 
 
 def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     view = View.of(workers)
     view.entrances()  # there is one
     known, pace = _complete(view)
-    ttft, harm, cached = _prompts(facts, view, pace)
-    (step, decoding), current = _decode(facts, view, pace), _step(view, pace)
-    room = _room(facts, view, step)
-    ttft, handing_over = ttft + room, current + room
-    soonest = ttft - _passed(view, current)
-    limit = (known and facts.ttft_slo_s) or np.inf
-    if known:
-        harm, decoding = _within(limit, soonest, harm), _within(facts.itl_slo_s or np.inf, step, decoding)
-    costs = ttft + harm + decoding
-    if known and facts.itl_slo_s:
-        costs = np.where(view.layout.is_decode, _within(facts.itl_slo_s, _habitual(facts, view, pace, step), costs), costs)
-    options: list[Option] = []
-    for decodes in view.layout.decodes.values():
-        if len(decodes):
-            fitting = view.layout.fitting(int(decodes[0]))
-            pair = _best_pair(facts, view, decodes, fitting, ttft, soonest, harm, decoding, handing_over, pace, limit)
-            late = pair[0] == np.inf and facts.local_prefill
-            alone = decodes if late else _who_may_compute(facts, view, decodes, fitting)
-            options += [pair, *_best_alone(alone, ttft, costs)]
-    options += _best_alone(view.layout.unified, ttft, costs)
-    cost, here, decode, first = min(options)
-    if cost == np.inf:
+    itl_s = (known and facts.itl_slo_s) or np.inf
+    asked = _asked(facts, view, pace, (known and facts.ttft_slo_s) or np.inf, itl_s)
+    options: list[_Option] = []
+    for pool in view.layout.pools:
+        if len(pool.decodes):
+            options.append(_best_pair(asked, pool, pace.push_token_s))
+            late = options[-1].cost == np.inf
+            alone = pool.decodes if late and facts.local_prefill else _who_may_compute(facts, view, pool)
+            options += _best_alone(asked, alone, None if itl_s == np.inf else _habitual(asked, pace) > itl_s)
+    options += _best_alone(asked, view.layout.unified)
+    best = min(options)
+    if best.cost == np.inf:
         promised = [f"{s:g} s {what}" for s, what in ((facts.ttft_slo_s, "to the first token"), (facts.itl_slo_s, "between tokens")) if s]
         raise Overloaded(f"no worker is expected to keep what was promised, {' and '.join(promised)}: try again later, or add workers")
-    ranked: list[int] = []
-    if not here:
-        fitting = view.layout.fitting(decode)
-        to_push = facts.num_prompt_tokens - view.matched_tokens[decode]
-        pushed = to_push * pace.push_token_s
-        ready = np.maximum(soonest, pushed) + handing_over[decode]
-        ranked = ranking(fitting, _within(limit, ready, np.maximum(ttft, pushed) + harm))
+    ranked = best.ranked()
+    computes = ranked[0] if ranked else best.decode
+    cached = float(asked.cached[computes])
     if not known:
-        return place(facts, view, decode, ranked, "nothing learned yet", cached)
-    waits = _waits(view, pace, ranked[0] if ranked else decode)
-    seconds = {"ttft_s": first, "waits_s": waits, "itl_s": float(step[decode]), "cost_s": cost}
-    return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", cached, **seconds)
+        return place(facts, view, best.decode, ranked, "nothing learned yet", cached)
+    waits, itl_s = _waits(view, pace, computes), float(asked.with_it[best.decode])
+    seconds = {"ttft_s": best.ttft_s, "waits_s": waits, "itl_s": itl_s, "cost_s": best.cost}
+    return place(facts, view, best.decode, ranked, f"{best.ttft_s:.3f} s to the first token expected", cached, **seconds)
 
 
-def _best_pair(
-    facts: Facts,
-    view: View,
-    decodes: Rows,
-    fitting: Rows,
-    ttft: Column,
-    soonest: Column,
-    harm: Column,
-    decoding: Column,
-    handing_over: Column,
-    pace: Paces,
-    limit: float,
-) -> Option:
-    """The best (P, D) of those that have the first token within `limit`. Only pairs that may be it are looked at: no P is better with any D
-    than `ttft + harm`, and pushes are seldom what takes longest, so that the best D of all mostly has it."""
-    here, soonest, harm, push_token_s = ttft[fitting], soonest[fitting], harm[fitting], pace.push_token_s[fitting]
+def _asked(facts: Facts, view: View, pace: Paces, limit: float, itl_s: float) -> _Asked:
+    queued, running = _queued(view, pace), view.num_requests - view.num_waiting
+    beside = pace.decode_s(running, view.context_tokens)
+    step, (with_it, decoding) = _step(view, pace, queued, running, beside), _decode(facts, view, pace)
+    work, own, cached = _prompt(facts, view, pace, queued, (running > 0) & view.layout.decodes, beside)
+    ttft, harm = _prompts(view, pace, queued, work, own)
+    room = _room(facts, view, with_it)
+    handing_over, ttft = (step, ttft) if room is None else (step + room, ttft + room)
+    soonest = ttft
+    if limit < np.inf:
+        soonest = ttft - np.where(view.layout.is_prefill, _passed(view, step), 0.0)
+        harm = _within(limit, soonest, harm)
+    return _Asked(facts, view, limit, step, handing_over, ttft, soonest, own, cached, harm, with_it, _within(itl_s, with_it, decoding))
+
+
+def _best_pair(asked: _Asked, pool: Pool, push_token_s: Column) -> _Option:
+    """The best (P, D) of those that have the first token within the limit. Only pairs that may be it are looked at: no P is better with any
+    D than `ttft + harm`, and pushes are seldom what takes longest, so that the best D of all mostly has it."""
+    limit, tokens, matched = asked.limit, asked.facts.num_prompt_tokens, asked.view.matched_tokens
+    here, soonest, harm, push_token_s = asked.ttft[pool.some], asked.soonest[pool.some], asked.harm[pool.some], push_token_s[pool.some]
+
+    def costs(d: Any) -> Column:
+        """With this D, or with those of a column."""
+        pushed, handed = (tokens - matched[d]) * push_token_s, asked.handing_over[d]
+        whole = np.maximum(here, pushed)
+        whole += handed
+        whole += harm
+        whole += asked.decoding[d]
+        return whole if limit == np.inf else _within(limit, np.maximum(soonest, pushed) + handed, whole)
+
     least = float((here + harm).min())
-    at_decode = handing_over[decodes] + decoding[decodes]
-    best: Option = (float("inf"), False, int(decodes[0]), 0.0)
-    left = np.array([at_decode.argmin()])
-    seen = np.zeros(len(decodes), dtype=np.bool_)
-    while len(left) and least < np.inf:
-        chunk, seen[left] = decodes[left], True
-        pushed = (facts.num_prompt_tokens - view.matched_tokens[chunk, None]) * push_token_s
-        first = np.maximum(soonest, pushed) + handing_over[chunk, None]
-        whole = np.maximum(here, pushed) + handing_over[chunk, None]
-        costs = _within(limit, first, whole + harm + decoding[chunk, None])
-        d, p = divmod(int(costs.argmin()), len(fitting))
-        best = min(best, (float(costs[d, p]), False, int(chunk[d]), float(first[d, p])))
-        left = np.flatnonzero((least + at_decode < best[0]) & ~seen)
-        left = left[at_decode[left].argsort(kind="stable")[:_CHUNK]]
-    return best
+    at_decode = asked.handing_over[pool.others] + asked.decoding[pool.others]
+    place_ = int(at_decode.argmin())
+    d = int(pool.decodes[place_])
+    found = costs(d)
+    p = int(found.argmin())
+    best = float(found[p])
+    left = least + at_decode < best
+    left[place_] = False
+    while left.any():
+        places = left.nonzero()[0]
+        places = places[at_decode[places].argsort(kind="stable")[:_CHUNK]]
+        rows = pool.decodes[places]
+        found = costs(rows[:, None])
+        row, column = divmod(int(found.argmin()), len(here))
+        best, d, p = min((best, d, p), (float(found[row, column]), int(rows[row]), column))
+        left &= least + at_decode < best
+        left[places] = False
+
+    def ranked() -> list[int]:
+        pushed = (tokens - matched[d]) * push_token_s
+        costs = np.maximum(here, pushed) + harm
+        if limit < np.inf:
+            costs = _within(limit, np.maximum(soonest, pushed) + asked.handing_over[d], costs)
+        return pool.prefills[first(costs)].tolist()
+
+    soon = float(here[p] - _passed(asked.view, asked.step, int(pool.prefills[p])))
+    ttft_s = max(soon, float((tokens - matched[d]) * push_token_s[p])) + float(asked.handing_over[d])
+    return _Option(best, False, d, ttft_s, ranked)
+
+
+def _best_alone(asked: _Asked, rows: Rows, slow: NDArray[np.bool_] | None = None) -> list[_Option]:
+    """`slow`: who would not keep the time between tokens."""
+    if not len(rows):
+        return []
+    costs = asked.ttft[rows] + asked.harm[rows] + asked.decoding[rows]
+    if slow is not None:
+        costs[slow[rows]] = np.inf
+    best = int(costs.argmin())
+    row = int(rows[best])
+    return [_Option(float(costs[best]), True, row, float(asked.ttft[row]), list[int])]
 
 
 def _within(limit: float, seconds: Column, costs: Column) -> Column:
@@ -126,61 +176,58 @@ def _within(limit: float, seconds: Column, costs: Column) -> Column:
     return costs if limit == np.inf else np.where(seconds > limit, np.inf, costs)
 
 
-def _best_alone(rows: Rows, ttft: Column, costs: Column) -> list[Option]:
-    if not len(rows):
-        return []
-    row = int(rows[costs[rows].argmin()])
-    return [(float(costs[row]), True, row, float(ttft[row]))]
-
-
-def _who_may_compute(facts: Facts, view: View, decodes: Rows, fitting: Rows) -> Rows:
+def _who_may_compute(facts: Facts, view: View, pool: Pool) -> Rows:
     """Those for whom no prefill worker is idle that has as much of the prompt; one on their own cores is none, if they have work there."""
+    decodes, matched, devices = pool.decodes, view.matched_tokens, view.layout.device
     if not facts.local_prefill:
         return decodes[:0]
-    idle = fitting[view.pending_tokens[fitting] == 0]
-    if not len(idle):
+    idle = view.pending_tokens[pool.some] == 0
+    if not idle.any():
         return decodes
-    matched, devices = view.matched_tokens, view.layout.device
-    most = np.full(len(decodes), matched[idle].max())
-    apart = most.copy()
-    for place_, row in enumerate(decodes) if view.layout.has_mates else ():
-        apart[place_] = matched[idle[devices[idle] != devices[row]]].max(initial=-1.0)
-    own = matched[decodes]
-    return decodes[(own > apart) & ((own > most) | (view.num_requests[decodes] > 0))]
+    own, theirs = matched[pool.others], matched[pool.some][idle]
+    more = own > theirs.max()
+    if view.layout.has_mates:
+        where = devices[pool.prefills[idle]]
+        apart = np.array([theirs[where != device].max(initial=-1.0) for device in devices[decodes]])
+        more = (own > apart) & (more | (view.num_requests[decodes] > 0))
+    return decodes[more]
 
 
-def _step(view: View, pace: Paces) -> Column:
-    """Seconds of the step that each is in; none for who has nothing to compute."""
-    rows, pending = view.num_requests - view.num_waiting, view.pending_tokens
-    some = np.maximum(pending, 1.0)
-    prompts = np.minimum(1.0, np.where(view.batched_tokens > 0, view.batched_tokens, some) / some) * _queued(view, pace)
-    busy = (rows > 0) | (pending > 0)
-    return np.where(busy, (pace.base_s + pace.decode_s(rows, view.context_tokens) + prompts) * (1 + pace.crowded), 0.0)
+def _step(view: View, pace: Paces, queued: Column, running: Column, beside: Column) -> Column:
+    """Seconds of the step that each is in; none for who has nothing to compute. `beside`: of them, for who decodes."""
+    if view.batched_tokens.any():
+        some = np.maximum(view.pending_tokens, 1.0)
+        queued = np.minimum(1.0, np.where(view.batched_tokens > 0, view.batched_tokens, some) / some) * queued
+    seconds = pace.base_s + beside
+    seconds += queued
+    if view.layout.has_mates:
+        seconds *= 1 + pace.crowded
+    seconds *= np.maximum(running, view.pending_tokens) > 0
+    return seconds
 
 
-def _passed(view: View, step: Column) -> Column:
+def _passed(view: View, step: Column, row: Any = slice(None)) -> Column:
     """Seconds of the step that a prefill worker is in that have passed, of which its load does not know. They are told and promised; in the
     cost the step counts as a whole, as one who is busy now is likely to be busy again."""
-    return np.where(view.layout.is_prefill & (view.pending_tokens > 0), np.minimum(view.computing_s, step), 0.0)
+    return np.minimum(view.computing_s[row], step[row]) * (view.pending_tokens[row] > 0)
 
 
-def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Column]:
-    """Seconds until the prompt is computed there, and those that others lose by it; and its tokens that need no computing."""
-    work, own, cached = _prompt(facts, view, pace)
-    layout, ttft = view.layout, work * (1 + pace.crowded)
+def _prompts(view: View, pace: Paces, queued: Column, work: Column, own: Column) -> tuple[Column, Column]:
+    """Seconds until the prompt is computed there, and those that others lose by it, from those that it takes of a device."""
+    layout, ttft = view.layout, work
     delayed = np.where(layout.is_prefill, view.num_waiting, view.num_requests - view.num_held + layout.is_decode)
     if layout.has_mates:
         # Seconds for which each keeps its device busy; no end is seen to decoding.
-        busy = np.where(layout.is_prefill | (view.num_requests == 0), _queued(view, pace), np.inf)
+        busy = np.where(layout.is_prefill | (view.num_requests == 0), queued, np.inf)
         beside = np.minimum(work[:, None], np.append(busy, 0.0)[layout.mates]).sum(axis=1)
-        ttft = np.maximum(work + beside, ttft)
+        ttft = np.maximum(work + beside, work * (1 + pace.crowded))
         delayed = np.bincount(layout.device, weights=delayed)[layout.device]
     harm = own * delayed
     for pool in layout.pools:
-        if not layout.shares[pool].any():  # else a decode worker takes its seconds from them as well
-            there = float(view.num_requests[pool].mean())
-            harm[pool] += own[pool].min() * there * (1 + there)
-    return ttft, harm, cached
+        if not pool.shares:  # else a decode worker takes its seconds from them as well
+            there = float(view.num_requests[pool.some].sum()) / len(pool.prefills)
+            harm[pool.some] += own[pool.some].min() * there * (1 + there)
+    return ttft, harm
 
 
 def _queued(view: View, pace: Paces) -> Column:
@@ -197,70 +244,91 @@ def _waits(view: View, pace: Paces, row: int) -> float:
     return float((queued + steps * (pace.base_s[row] + beside)) * (1 + pace.crowded[row]))
 
 
-def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Column]:
+def _prompt(
+    facts: Facts, view: View, pace: Paces, queued: Column, decodes: NDArray[np.bool_], beside: Column
+) -> tuple[Column, Column, Column]:
     """Seconds of its device until it has computed the prompt, and those of them that the prompt itself takes; with or without fetching
-    what it has not, whichever is faster. It fetches beside what is queued. And the tokens that it has then."""
-    if not (view.reachable_tokens > view.expected_tokens).any():
-        return *_computing(facts, view, pace, view.expected_tokens), view.expected_tokens
-    seconds, owns = _computing(facts, view, pace, np.stack((view.expected_tokens, view.reachable_tokens)))
-    columns: tuple[Column, ...] = (*seconds, *owns)
+    what it has not, whichever is faster. It fetches beside what is queued. And the tokens that it has then. Who `decodes` does so for
+    `beside` seconds of each step."""
+    fetches = bool((view.reachable_tokens > view.expected_tokens).any())
+    cached = view.found[1:3] if fetches else view.expected_tokens
+    matched = np.minimum(cached, facts.num_prompt_tokens - 1)  # the last token is always computed
+    missing = facts.num_prompt_tokens - matched
+    work = view.pending_tokens + missing
+    at_most = work
+    if view.batched_tokens.any():
+        at_most = view.batched_tokens if view.batched_tokens.all() else np.where(view.batched_tokens > 0, view.batched_tokens, work)
+    seconds = np.ceil(work / at_most)
+    seconds *= pace.base_s + beside * decodes
+    seconds += queued
+    own = pace.prompt_s(missing, matched)
+    seconds += own
+    own += pace.base_s * missing / at_most * ~decodes  # who decodes makes the steps anyway
+    if not fetches:
+        return seconds, own, view.expected_tokens
+    columns: tuple[Column, ...] = (*seconds, *own)
     work, then, own, less = columns
     then = np.maximum(then - less, view.fetch_s) + less
     sooner = then < work
     return np.where(sooner, then, work), np.where(sooner, less, own), np.where(sooner, view.reachable_tokens, view.expected_tokens)
 
 
-def _computing(facts: Facts, view: View, pace: Paces, cached: Column) -> tuple[Column, Column]:
-    """The same, with so many tokens of the prompt cached. `cached` may be several such columns."""
-    matched = np.minimum(cached, facts.num_prompt_tokens - 1)  # the last token is always computed
-    missing = facts.num_prompt_tokens - matched
-    work = view.pending_tokens + missing
-    at_most = np.where(view.batched_tokens > 0, view.batched_tokens, work)
-    steps = np.ceil(work / at_most)
-    rows = np.where(view.layout.is_prefill, 0.0, view.num_requests - view.num_waiting)
-    beside = steps * (pace.base_s + np.where(rows > 0, pace.decode_s(rows, view.context_tokens), 0.0))
-    own = pace.prompt_s(missing, matched)
-    steps_s = np.where(rows > 0, 0.0, pace.base_s * missing / at_most)  # who decodes makes the steps anyway
-    return beside + _queued(view, pace) + own, own + steps_s
-
-
 def _decode(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column]:
     """Seconds of a step with it; of its output tokens, and those that they cost the others there."""
     added = pace.decode_s(1, facts.num_prompt_tokens + facts.num_output_tokens / 2)
-    step = pace.base_s + pace.decode_s(view.num_requests, view.context_tokens) + added
+    step = pace.base_s + pace.decode_s(view.num_requests, view.context_tokens)
+    step += added
+    added *= view.num_requests
+    added += step
+    added *= facts.num_output_tokens
+    if not view.layout.has_mates:
+        return step, added
     slower = 1 + pace.crowded
-    return step * slower, facts.num_output_tokens * (step + added * view.num_requests) * slower
+    return step * slower, added * slower
 
 
-def _room(facts: Facts, view: View, step: Column) -> Column:
+def _room(facts: Facts, view: View, step: Column) -> Column | None:
     """Seconds until a decode worker has blocks for it and for those that wait there, which are taken to be like it; what is held and not
-    computed yet is reserved for them. In the time of one request's tokens all that are held become free once."""
+    computed yet is reserved for them. In the time of one request's tokens all that are held become free once. None: there is room."""
+    if not view.kv_tokens.any():  # not announced
+        return None
     held, each = view.kv_used * view.kv_tokens, facts.num_prompt_tokens + facts.num_output_tokens
     waiting = np.maximum(view.num_waiting * each - np.maximum(held - view.context_tokens, 0.0), 0.0)
     lacking = each + waiting - view.matched_tokens - (view.kv_tokens - held)
-    lacking = np.where((view.kv_tokens > 0) & ~view.layout.is_prefill, np.maximum(lacking, 0.0), 0.0)
-    return lacking / np.maximum(held, 1.0) * facts.num_output_tokens * step
+    lacks = (lacking > 0) & (view.kv_tokens > 0) & view.layout.decodes
+    return lacking * lacks / np.maximum(held, 1.0) * facts.num_output_tokens * step if lacks.any() else None
 
 
-def _habitual(facts: Facts, view: View, pace: Paces, step: Column) -> Column:
+def _habitual(asked: _Asked, pace: Paces) -> Column:
     """Seconds between tokens where each request that decodes there comes with a prompt like this one and those that wait there: while one
     gets its tokens, all the others end, and as many come."""
+    view = asked.view
     waiting = np.maximum(view.pending_tokens - (view.num_requests - view.num_waiting), 0.0) * pace.token_s
-    prompts = (waiting + _prompt(facts, view, pace)[1]) * (1 + view.num_requests)
-    return step + prompts / max(facts.num_output_tokens, 1.0)
+    prompts = (waiting + asked.own) * (1 + view.num_requests)
+    return asked.with_it + prompts / max(asked.facts.num_output_tokens, 1.0)
 
 
 def _complete(view: View) -> tuple[bool, Paces]:
     """Whether anybody knows what a prompt takes; and each worker's pace, with what it has not met yet from the others. By the clock, except
     where workers share a device: what they take from each other depends on what they have to do."""
-    pace, learned = view.pace, view.learned
-    slower = np.where(view.layout.shares, 1.0, 1 + pace.crowded)
-    known, filled = bool(pace.token_s.any()), learned * slower
+    pace, learned, shares = view.pace, view.paces[:LEARNED], view.layout.shares
+    filled = learned * (np.where(shares, 1.0, 1 + pace.crowded) if view.layout.has_mates else 1 + pace.crowded)
+    known = True
     if not learned.all():
+        known = bool(pace.token_s.any())
         met = learned > 0
-        met[2], met[3:] = met[1], met[3] | met[4]  # a prompt's pairs with its tokens; what decodes with either
-        for column, some, otherwise in zip(filled, met, (0.0, _NOBODY_KNOWS, 0.0, 0.0, 0.0), strict=True):
-            column[~some] = column[some].mean() if some.any() else otherwise
+        prompts, decodes = met[1], met[3] | met[4]  # a prompt's pairs with its tokens; what decodes with either
+        for columns, some, otherwise in ((slice(0, 1), met[0], 0.0), (slice(1, 3), prompts, _NOBODY_KNOWS), (slice(3, 5), decodes, 0.0)):
+            _fill(filled[columns], some, otherwise)
     base, token, pair, row, context = filled
-    crowded = np.where(view.layout.shares, pace.crowded, 0.0)
+    crowded = np.where(shares, pace.crowded, 0.0) if view.layout.has_mates else view.layout.nothing
     return known, Paces(base, token, pair, row, context, pace.push_token_s, crowded)
+
+
+def _fill(columns: Table, some: NDArray[np.bool_], otherwise: float) -> None:
+    """With the mean of some, for who is not among them; the first of the columns with something else where nobody is."""
+    if some.all():
+        return
+    others = ~some
+    for column, nobodys in zip(columns, (otherwise, 0.0), strict=False):
+        column[others] = column[some].mean() if some.any() else nobodys

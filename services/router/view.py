@@ -7,7 +7,7 @@ and tests; `View.of` makes columns of rows.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from baton.errors import NoWorkers
 from baton.types import Pace, Role
 
 Column = NDArray[np.float64]
+Table = NDArray[np.float64]  # rows of columns
 Rows = NDArray[np.intp]
 
 
@@ -45,7 +46,7 @@ class WorkerView:
     pace: Pace = field(default_factory=Pace)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Paces:
     """`Pace`, of each worker."""
 
@@ -72,6 +73,17 @@ LOAD_COLUMNS = (
 )  # fmt: skip
 
 
+class Pool(NamedTuple):
+    """Prefill workers of a fingerprint, and the decode workers that they fit: as rows, and as what takes them from a column, which copies
+    nothing where they are next to each other."""
+
+    prefills: Rows
+    decodes: Rows
+    some: Any  # the prefill workers
+    others: Any
+    shares: bool  # some of the prefill workers a device with another worker
+
+
 _KEPT = 8  # layouts without some, of each layout
 
 
@@ -91,12 +103,12 @@ class Layout:
         self.block_sizes = frozenset(block_sizes)
         self.is_prefill = np.array([role is Role.PREFILL for role in roles], dtype=bool)
         self.is_decode = np.array([role is Role.DECODE for role in roles], dtype=bool)
+        self.decodes, self.nothing = ~self.is_prefill, np.zeros(len(self.ids))
         rows = range(len(self.ids))
         self._fitting = {
             name: np.array([row for row in rows if roles[row] is Role.PREFILL and fingerprints[row] == name], dtype=np.intp)
             for name in {fingerprints[row] for row in rows if roles[row] is Role.PREFILL}
         }
-        self.pools = tuple(self._fitting.values())  # rows of prefill workers, by fingerprint
         numbers: dict[str, int] = {}
         sharing: dict[int, list[int]] = {}
         self.device = np.array([numbers.setdefault(devices[row] or f"of {ids[row]}", len(numbers)) for row in rows], dtype=np.intp)
@@ -111,10 +123,14 @@ class Layout:
             [row for row in rows if roles[row] is Role.UNIFIED or (roles[row] is Role.DECODE and fingerprints[row] in self._fitting)],
             dtype=np.intp,
         )
-        self.decodes = {
+        decodes = {
             name: np.array([row for row in self.entrances if roles[row] is Role.DECODE and fingerprints[row] == name], dtype=np.intp)
             for name in self._fitting
         }
+        self.pools = tuple(
+            Pool(rows, decodes[name], _together(rows), _together(decodes[name]), bool(self.shares[rows].any()))
+            for name, rows in self._fitting.items()
+        )
         self.unified = np.array([row for row in rows if roles[row] is Role.UNIFIED], dtype=np.intp)
         self._without: dict[frozenset[str], tuple[Layout, Rows]] = {}
 
@@ -164,20 +180,20 @@ class View(Sequence[WorkerView]):
     kv_tokens: Column
     batched_tokens: Column
     computing_s: Column
+    matched_tokens: Column
+    expected_tokens: Column
+    reachable_tokens: Column
+    fetch_s: Column
 
-    def __init__(
-        self, layout: Layout, table: NDArray[np.float64], matched: Column, expected: Column, reachable: Column, fetch_s: Column
-    ) -> None:
-        """`table`: LOAD_COLUMNS, then PACE_COLUMNS, by worker."""
-        self.layout, self._table = layout, table
-        self.matched_tokens, self.expected_tokens = matched, expected
-        self.reachable_tokens, self.fetch_s = reachable, fetch_s
+    def __init__(self, layout: Layout, load: Table, paces: Table, found: Table) -> None:
+        """By worker: LOAD_COLUMNS; PACE_COLUMNS; matched, expected and reachable tokens, and the seconds of fetching."""
+        self.layout, self.load, self.paces, self.found = layout, load, paces, found
         (
             self.num_requests, self.pending_tokens, self.pending_pairs, self.num_waiting, self.num_held, self.context_tokens,
-            self.kv_used, self.kv_tokens, self.batched_tokens, self.computing_s, *pace,
-        ) = table  # fmt: skip
-        self.pace = Paces(*pace)
-        self.learned = table[len(LOAD_COLUMNS) :][:LEARNED]
+            self.kv_used, self.kv_tokens, self.batched_tokens, self.computing_s,
+        ) = load  # fmt: skip
+        self.matched_tokens, self.expected_tokens, self.reachable_tokens, self.fetch_s = found
+        self.pace = Paces(*paces)
 
     @staticmethod
     def of(workers: "Sequence[WorkerView]") -> "View":
@@ -187,13 +203,13 @@ class View(Sequence[WorkerView]):
         ids, roles = [w.id for w in ordered], [w.role for w in ordered]
         prints, sizes = [w.fingerprint for w in ordered], [w.block_size for w in ordered]
         layout = Layout(ids, roles, prints, sizes, [w.device for w in ordered])
-        table = np.empty((len(LOAD_COLUMNS) + len(PACE_COLUMNS), len(ordered)))
+        load, paces, found = (np.empty((num, len(ordered))) for num in (len(LOAD_COLUMNS), len(PACE_COLUMNS), 4))
         for row, worker in enumerate(ordered):
-            table[:, row] = [*(getattr(worker, name) for name in LOAD_COLUMNS), *(getattr(worker.pace, name) for name in PACE_COLUMNS)]
-        matched = np.array([w.matched_tokens for w in ordered], dtype=np.float64)
-        expected = np.maximum(matched, [w.expected_tokens for w in ordered])
-        reachable = np.maximum(expected, [w.reachable_tokens for w in ordered])
-        return View(layout, table, matched, expected, reachable, np.array([w.fetch_s for w in ordered], dtype=np.float64))
+            load[:, row] = [getattr(worker, name) for name in LOAD_COLUMNS]
+            paces[:, row] = [getattr(worker.pace, name) for name in PACE_COLUMNS]
+            found[:, row] = worker.matched_tokens, worker.expected_tokens, worker.reachable_tokens, worker.fetch_s
+        np.maximum.accumulate(found[:3], out=found[:3])
+        return View(layout, load, paces, found)
 
     def only(self, rows: Rows) -> "View":
         return self._of(self.layout.only(rows.tolist()), rows)
@@ -203,8 +219,7 @@ class View(Sequence[WorkerView]):
         return self._of(*self.layout.alone)
 
     def _of(self, layout: Layout, rows: Rows) -> "View":
-        columns = (self.matched_tokens, self.expected_tokens, self.reachable_tokens, self.fetch_s)
-        return View(layout, self._table[:, rows], *(column[rows] for column in columns))
+        return View(layout, self.load[:, rows], self.paces[:, rows], self.found[:, rows])
 
     def worker(self, name: str) -> WorkerView:
         """Of the one with this id. Raises ValueError where there is none."""
@@ -225,9 +240,9 @@ class View(Sequence[WorkerView]):
         return [self._row(each) for each in rows[row]] if isinstance(row, slice) else self._row(rows[int(row)])
 
     def _row(self, row: int) -> WorkerView:
-        layout, load = self.layout, {name: self._table[place, row].item() for place, name in enumerate(LOAD_COLUMNS)}
+        layout, load = self.layout, dict(zip(LOAD_COLUMNS, self.load[:, row].tolist(), strict=True))
         numbers = {name: value if name in ("kv_used", "computing_s") else int(value) for name, value in load.items()}
-        pace = dict(zip(PACE_COLUMNS, self._table[len(LOAD_COLUMNS) :, row].tolist(), strict=True))
+        pace = dict(zip(PACE_COLUMNS, self.paces[:, row].tolist(), strict=True))
         return WorkerView(
             id=layout.ids[row],
             role=layout.roles[row],
@@ -244,6 +259,10 @@ class View(Sequence[WorkerView]):
 
     def __iter__(self) -> Iterator[WorkerView]:
         return (self._row(row) for row in range(len(self)))
+
+
+def _together(rows: Rows) -> Any:
+    return slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) and rows[-1] - rows[0] == len(rows) - 1 else rows
 
 
 def _explain(layout: Layout) -> str:

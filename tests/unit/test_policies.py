@@ -398,8 +398,8 @@ def test_what_is_known_of_the_pool_is_bounded(monkeypatch: pytest.MonkeyPatch) -
     index.reads("w", ("f", 1))
     index.apply("w", [BlocksStored(tuple(HASHES[:15]), Tier.POOL), BlocksStored(tuple(HASHES[:5]), Tier.POOL)])
     index.apply("w", [BlocksStored(tuple(HASHES[15:25]), Tier.POOL)])  # the first of the first ones go
-    assert index.reaches(HASHES[10:])[-1, index.places(["w"])] == [15]
-    assert index.reaches(HASHES[:7])[-1, index.places(["w"])] == [5]
+    assert index.reaches(HASHES[10:], index.places(["w"]))[-1] == [15]
+    assert index.reaches(HASHES[:7], index.places(["w"]))[-1] == [5]
 
 
 @pytest.mark.parametrize(("fetch_s", "chosen"), [(0.1, "p0"), (0.4, "p1"), (5.0, "p1")])

@@ -47,8 +47,8 @@ def tokenizer(demo_model: Path) -> Tokenizer:
 
 
 def depths(index: PrefixIndex, hashes: list[bytes], workers: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    places, columns = index.places(workers).tolist(), index.reaches(hashes)[:2]
-    held, coming = ({name: int(column[place]) for name, place in zip(workers, places, strict=True)} for column in columns)
+    columns = index.reaches(hashes, index.places(workers))[:2]
+    held, coming = ({name: int(depth) for name, depth in zip(workers, column, strict=True)} for column in columns)
     return held, coming
 
 
@@ -122,7 +122,7 @@ def test_index_finds_what_looking_at_each_block_of_each_worker_finds(seed: int, 
         else:
             index.remove(name)
             del held[name], sent[name], coming[name]
-        depths = index.reaches(prompt)[:, index.places(held)].T.tolist()
+        depths = index.reaches(prompt, index.places(held)).T.tolist()
         for (name, tiers), found in zip(held.items(), depths, strict=True):
             has, lengths = set[bytes](), list[int]()
             for some in (tiers[Tier.DEVICE], coming[name], tiers[Tier.HOST], tiers[Tier.FILES], pooled[pools[name]]):
