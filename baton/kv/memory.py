@@ -106,6 +106,9 @@ class CudaSumming(Summing):
         with torch.cuda.device(self._device), torch.cuda.stream(self._streams.own()):
             return [each % 2**64 for each in checksums([buffer.address for buffer in buffers], nbytes, self._device).tolist()]
 
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)  # a copy from memory that is not pinned, as Mooncake's over TCP, may end after its call
+
 
 class _Streams:
     def __init__(self, device: torch.device) -> None:

@@ -280,9 +280,9 @@ class MooncakeStore:
         if time.monotonic() - asked > LEASE_S:
             return {}
         kept = [i for i, (place, _) in near.items() if place in _places(still.get(names[i], ()), buffers[i].nbytes + SEAL_BYTES)]
-        self.stats.blocks_near += len(kept)
         intact = self._intact([keys[i] for i in kept], [buffers[i] for i in kept], [seals[i] for i in kept])
-        return dict(zip(kept, intact, strict=True))
+        self.stats.blocks_near += sum(intact)
+        return {i: True for i, good in zip(kept, intact, strict=True) if good}
 
     def _replicas(self, names: list[str]) -> dict[str, Sequence[Any]]:
         """As Mooncake describes them; of what the pool has. Leases it."""
@@ -297,18 +297,19 @@ class MooncakeStore:
         return _object(key, self._summing.name)
 
     def _intact(self, keys: Sequence[str], buffers: Sequence[Buffer], seals: Sequence[bytes]) -> list[bool]:
-        """Whether blocks that were read are what was saved. Those that are not are removed from the pool: else nobody could save them."""
+        """Whether blocks that were read are what was saved."""
         sums = self._summing.sums(buffers)
-        intact = [seal(key, each) == found for key, each, found in zip(keys, sums, seals, strict=True)]
-        self.stats.blocks_verified += len(intact)
-        for key in [key for key, good in zip(keys, intact, strict=True) if not good]:
-            self.stats.blocks_corrupt += 1
-            removed = self._store.remove(self._object(key), True) == 0
-            logger.critical(
-                "block %s came from the KV pool with another content than it was saved with; it is not used%s",
-                key, " and was removed" if removed else "",
-            )  # fmt: skip
-        return intact
+        self.stats.blocks_verified += len(keys)
+        return [seal(key, each) == found for key, each, found in zip(keys, sums, seals, strict=True)]
+
+    def _corrupt(self, key: str) -> None:
+        """Its object is removed: else nobody could save it again."""
+        self.stats.blocks_corrupt += 1
+        removed = self._store.remove(self._object(key), True) == 0
+        logger.critical(
+            "block %s came from the KV pool with another content than it was saved with; it is not used%s",
+            key, " and was removed" if removed else "",
+        )  # fmt: skip
 
     def _transfer(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
         """A batch call's codes. After a wave in which a node did not answer nothing more is tried: it would wait for that node again."""
@@ -324,19 +325,42 @@ class MooncakeStore:
 
     def _move(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
         """One wave. Of what was read: a block's bytes, if it is what was saved."""
-        seals = self._seals[method]
         if method == _WRITE:
-            seals.set(map(seal, keys, self._sums(keys, buffers)))
-        addresses = [[buffer.address, seals.address(i)] for i, buffer in enumerate(buffers)]
-        sizes = [[buffer.nbytes, SEAL_BYTES] for buffer in buffers]
-        codes = self._call(method, [self._object(key) for key in keys], addresses, sizes)
-        if method == _WRITE:
-            return codes
+            self._seals[method].set(map(seal, keys, self._sums(keys, buffers)))
+            return self._with_seals(method, keys, buffers)
+        codes = self._read(keys, buffers)
+        if differ := [i for i, code in enumerate(codes) if code == _OTHER_CONTENT]:
+            again = self._read_again([keys[i] for i in differ], [buffers[i] for i in differ])
+            for i, code in zip(differ, again, strict=True):
+                codes[i] = code
+        return codes
+
+    def _read(self, keys: Sequence[str], buffers: Sequence[Buffer], *, settle: bool = False) -> list[int]:
+        codes, seals = self._with_seals(_READ, keys, buffers), self._seals[_READ]
+        if settle:
+            self._summing.settle()
         here = [i for i, (code, buffer) in enumerate(zip(codes, buffers, strict=True)) if code == buffer.nbytes + SEAL_BYTES]
         intact = self._intact([keys[i] for i in here], [buffers[i] for i in here], [seals.get(i) for i in here])
         for i, good in zip(here, intact, strict=True):
             codes[i] = buffers[i].nbytes if good else _OTHER_CONTENT
         return codes
+
+    def _read_again(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
+        """What differed. Who removes by force frees a place at once, so it may have been another's before it was read: then it is gone by
+        now, or has been saved again."""
+        try:
+            codes = self._read(keys, buffers, settle=True)
+        except StoreError:
+            return [TRANSFER_FAILED] * len(keys)
+        for key, code in zip(keys, codes, strict=True):
+            if code == _OTHER_CONTENT:
+                self._corrupt(key)
+        return codes
+
+    def _with_seals(self, method: str, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
+        addresses = [[buffer.address, self._seals[method].address(i)] for i, buffer in enumerate(buffers)]
+        sizes = [[buffer.nbytes, SEAL_BYTES] for buffer in buffers]
+        return self._call(method, [self._object(key) for key in keys], addresses, sizes)
 
     def _sums(self, keys: Sequence[str], buffers: Sequence[Buffer]) -> list[int]:
         """Of what is to be written: as they were taken before, or of now."""

@@ -49,6 +49,9 @@ class Summing:
         """64 bits of each."""
         return [checksum(buffer) for buffer in buffers]
 
+    def settle(self) -> None:
+        """Waits until what others were told to be in the blocks is there."""
+
 
 class KVStore(Protocol):
     def register(self, region: Buffer) -> None:

@@ -315,11 +315,11 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan.scheduled:
             self._submit(plan)
-            if self.runner.depth:  # the device is at work: now is time to tell what came
-                self._flush()
-                self._publisher.publish(time.monotonic())
         elif not self._flights:
             return False
+        if self.runner.depth:  # the device is at work: now is time to tell what came
+            self._flush()
+            self._publisher.publish(time.monotonic())
         ahead = self.runner.depth if plan.scheduled and not plan.needs_history else 0
         while len(self._flights) > ahead:
             self._collect()

@@ -361,7 +361,8 @@ class Loader:
         return tuple((tier, 2 ** (round(4 * math.log2(rate)) / 4) if rate > 0 else 0.0) for tier, rate in rates)
 
     def _notice_gone(self, feed: Feed, number: int, held: list[bool]) -> None:
-        if self._tiers[number].name == TierName.POOL and False in held and self._tiers[number].available:
+        tier = self._tiers[number]
+        if tier.name == TierName.POOL and False in held and tier.available and not tier.doubtful:
             self._news.append(BlocksRemoved((feed.request.block_hashes[feed.asked[held.index(False)]],), TierName.POOL))
 
     # -- time

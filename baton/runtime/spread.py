@@ -3,6 +3,7 @@
 Each class here has rank 0's own part, and calls the other ranks, whose side of the calls is `Handlers`.
 """
 
+import itertools
 import queue
 import threading
 import time
@@ -15,7 +16,7 @@ from baton.errors import BatonError
 from baton.kv.push import Door, PushResult, PushStatus
 from baton.kv.shards import Joint, ShareSender
 from baton.kv.store import Buffer
-from baton.kv.transfer import KVTransfer
+from baton.kv.transfer import DOUBT_S, KVTransfer
 from baton.runtime.crew import Team
 from baton.runtime.rank_kv import RankKV
 from baton.types import PushShard, PushTarget
@@ -164,6 +165,7 @@ class TeamTier:
         """`number`: among the tiers of each rank."""
         self._number, self._kv, self._team = number, kv, team
         self._own: KVTransfer = kv.tiers[number]
+        self._numbers, self._asked = itertools.count(), dict[int, float]()  # lookups in hand: when they began
         self.name, self.shared, self.direct = self._own.name, self._own.shared, self._own.direct
 
     def seconds(self, nbytes: int) -> float:
@@ -175,7 +177,8 @@ class TeamTier:
 
     @property
     def doubtful(self) -> bool:
-        return self._own.doubtful
+        asked = list(self._asked.values())
+        return self._own.doubtful or bool(asked and time.monotonic() - asked[0] > DOUBT_S)
 
     def decline(self, num_blocks: int) -> None:
         self._own.decline(num_blocks)
@@ -184,7 +187,14 @@ class TeamTier:
         self._own.leave_out(num_blocks)
 
     def lookup(self, keys: Sequence[str], done: Callable[[list[bool]], None]) -> None:
-        together = self._on_all("lookup", keys, [], done)
+        number = next(self._numbers)
+        self._asked[number] = time.monotonic()
+
+        def answered(flags: list[bool]) -> None:
+            self._asked.pop(number, None)
+            done(flags)
+
+        together = self._on_all("lookup", keys, [], answered)
         self._own.lookup(self._keys(keys), together)
 
     def load(self, keys: Sequence[str], buffers: Sequence[Buffer], done: Callable[[list[bool]], None]) -> None:
