@@ -6,6 +6,7 @@ import numpy as np
 
 from baton.errors import Overloaded
 from services.router.policy import Facts, Placement, place
+from services.router.predicted import _queued, _waits  # not what is computed sparingly
 from services.router.view import LEARNED, Column, Paces, Rows, View, WorkerView
 
 _NOBODY_KNOWS = 1e-4
@@ -138,20 +139,6 @@ def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Col
             there = float(view.num_requests[pool].mean())
             harm[pool] += own[pool].min() * there * (1 + there)
     return ttft, harm, cached
-
-
-def _queued(view: View, pace: Paces) -> Column:
-    return pace.token_s * view.pending_tokens + pace.pair_s * view.pending_pairs
-
-
-def _waits(view: View, pace: Paces, row: int) -> float:
-    """Seconds until it has computed what was sent there before."""
-    pending = view.pending_tokens[row]
-    steps = np.ceil(pending / (view.batched_tokens[row] or pending)) if pending else 0.0
-    rows = 0.0 if view.layout.is_prefill[row] else view.num_requests[row] - view.num_waiting[row]
-    beside = pace.row_s[row] * rows + pace.context_s[row] * view.context_tokens[row] if rows else 0.0
-    queued = pace.token_s[row] * pending + pace.pair_s[row] * view.pending_pairs[row]
-    return float((queued + steps * (pace.base_s[row] + beside)) * (1 + pace.crowded[row]))
 
 
 def _prompt(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Column]:
