@@ -1,6 +1,7 @@
 """Routing policies on simulated workers: the table of benchmarks/results/routing-simulated.md; and what a decision takes.
 
     python -m benchmarks.routing --trace conversation_trace.jsonl --rows FOLDER [--limit-s 110] [--out FILE]
+    python -m benchmarks.routing --trace conversation_trace.jsonl --bound
     python -m benchmarks.routing --decision 1000 [--excluded 1] [--tiers]
 
 Rows that FOLDER has are not computed again; with --limit-s, it stops when so much time has gone by, and goes on in the next call.
@@ -183,6 +184,23 @@ def verdict(found: dict[str, list[dict[str, Any]]]) -> str:
     )
 
 
+def bound(setting: Setting, asks: Sequence[Ask]) -> float:
+    """Seconds to the first token that no policy can be below in the mean: each prompt computed at once, alone on an idle worker that holds
+    all that was ever sent before; those that would be late even so are refused."""
+    known, times, pace, shape = set[bytes](), list[float](), DEFAULT_PACE, Shape(block_size=setting.block_size)
+    for ask in sorted(asks, key=lambda ask: ask.at):
+        cached = 0
+        while cached < len(ask.hashes) and ask.hashes[cached] in known:
+            cached += 1
+        matched = min(cached * setting.block_size, ask.num_prompt_tokens - 1)
+        missing = ask.num_prompt_tokens - matched
+        pairs = matched * missing + missing * (missing + 1) / 2
+        steps = -(-missing // shape.max_num_batched_tokens)
+        times.append(pace.base_s * steps + pace.token_s * missing + pace.pair_s * pairs)
+        known.update(ask.hashes)
+    return statistics.mean(seconds for seconds in times if seconds <= setting.ttft_slo_s)
+
+
 def decision(workers: int, excluded: int, *, tiers: bool, blocks: int = 256, rounds: int = 2000) -> None:
     """CPU milliseconds from a prompt's hashes to a placement: the match, the view and the policy, in a fleet whose loads change in
     between. `excluded`: workers that are left out, as while their breakers are open. `tiers`: each worker holds as much in host memory and
@@ -244,6 +262,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--settings", nargs="*", default=[each.name for each in SETTINGS], choices=[each.name for each in SETTINGS])
     parser.add_argument("--loads", nargs="*", type=float, help="in place of the settings' own")
+    parser.add_argument("--bound", action="store_true", help="the mean time to the first token that no policy can be below")
     parser.add_argument("--decision", type=int, metavar="WORKERS")
     parser.add_argument("--excluded", type=int, default=0, metavar="WORKERS", help="of --decision's, left out")
     parser.add_argument("--tiers", action="store_true", help="with --decision: blocks in host memory, files and the pool, too")
@@ -251,11 +270,17 @@ def main() -> None:
     if arguments.decision:
         decision(arguments.decision, arguments.excluded, tiers=arguments.tiers)
         return
-    if arguments.trace is None or arguments.rows is None:
-        parser.error("give --trace and --rows, or --decision")
+    if arguments.trace is None or (arguments.rows is None and not arguments.bound):
+        parser.error("give --trace and --rows, or --bound, or --decision")
     settings = [
         dataclasses.replace(each, loads=tuple(arguments.loads or each.loads)) for each in SETTINGS if each.name in arguments.settings
     ]
+    if arguments.bound:
+        for setting in settings:
+            for load in setting.loads:
+                least = statistics.mean(bound(setting, workload(setting, arguments.trace, load, seed)) for seed in arguments.seeds)
+                print(f"{setting.name} at {load:g}: no less than {least:.2f} s", flush=True)
+        return
     rows, whole = collect(arguments.rows, arguments.trace, arguments.limit_s, arguments.variants, settings, arguments.seeds)
     if arguments.out is not None:
         command = "python -m benchmarks.routing --trace conversation_trace.jsonl --rows FOLDER"

@@ -58,8 +58,7 @@ class Gateway:
     @property
     def max_model_len(self) -> int:
         """What the workers take; the model's own limit while none is known."""
-        lens = [w.member.max_model_len for w in self.dispatcher.workers.all() if w.member.max_model_len]
-        return min([*lens, self.context_len])
+        return min(self.dispatcher.workers.max_model_len or self.context_len, self.context_len)
 
     def not_ready(self) -> str | None:
         """Why no request can be served now."""

@@ -137,6 +137,7 @@ class Dispatcher:
                                 decision.ttft_s = time.monotonic() - placed
                                 self.placer.breakers.succeeded(placement.decode, instance)
                                 if not output:
+                                    self.placer.learn_ttft(decision)
                                     shares = 1 - placement.missing_tokens / num_known, route.num_cached_tokens / num_known
                                     self._on_first_token(placement.ttft_s, decision.ttft_s, *shares)
                             output += [token.token_id for token in item.tokens]

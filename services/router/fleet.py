@@ -49,6 +49,7 @@ class Fleet:
         self.index = PrefixIndex()
         self.workers: dict[str, Worker] = {}
         self._stale = True  # who is usable may have changed
+        self._shortest: int | None = None  # of the members' limits; None: to be looked up
         self._layout = self._laid_out(())
         self._table: NDArray[np.float64] = np.zeros((len(LOAD_COLUMNS) + len(PACE_COLUMNS), 0))
         self._places: NDArray[np.intp] = self.index.places(())
@@ -57,19 +58,27 @@ class Fleet:
     def add(self, member: Member) -> Worker:
         worker = self.workers[member.id] = Worker(member)
         self.index.reads(member.id, (member.fingerprint, member.tensor_parallel_size))
-        self._stale = True
+        self._stale, self._shortest = True, None
         return worker
 
     def remove(self, worker: Worker) -> None:
         del self.workers[worker.member.id]
         self.index.remove(worker.member.id)
-        self._stale = True
+        self._stale, self._shortest = True, None
 
     def is_member(self, worker: Worker, member: Member | None) -> None:
         """What the membership says of it now; None: nothing."""
         worker.gone = member is None
         worker.member = member or worker.member
-        self._stale = True
+        self._stale, self._shortest = True, None
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a request that all members take; 0: none has said. Asked for each request, so looked up once for each change."""
+        if self._shortest is None:
+            members = [worker.member for worker in self.workers.values() if not worker.gone]
+            self._shortest = min((each.max_model_len for each in members if each.max_model_len), default=0)
+        return self._shortest
 
     def silent(self, worker: Worker) -> None:
         """It is not used until it speaks again."""

@@ -9,7 +9,9 @@ nothing had been promised: whether it is refused then is admission's to say.
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from baton.errors import NoWorkers, Overloaded
 from services.router.admission import NOTHING_PROMISED, Forecast, Promised
@@ -20,6 +22,7 @@ from services.router.workers import HashesBySize, Workers
 
 FIRST_GUESS = 128.0  # output tokens, before any request has ended
 LEARNED = 0.02  # how much of the expectation each ended request makes
+_REMEMBERED = 31  # first tokens
 
 
 @dataclasses.dataclass(slots=True)
@@ -39,6 +42,8 @@ class Placer:
         self._workers, self.policy, self._local_prefill = workers, policy, local_prefill
         self.breakers = Breakers()
         self._num_output_tokens = FIRST_GUESS  # of a request, lately
+        self._beside = deque[float](maxlen=_REMEMBERED)
+        self._beside_s = 0.0
 
     def facts(self, num_prompt_tokens: int, max_tokens: int, turn: int = 0, promised: Promised = NOTHING_PROMISED) -> Facts:
         return Facts(
@@ -46,6 +51,7 @@ class Placer:
             turn=turn,
             num_output_tokens=self.expected_tokens(max_tokens),
             local_prefill=self._local_prefill,
+            beside_s=self._beside_s,
             ttft_slo_s=promised.left_s(),
             itl_slo_s=promised.itl_s,
         )
@@ -56,6 +62,13 @@ class Placer:
 
     def learn_output(self, num_tokens: int) -> None:
         self._num_output_tokens += LEARNED * (num_tokens - self._num_output_tokens)
+
+    def learn_ttft(self, decision: Decision) -> None:
+        """What a first token took beside what workers announce: the median of the latest, which a stopped process does not move."""
+        expected_s, actual_s = decision.placement.ttft_s, decision.ttft_s
+        if expected_s is not None and actual_s is not None:
+            self._beside.append(actual_s - (expected_s - (decision.placement.beside_s or 0.0)))
+            self._beside_s = median(self._beside)
 
     def decide(self, facts: Facts, hashes: HashesBySize, refused: Sequence[str] = ()) -> Decision:
         """Raises NoWorkers."""

@@ -54,7 +54,7 @@ class _Asked(NamedTuple):
     step: Column  # that it is in
     handing_over: Column  # that step, and until there is room
     ttft: Column  # until the prompt is computed there, when there is room
-    soonest: Column  # the same, less what has passed of a prefill worker's step; that only where there is a limit
+    soonest: Column  # the same, less what has passed of the step it is in; that only where there is a limit
     own: Column  # those of them that the prompt takes itself
     cached: Column  # tokens of the prompt that need no computing there
     harm: Column  # that others lose by its computing; infinite where it would be late
@@ -75,7 +75,7 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     view.entrances()  # there is one
     known, pace = _complete(view)
     itl_s = (known and facts.itl_slo_s) or np.inf
-    asked = _asked(facts, view, pace, (known and facts.ttft_slo_s) or np.inf, itl_s)
+    asked = _asked(facts, view, pace, _limit(facts) if known else np.inf, itl_s)
     options: list[_Option] = []
     for pool in view.layout.pools:
         if len(pool.decodes):
@@ -94,8 +94,21 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     if not known:
         return place(facts, view, best.decode, ranked, "nothing learned yet", cached)
     waits, itl_s = _waits(view, pace, computes), float(asked.with_it[best.decode])
-    seconds = {"ttft_s": best.ttft_s, "waits_s": waits, "itl_s": itl_s, "cost_s": best.cost}
-    return place(facts, view, best.decode, ranked, f"{best.ttft_s:.3f} s to the first token expected", cached, **seconds)
+    beside_s = _beside(facts, best.ttft_s)
+    ttft_s = best.ttft_s + beside_s
+    seconds = {"ttft_s": ttft_s, "beside_s": beside_s, "waits_s": waits, "itl_s": itl_s, "cost_s": best.cost}
+    return place(facts, view, best.decode, ranked, f"{ttft_s:.3f} s to the first token expected", cached, **seconds)
+
+
+def _beside(facts: Facts, ttft_s: float) -> float:
+    """It doubles the time at most, and halves it: what was learned in a jam does not keep requests from an idle worker."""
+    return min(max(facts.beside_s, -ttft_s / 2), ttft_s)
+
+
+def _limit(facts: Facts) -> float:
+    """What is promised for the time without what is beside: whoever is within this is, with `_beside`, within that."""
+    promised = facts.ttft_slo_s or np.inf
+    return promised - min(max(facts.beside_s, -promised), promised / 2)
 
 
 def _asked(facts: Facts, view: View, pace: Paces, limit: float, itl_s: float) -> _Asked:
@@ -108,7 +121,7 @@ def _asked(facts: Facts, view: View, pace: Paces, limit: float, itl_s: float) ->
     handing_over, ttft = (step, ttft) if room is None else (step + room, ttft + room)
     soonest = ttft
     if limit < np.inf:
-        soonest = ttft - np.where(view.layout.is_prefill, _passed(view, step), 0.0)
+        soonest = ttft - _passed(view, step)
         harm = _within(limit, soonest, harm)
     return _Asked(facts, view, limit, step, handing_over, ttft, soonest, own, cached, harm, with_it, _within(itl_s, with_it, decoding))
 
@@ -168,7 +181,8 @@ def _best_alone(asked: _Asked, rows: Rows, slow: NDArray[np.bool_] | None = None
         costs[slow[rows]] = np.inf
     best = int(costs.argmin())
     row = int(rows[best])
-    return [_Option(float(costs[best]), True, row, float(asked.ttft[row]), list[int])]
+    ttft_s = float(asked.ttft[row] - _passed(asked.view, asked.step, row))
+    return [_Option(float(costs[best]), True, row, ttft_s, list[int])]
 
 
 def _within(limit: float, seconds: Column, costs: Column) -> Column:
@@ -207,9 +221,11 @@ def _step(view: View, pace: Paces, queued: Column, running: Column, beside: Colu
 
 
 def _passed(view: View, step: Column, row: Any = slice(None)) -> Column:
-    """Seconds of the step that a prefill worker is in that have passed, of which its load does not know. They are told and promised; in the
-    cost the step counts as a whole, as one who is busy now is likely to be busy again."""
-    return np.minimum(view.computing_s[row], step[row]) * (view.pending_tokens[row] > 0)
+    """Seconds of the step with a prompt that a prefill or unified worker is in that have passed, of which its load does not know. They are
+    told and promised; in the cost the step counts as a whole, as one who is busy now is likely to be busy again."""
+    unified = ~(view.layout.is_prefill[row] | view.layout.is_decode[row])
+    tokens = (view.num_requests[row] - view.num_waiting[row]) * unified  # of those that decode; none is a prompt's
+    return np.minimum(view.computing_s[row], step[row]) * ((view.pending_tokens[row] > tokens) & ~view.layout.is_decode[row])
 
 
 def _prompts(view: View, pace: Paces, queued: Column, work: Column, own: Column) -> tuple[Column, Column]:

@@ -54,6 +54,11 @@ class Workers:
     def all(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if not worker.gone]
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a request that all of them take; 0: none has said."""
+        return self._fleet.max_model_len
+
     def member(self, worker_id: str) -> Member:
         return self._workers[worker_id].member
 

@@ -25,7 +25,7 @@ def predicted_in_full(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     soonest = ttft - _passed(view, current)
     limit = (known and facts.ttft_slo_s) or np.inf
     if known:
-        harm, decoding = _within(limit, soonest, harm), _within(facts.itl_slo_s or np.inf, step, decoding)
+        harm, decoding = _within(limit, soonest + _beside(facts, soonest), harm), _within(facts.itl_slo_s or np.inf, step, decoding)
     costs = ttft + harm + decoding
     if known and facts.itl_slo_s:
         costs = np.where(view.layout.is_decode, _within(facts.itl_slo_s, _habitual(facts, view, pace, step), costs), costs)
@@ -36,8 +36,8 @@ def predicted_in_full(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
             pair = _best_pair(facts, view, decodes, fitting, ttft, soonest, harm, decoding, handing_over, pace, limit)
             late = pair[0] == np.inf and facts.local_prefill
             alone = decodes if late else _who_may_compute(facts, view, decodes, fitting)
-            options += [pair, *_best_alone(alone, ttft, costs)]
-    options += _best_alone(view.layout.unified, ttft, costs)
+            options += [pair, *_best_alone(alone, soonest, costs)]
+    options += _best_alone(view.layout.unified, soonest, costs)
     cost, here, decode, first = min(options)
     if cost == np.inf:
         promised = [f"{s:g} s {what}" for s, what in ((facts.ttft_slo_s, "to the first token"), (facts.itl_slo_s, "between tokens")) if s]
@@ -48,13 +48,15 @@ def predicted_in_full(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
         to_push = facts.num_prompt_tokens - view.matched_tokens[decode]
         pushed = to_push * pace.push_token_s
         ready = np.maximum(soonest, pushed) + handing_over[decode]
-        costs = _within(limit, ready, np.maximum(ttft, pushed) + harm)
+        costs = _within(limit, ready + _beside(facts, ready), np.maximum(ttft, pushed) + harm)
         ranked = fitting[costs[fitting].argsort(kind="stable")[:8]].tolist()
     cached = float(cached[ranked[0] if ranked else decode])
     if not known:
         return place(facts, view, decode, ranked, "nothing learned yet", cached)
     waits = _waits(view, pace, ranked[0] if ranked else decode)
-    seconds = {"ttft_s": first, "waits_s": waits, "itl_s": float(step[decode]), "cost_s": cost}
+    beside = float(_beside(facts, np.array(first)))
+    first += beside
+    seconds = {"ttft_s": first, "beside_s": beside, "waits_s": waits, "itl_s": float(step[decode]), "cost_s": cost}
     return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", cached, **seconds)
 
 
@@ -74,7 +76,7 @@ def _best_pair(
     pushed = (facts.num_prompt_tokens - view.matched_tokens[decodes, None]) * pace.push_token_s[fitting]
     first = np.maximum(soonest[fitting], pushed) + handing_over[decodes, None]
     whole = np.maximum(ttft[fitting], pushed) + handing_over[decodes, None]
-    costs = _within(limit, first, whole + harm[fitting] + decoding[decodes, None])
+    costs = _within(limit, first + _beside(facts, first), whole + harm[fitting] + decoding[decodes, None])
     d, p = divmod(int(costs.argmin()), len(fitting))
     return float(costs[d, p]), False, int(decodes[d]), float(first[d, p])
 
@@ -84,11 +86,16 @@ def _within(limit: float, seconds: Column, costs: Column) -> Column:
     return costs if limit == np.inf else np.where(seconds > limit, np.inf, costs)
 
 
-def _best_alone(rows: Rows, ttft: Column, costs: Column) -> list[Option]:
+def _beside(facts: Facts, ttft: Column) -> Column:
+    """What no worker announces doubles the time at most, and halves it."""
+    return np.clip(facts.beside_s, -ttft / 2, ttft)
+
+
+def _best_alone(rows: Rows, soonest: Column, costs: Column) -> list[Option]:
     if not len(rows):
         return []
     row = int(rows[costs[rows].argmin()])
-    return [(float(costs[row]), True, row, float(ttft[row]))]
+    return [(float(costs[row]), True, row, float(soonest[row]))]
 
 
 def _who_may_compute(facts: Facts, view: View, decodes: Rows, fitting: Rows) -> Rows:
@@ -117,9 +124,11 @@ def _step(view: View, pace: Paces) -> Column:
 
 
 def _passed(view: View, step: Column) -> Column:
-    """Seconds of the step that a prefill worker is in that have passed, of which its load does not know. They are told and promised; in the
-    cost the step counts as a whole, as one who is busy now is likely to be busy again."""
-    return np.where(view.layout.is_prefill & (view.pending_tokens > 0), np.minimum(view.computing_s, step), 0.0)
+    """Seconds of the step with a prompt that a prefill or unified worker is in that have passed, of which its load does not know. They are
+    told and promised; in the cost the step counts as a whole, as one who is busy now is likely to be busy again."""
+    decode = np.where(view.layout.is_prefill, 0.0, view.num_requests - view.num_waiting)  # tokens that are no prompt's
+    prompts = (view.pending_tokens > decode) & ~view.layout.is_decode
+    return np.where(prompts, np.minimum(view.computing_s, step), 0.0)
 
 
 def _prompts(facts: Facts, view: View, pace: Paces) -> tuple[Column, Column, Column]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from baton.errors import NoWorkers
+from baton.errors import NoWorkers, Overloaded
 from baton.types import Pace, Role
 from services.router.admission import Forecast, Promised
 from services.router.dispatch import Route
@@ -71,6 +71,40 @@ def test_nobody_waits_at_an_idle_worker_whatever_the_prompt_takes_there() -> Non
         assert (slower.waits_s, slower.itl_s) == (0, pytest.approx(2 * 0.0105))
         behind = forecast(1000, *(replace(each, pending_tokens=3000, num_requests=1, num_waiting=1) for each in mates))
         assert behind.waits_s == pytest.approx(2 * 3.01)
+
+
+def test_what_a_first_token_takes_beside_is_learned_and_promised() -> None:
+    asked = placer(worker("u", Role.UNIFIED))
+
+    def served(actual_s: float, **facts: float) -> float | None:
+        decision = asked.decide(replace(asked.facts(1000, 10), **facts), NOTHING)
+        decision.ttft_s = actual_s
+        asked.learn_ttft(decision)
+        return decision.placement.ttft_s
+
+    assert served(1.25) == pytest.approx(1.01)
+    assert [served(1.25), served(60.0), served(1.25), served(1.25)] == [pytest.approx(told) for told in (1.25, 1.25, 1.25, 1.25)]
+    overdue = replace(asked.facts(1000, 10), ttft_slo_s=1.24)
+    with pytest.raises(Overloaded):
+        POLICIES["predicted"](overdue, [worker("u", Role.UNIFIED)])
+    assert POLICIES["predicted"](replace(overdue, ttft_slo_s=1.26), [worker("u", Role.UNIFIED)]).decode == "u"
+    for _ in range(40):
+        served(60.0)  # a jam that nobody announces
+    assert served(60.0) == pytest.approx(2.02)  # an idle worker is not taken to be as bad
+    for _ in range(40):
+        served(0.2)
+    assert served(0.2) == pytest.approx(1.01 / 2)
+
+
+def test_of_a_step_with_a_prompt_only_what_is_left_is_told() -> None:
+    busy = {"num_requests": 3, "num_waiting": 1, "pending_tokens": 1002}  # two decode
+    begun, decoding = {**busy, "computing_s": 0.4}, {"num_requests": 2, "pending_tokens": 2, "computing_s": 0.4}
+    told = [forecast(1000, worker("u", Role.UNIFIED, **load)).ttft_s or 0.0 for load in (busy, begun)]
+    assert told[0] - told[1] == pytest.approx(0.4)
+    assert (
+        forecast(1000, worker("u", Role.UNIFIED, **decoding)).ttft_s
+        == forecast(1000, worker("u", Role.UNIFIED, **{**decoding, "computing_s": 0.0})).ttft_s
+    )
 
 
 def test_nobody_who_knows_nothing_is_forecast_anything() -> None:
