@@ -99,10 +99,11 @@ class Attempts:
             self._there(attempt)
         raise WorkerLost(f"{placement.decode} ended the stream too early")
 
-    def succeeded(self, attempt: Attempt) -> None:
-        """It has its first token, and goes on with it."""
-        attempt.decision.ttft_s = time.monotonic() - attempt.placed
+    def succeeded(self, attempt: Attempt) -> float:
+        """It has its first token, after so many seconds, and goes on."""
+        attempt.decision.ttft_s = seconds = time.monotonic() - attempt.placed
         self._breakers.succeeded(attempt.decode, attempt.member.instance)
+        return seconds
 
     def failed(self, attempt: Attempt, error: BatonError) -> None:
         """What the next decisions are to know of it. The first word counts."""

@@ -176,9 +176,8 @@ class Dispatcher:
 
     def _began(self, attempt: Attempt, num_known: int, *, first: bool) -> None:
         """`first`: the token is the sequence's first."""
-        self._attempts.succeeded(attempt)
-        placement, actual_s = attempt.decision.placement, attempt.decision.ttft_s
-        if first and actual_s is not None:
+        placement, actual_s = attempt.decision.placement, self._attempts.succeeded(attempt)
+        if first:
             shares = 1 - placement.missing_tokens / num_known, attempt.route.num_cached_tokens / num_known
             self._on_first_token(placement.ttft_s, actual_s, *shares)
 
