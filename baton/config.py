@@ -236,6 +236,20 @@ class AdmissionConfig(Strict):
     itl_slo_s: float | None = Field(default=None, gt=0)
 
 
+class HedgingConfig(Strict):
+    """When the router sends a sequence to a second worker too (docs/admission.md). Nothing set: never."""
+
+    after: float | None = Field(default=None, gt=1)  # once its first token takes so many times as long as predicted; None: never
+    at_least_s: float = Field(default=0.5, gt=0)  # but not before; where no time is predicted, then
+    share: float = Field(default=0.05, gt=0, le=1)  # of the sequences, at most, and ten at once
+
+    @model_validator(mode="after")
+    def _whole(self) -> "HedgingConfig":
+        if self.after is None and (given := sorted(self.model_fields_set - {"after"})):
+            raise ValueError(f"hedging.{given[0]} says nothing without hedging.after: give it, for example hedging.after=3")
+        return self
+
+
 class TLSConfig(Strict):
     """Of the router's ports for clients."""
 
@@ -263,6 +277,7 @@ class RouterConfig(Strict):
     drain_grace_s: float = Field(default=30.0, ge=0)
     tenants: tuple[TenantConfig, ...] = ()  # none: everybody may ask for everything
     admission: AdmissionConfig = AdmissionConfig()
+    hedging: HedgingConfig = HedgingConfig()
     tls: TLSConfig = TLSConfig()
     tracing: TracingConfig = TracingConfig()
     explained: int = Field(default=256, ge=0)  # requests, the latest, that /debug/routes can tell about

@@ -225,6 +225,7 @@ class RouterMetrics(Metrics):
             "arrived_prompt_tokens", "Prompt tokens of each sequence that was asked for, let in or not", TOKEN_BUCKETS
         )
         self.migrations = self.labelled(self.counter("migrations", "Sequences continued on another worker"))
+        self._hedges = self.counter("hedges", "Sequences sent to a second worker too, their first token being late", "result")
         self._prediction = self.histogram("ttft_prediction_error", "|predicted - actual| / actual time to first token", _ERROR)
         self._cache_prediction = self.histogram("cached_tokens_prediction_error", "|predicted - actual| cached / prompt tokens", _ERROR)
         self._success = self.counter("request_success", "Finished requests", "finished_reason")
@@ -245,6 +246,10 @@ class RouterMetrics(Metrics):
         if predicted_s is not None:
             self._prediction.observe(abs(predicted_s - actual_s) / actual_s if actual_s > 0 else 0.0)
         self._cache_prediction.observe(abs(predicted_share - actual_share))
+
+    def hedged(self, result: str) -> None:
+        """`result`: won (the second worker went on with it), lost (the first one did, or nobody waited any more) or failed (the second)."""
+        self.labelled(self._hedges, result=result).inc()
 
     def success(self, reason: str) -> None:
         self.labelled(self._success, finished_reason=reason).inc()

@@ -62,6 +62,8 @@ def build(config: RouterConfig, workers: Workers, channels: Channels, tracer: Tr
         local_prefill=config.local_prefill,
         on_migration=metrics.migrations.inc,
         on_first_token=metrics.predicted,
+        hedging=config.hedging,
+        on_hedge=metrics.hedged,
     )
     metrics.index = workers.counts
     admission = Admission(config.admission, metrics, lease_s=config.cluster.lease_s, problem=dispatcher.placer.problem)

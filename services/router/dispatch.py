@@ -9,26 +9,27 @@ The sequence goes on elsewhere as if nothing had happened, because draws depend 
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
+from baton.config import HedgingConfig
 from baton.errors import BatonError, InternalError, NoWorkers, Overloaded, Unavailable, WorkerLost
-from baton.rpc import convert
 from baton.rpc.channel import Channels
-from baton.rpc.v1 import decode_pb2
 from baton.tracing import NO_SPAN, Span
 from baton.types import GenerateOutput, GenerateRequest
 from services.router.admission import NOTHING_PROMISED, Promised
+from services.router.attempts import Attempt, Attempts
+from services.router.hedging import Hedging
 from services.router.placer import Decision, Placer
 from services.router.policy import Facts, Placement, Policy
 from services.router.sessions import Sessions
-from services.router.spans import attempt_span, end_attempt
 from services.router.workers import HashesBySize, Workers
 
 logger = logging.getLogger(__name__)
+NO_HEDGING = HedgingConfig()
 
 
 def not_kept(decision: Decision) -> None:
@@ -51,10 +52,23 @@ class Route:
     num_cached_tokens: int = 0
     predicted_s: float | None = None  # until the first token
     queued_s: float = 0.0  # before it was placed
+    hedged: str = ""  # where it was sent to two workers, whether the second one went on with it: won, lost
     moves: list[str] = dataclasses.field(default_factory=list[str])  # why it left each earlier worker
     decisions: list[Decision] = dataclasses.field(default_factory=list[Decision], repr=False)  # of each placement, where they are kept
     on_decision: Callable[[Decision], None] = dataclasses.field(default=not_kept, repr=False)  # who may keep it
     span: Span = dataclasses.field(default=NO_SPAN, repr=False)  # the request's
+
+    def sent(self, placement: Placement) -> None:
+        self.decode, self.prefill, self.reason, self.predicted_s = placement.decode, "", placement.reason, placement.ttft_s
+
+    def aside(self) -> "Route":
+        """Of the same sequence, elsewhere at the same time."""
+        return Route(self.policy, span=self.span)
+
+    def take(self, other: "Route") -> None:
+        """It goes on there."""
+        self.decode, self.prefill, self.reason, self.predicted_s = other.decode, other.prefill, other.reason, other.predicted_s
+        self.num_cached_tokens = other.num_cached_tokens
 
     def __str__(self) -> str:
         parts = [
@@ -67,6 +81,8 @@ class Route:
             parts.append(f"predicted_ttft={self.predicted_s:.3f}")
         if self.queued_s:
             parts.append(f"queued={self.queued_s:.3f}")
+        if self.hedged:
+            parts.append(f"hedged={self.hedged}")
         if self.moves:
             parts.append(f"moves={len(self.moves)}")
         text = "; ".join([*parts, f'reason="{self.reason}"'])
@@ -86,12 +102,18 @@ class Dispatcher:
         local_prefill: bool = True,
         on_migration: Callable[[], None] = lambda: None,
         on_first_token: Callable[[float | None, float, float, float], None] = nobody_asks,
+        hedging: HedgingConfig = NO_HEDGING,
+        on_hedge: Callable[[str], None] = lambda result: None,
     ) -> None:
         """`on_first_token`: is told the seconds to it as predicted, if they were, and as they were; and the share of the prompt that was
-        predicted to be cached, and that was."""
+        predicted to be cached, and that was. `on_hedge`: is told what became of each hedge."""
         self.workers, self.policy_name = workers, policy_name
         self.placer = Placer(workers, policy, local_prefill=local_prefill)
-        self._sessions = Sessions(channels, lease_s=lease_s)
+        self._attempts = Attempts(workers, Sessions(channels, lease_s=lease_s), self.placer.breakers)
+        self._hedging = None
+        if hedging.after is not None:
+            values = {"after": hedging.after, "at_least_s": hedging.at_least_s, "share": hedging.share}
+            self._hedging = Hedging(self._attempts, self.placer, **values, on_hedge=on_hedge)
         self._lease_s, self._max_migrations, self._on_migration = lease_s, max_migrations, on_migration
         self._on_first_token = on_first_token
         self._turns = itertools.count()
@@ -111,7 +133,7 @@ class Dispatcher:
         route.num_prompt_tokens = len(request.prompt_token_ids) + len(output)
         turn, refused = next(self._turns), list[str]()
         try:
-            for attempt in itertools.count():
+            for number in itertools.count():
                 if output:  # must be computed as well, wherever it goes on
                     hashes = HashesBySize((*request.prompt_token_ids, *output), request.salt)
                 num_known, left = len(request.prompt_token_ids) + len(output), request.sampling.max_tokens - len(output)
@@ -120,55 +142,57 @@ class Dispatcher:
                     facts = dataclasses.replace(facts, ttft_slo_s=None)
                 decision = await self._place(facts, hashes, refused)
                 route.on_decision(decision)
-                placement, instance = decision.placement, self.workers.member(decision.placement.decode).instance
-                self.placer.breakers.asked(placement.decode, instance)
-                route.decode, route.prefill, route.reason, route.predicted_s = placement.decode, "", placement.reason, placement.ttft_s
-                placed = time.monotonic()
-                name = request.request_id if attempt == 0 else f"{request.request_id}~{attempt}"
+                name = request.request_id if number == 0 else f"{request.request_id}~{number}"
                 part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
-                span = route.span
-                if span.traceparent:
-                    span = attempt_span(span, decision)
-                    part = dataclasses.replace(part, traceparent=span.traceparent)
+                attempt = self._attempts.begin(part, route, decision, hashes)
                 try:
-                    async with aclosing(self._call(part, placement, route, hashes)) as items:
+                    if self._hedging is None or output or route.hedged:
+                        items = self._attempts.outputs(attempt)
+                    else:
+                        place = functools.partial(self._decide_late, facts, promised, hashes, refused)
+                        attempt, items = await self._hedging.race(attempt, place, functools.partial(self._failed, refused))
+                    async with aclosing(items):
                         async for item in items:
-                            if decision.ttft_s is None:
-                                decision.ttft_s = time.monotonic() - placed
-                                self.placer.breakers.succeeded(placement.decode, instance)
-                                if not output:
-                                    self.placer.learn_ttft(decision)
-                                    shares = 1 - placement.missing_tokens / num_known, route.num_cached_tokens / num_known
-                                    self._on_first_token(placement.ttft_s, decision.ttft_s, *shares)
+                            if attempt.decision.ttft_s is None:
+                                self._began(attempt, num_known, first=not output)
                             output += [token.token_id for token in item.tokens]
                             yield item
                             if item.finish_reason is not None:
                                 return
-                    raise WorkerLost(f"{placement.decode} ended the stream too early")
                 except (InternalError, Unavailable) as error:
-                    end_attempt(span, route, decision, error)
-                    self._failed(error, placement.decode, instance, refused)
+                    self._failed(refused, attempt, error)
                     full = isinstance(error, Overloaded) and not self._others(facts, hashes, refused)
-                    if isinstance(error, InternalError) or attempt >= self._max_migrations or full:
+                    if isinstance(error, InternalError) or number >= self._max_migrations or full:
                         raise
-                    told = (request.request_id, placement.decode, len(output), error.message)
+                    told = (request.request_id, attempt.decode, len(output), error.message)
                     logger.warning("%s moves from %s after %d tokens: %s", *told, extra={"request_id": request.request_id})
-                    route.moves.append(f"{placement.decode}: {error.message}")
+                    route.moves.append(f"{attempt.decode}: {error.message}")
                     self._on_migration()
                 finally:
-                    end_attempt(span, route, decision)
+                    self._attempts.end(attempt)
         finally:  # also where a stop string ended it, or nobody reads on
             if len(output) > len(request.output_token_ids):
                 self.placer.learn_output(len(output))
 
-    def _failed(self, error: BatonError, decode: str, instance: str, refused: list[str]) -> None:
+    def _began(self, attempt: Attempt, num_known: int, *, first: bool) -> None:
+        """`first`: the token is the sequence's first."""
+        placement, actual_s = attempt.decision.placement, self._attempts.succeeded(attempt)
+        if first:
+            self.placer.learn_ttft(attempt.decision)
+            shares = 1 - placement.missing_tokens / num_known, attempt.route.num_cached_tokens / num_known
+            self._on_first_token(placement.ttft_s, actual_s, *shares)
+
+    def _failed(self, refused: list[str], attempt: Attempt, error: BatonError) -> None:
         """What the next decisions are to know of it."""
-        if isinstance(error, InternalError | WorkerLost):
-            self.placer.breakers.failed(decode, instance)
-        if isinstance(error, WorkerLost):
-            self.workers.lost(decode)
-        elif isinstance(error, Unavailable):
-            refused.append(decode)
+        self._attempts.failed(attempt, error)
+        if isinstance(error, Unavailable) and not isinstance(error, WorkerLost) and attempt.decode not in refused:
+            refused.append(attempt.decode)
+
+    def _decide_late(
+        self, facts: Facts, promised: Promised, hashes: HashesBySize, refused: Sequence[str], excluded: Sequence[str]
+    ) -> Decision:
+        """Now, with what is left of what was promised."""
+        return self.placer.decide(dataclasses.replace(facts, ttft_slo_s=promised.left_s()), hashes, [*refused, *excluded])
 
     async def _place(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> Decision:
         """Waits up to a lease for a worker that can take it."""
@@ -189,54 +213,3 @@ class Dispatcher:
         except NoWorkers:
             return False
         return True
-
-    async def _call(
-        self, request: GenerateRequest, placement: Placement, route: Route, hashes: HashesBySize
-    ) -> AsyncGenerator[GenerateOutput]:
-        candidates = [self._candidate(name) for name in placement.prefills]
-        message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request), prefill_candidates=candidates)
-        computes = placement.prefills[0] if placement.prefills else placement.decode
-        total, missing = len(request.prompt_token_ids) + len(request.output_token_ids), placement.missing_tokens
-        self.workers.routed(placement.decode, request.request_id, 0, 0)
-        blocks = hashes(self.workers.member(computes).block_size)
-        self.workers.routed(computes, request.request_id, missing, (total**2 - (total - missing) ** 2) // 2, blocks)
-        waited_for: tuple[str, ...] = (computes, placement.decode)
-        breakers, instances, failed = self.placer.breakers, {each.id: each.instance for each in candidates}, set[str]()
-        for first in candidates[:1]:
-            breakers.asked(first.id, first.instance)
-        try:
-            async with aclosing(
-                self._sessions.generate(placement.decode, self.workers.member(placement.decode).address, message)
-            ) as responses:
-                async for response in responses:
-                    if response.HasField("prefill"):
-                        for name in set(response.prefill.failed) - failed:
-                            breakers.failed(name, instances.get(name, ""))
-                        failed.update(response.prefill.failed)
-                        route.prefill = response.prefill.prefill_id
-                        route.reason = f"{placement.reason}; {response.prefill.reason}"
-                        if (route.prefill or placement.decode) != computes:
-                            self.workers.unrouted(computes, request.request_id)
-                    output = convert.output_from_proto(response.output)
-                    if output.cache is not None:
-                        route.num_cached_tokens = output.cache.num_cached_tokens
-                    if output.tokens or output.finish_reason is not None:
-                        if waited_for and route.prefill and route.prefill not in failed:
-                            breakers.succeeded(route.prefill, instances.get(route.prefill, ""))
-                        for worker_id in waited_for:  # their own loads have it by now, whether we were told or not
-                            self.workers.unrouted(worker_id, request.request_id)
-                        waited_for = ()
-                        yield output
-        finally:
-            for worker_id in waited_for:
-                self.workers.unrouted(worker_id, request.request_id)
-
-    def _candidate(self, worker_id: str) -> decode_pb2.PrefillCandidate:
-        member = self.workers.member(worker_id)
-        return decode_pb2.PrefillCandidate(
-            id=worker_id,
-            address=member.address,
-            instance=member.instance,
-            machine=member.machine,
-            tensor_parallel_size=member.tensor_parallel_size,
-        )

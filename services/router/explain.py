@@ -109,6 +109,7 @@ def _sequence(route: Route, policy: Policy) -> Json:
         "cached_tokens": route.num_cached_tokens,
         "queued_s": route.queued_s,
         "moves": route.moves,
+        "hedged": route.hedged or None,
         "reason": route.reason,
         "decisions": [_decision(decision, policy) for decision in route.decisions],
     }

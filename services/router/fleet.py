@@ -99,6 +99,7 @@ class Fleet:
         for request_id in update.arrived:
             worker.routed.pop(request_id, None)
         for request_id in worker.settling:
+            worker.routed.pop(request_id, None)
             self.index.settle(name, request_id)
         worker.settling.clear()
         self._stale |= moved
@@ -117,12 +118,13 @@ class Fleet:
                 self.index.expect(worker_id, request_id, expected)
             self._write(worker)
 
-    def unrouted(self, worker_id: str, request_id: str) -> None:
-        """It has come to its first token there, or will not be computed there at all."""
+    def unrouted(self, worker_id: str, request_id: str, *, silent: bool = False) -> None:
+        """It has come to its first token there, or will not be computed there at all. `silent`: because nothing came from there; it counts
+        until the worker speaks, lest one that hangs seem to have nothing to do."""
         worker = self.workers.get(worker_id)
         if worker is not None:
             worker.settling.append(request_id)
-            if worker.routed.pop(request_id, None) is not None:
+            if not silent and worker.routed.pop(request_id, None) is not None:
                 self._write(worker)
 
     def view(self, hashes: Callable[[int], Sequence[bytes]], exclude: Sequence[str] = ()) -> View:

@@ -83,8 +83,8 @@ class Workers:
         """A request is on its way there; see `Fleet.routed`."""
         self._fleet.routed(worker_id, request_id, tokens, pairs, expected)
 
-    def unrouted(self, worker_id: str, request_id: str) -> None:
-        self._fleet.unrouted(worker_id, request_id)
+    def unrouted(self, worker_id: str, request_id: str, *, silent: bool = False) -> None:
+        self._fleet.unrouted(worker_id, request_id, silent=silent)
 
     def lost(self, worker_id: str) -> None:
         """A call found it gone; it is not used until its stream speaks again."""

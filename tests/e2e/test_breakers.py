@@ -13,14 +13,17 @@ from baton.errors import InternalError
 from baton.rpc.channel import Channels
 from baton.types import Member, Role
 from services.router.dispatch import Dispatcher, Route
-from services.router.policies import POLICIES
+from services.router.policy import Policy, least_load
 from services.router.workers import Workers
 from tests.properties.toy import reference
 from tests.workers import BLOCK_SIZE, LEASE_S, Worker, prompt, worker
 
 
 @asynccontextmanager
-async def dispatcher(*members: tuple[str, Role, Worker]) -> AsyncIterator[Dispatcher]:
+async def dispatcher(
+    *members: tuple[str, Role, Worker], policy: Policy = least_load, max_migrations: int = 3, **options: Any
+) -> AsyncIterator[Dispatcher]:
+    """`options`: further ones of the Dispatcher."""
     hub = {name: Member(id=name, role=role, address=w.address, pid=1, fingerprint="f", block_size=BLOCK_SIZE) for name, role, w in members}
     channels = Channels(LEASE_S)
     workers = Workers(InMemoryMembership(hub), channels, lease_s=LEASE_S)
@@ -29,7 +32,7 @@ async def dispatcher(*members: tuple[str, Role, Worker]) -> AsyncIterator[Dispat
         async with asyncio.timeout(3 * LEASE_S):
             while sum(each.usable for each in workers.all()) < len(hub):
                 await asyncio.sleep(0.01)
-        yield Dispatcher(workers, channels, "least_load", POLICIES["least_load"], lease_s=LEASE_S, max_migrations=3)
+        yield Dispatcher(workers, channels, "least_load", policy, lease_s=LEASE_S, max_migrations=max_migrations, **options)
     finally:
         await workers.close()
         await channels.close()

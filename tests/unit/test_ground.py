@@ -85,6 +85,9 @@ def test_sources_win_in_order(tmp_path: Path) -> None:
         ("engine: 5", "engine"),
         ("policy: psychic", "policy"),
         ("http_port: 99999", "http_port"),
+        ("hedging: {share: 0.1}", r"hedging\.share says nothing without hedging\.after"),
+        ("hedging: {after: 1}", r"hedging\.after: .* greater than 1"),
+        ("hedging: {after: 2, share: 0}", r"hedging\.share"),
     ],
 )
 def test_bad_files_are_explained(tmp_path: Path, text: str, says: str) -> None:

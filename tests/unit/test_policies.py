@@ -12,7 +12,7 @@ from baton.types import BlocksRemoved, BlocksStored, Load, Member, MemberState, 
 from services.router.fleet import Fleet, Worker
 from services.router.index import PrefixIndex
 from services.router.policies import POLICIES
-from services.router.policy import Facts, Placement
+from services.router.policy import Facts, Placement, least_load
 from services.router.predicted import predicted
 from services.router.view import View, WorkerView
 
@@ -236,6 +236,20 @@ def test_a_burst_of_siblings_goes_where_the_first_of_them_went() -> None:
     assert where() == "p0"
     say(made, p0, 2, num_waiting_tokens=1000, num_waiting=1)  # it left without a block being stored
     assert where() == "p1"
+
+
+def test_whom_a_hedge_was_faster_than_has_something_to_do_until_it_speaks() -> None:
+    made, (p0, *_) = fleet("p0", "p1", "d0")
+
+    def where() -> str:
+        return least_load(Facts(num_prompt_tokens=1000, turn=0), made.view(lambda size: HASHES)).prefills[0]
+
+    assert where() == "p0"
+    made.routed("p0", "hangs there", 1000, 500_000, HASHES)
+    made.unrouted("p0", "hangs there", silent=True)
+    assert where() == "p1"
+    say(made, p0, 1)
+    assert where() == "p0"
 
 
 def test_a_hot_prefix_is_computed_once_more_where_waiting_for_it_takes_longer() -> None:
