@@ -32,7 +32,7 @@ def _decode_kernel(
     WINDOW: tl.constexpr, LEAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     KV_HEADS: tl.constexpr = HEADS // GROUP
-    sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kv_head, sequence, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)  # a block's heads lie side by side
     # The step's lists are read before the kernels before have ended: all are written before the step's embedding, an ordinary launch.
     row = tl.load(query_start_ptr + sequence).to(tl.int64)
     count = tl.load(query_start_ptr + sequence + 1) - row
@@ -227,7 +227,7 @@ def paged_attention(
         parts = torch.empty(sequences, heads, splits, dim, dtype=torch.float32, device=q.device)
         sums = torch.empty(sequences, heads, splits, 2, dtype=torch.float32, device=q.device)
         counts = counters(q.device, pairs)
-    _decode_kernel[(sequences, kv_heads, splits)](
+    _decode_kernel[(kv_heads, sequences, splits)](
         q, memory, kv, block_tables, query_start, context_lens, out, parts, sums, counts, q.stride(0), *common, splits, scale,
         heads, group, max(16, triton.next_power_of_2(group)), dim, block_size, tile, window or 0, _LEAST,
         2 if wide or pairs >= processors else 6 if dim <= 128 else 3, num_warps=2 if dim <= 128 else 4, launch_pdl=True,

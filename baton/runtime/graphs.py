@@ -7,9 +7,11 @@ A graph also takes pending tokens from the draw before it, and draws greedily; w
 each captures its own, with what they compute together.
 """
 
+import contextlib
+import gc
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +25,20 @@ from baton.scheduling.plan import StepPlan
 
 logger = logging.getLogger(__name__)
 _WORDS = 7  # int32 words of input for each request: token id, position and slot are int64, the context's length is int32
+
+
+@contextlib.contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Around captures: a graph that the garbage collector finds meanwhile, of an engine that is gone, can't be taken apart ("operation not
+    permitted when stream is capturing"), breaks the capture and gives up its memory. torch 2.11 does not collect before it captures."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Graphs(Protocol):
@@ -55,6 +71,7 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # with its logits
         self._sizes = _sizes(max_num_seqs)
 
+    @nothing_collected()
     @torch.inference_mode()
     def capture(self) -> None:
         started, pool = time.monotonic(), None

@@ -19,6 +19,7 @@ import torch
 
 from baton.forward import ForwardBatch
 from baton.models.decoder import Decoder
+from baton.runtime.graphs import nothing_collected
 
 logger = logging.getLogger(__name__)
 _SIZES = (*range(64, 512, 64), *range(512, 1025, 128), *range(1280, 2049, 256))  # tokens
@@ -39,6 +40,7 @@ class PiecewiseGraphs:
         self._kv = kv
         self._graphs: dict[int, tuple[list[torch.cuda.CUDAGraph], torch.Tensor]] = {}  # pieces, and the residual stream that they share
 
+    @nothing_collected()
     @torch.inference_mode()
     def capture(self) -> None:
         started, pool = time.monotonic(), torch.cuda.graph_pool_handle()

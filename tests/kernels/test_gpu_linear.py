@@ -1,10 +1,13 @@
 """Products for few rows and the greedy choice, against fp64, on a Hopper GPU: `python -m pytest tests/kernels`."""
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
+
+from baton.runtime.graphs import nothing_collected
 
 linear: Any = None
 sampling: Any = None
@@ -127,14 +130,37 @@ def test_rows_of_a_wider_tensor_and_of_odd_addresses():
         close(linear.linear(wide[:, start : start + 256], weight), x.double() @ weight.double().t(), torch.bfloat16)
 
 
+def test_a_graph_that_is_garbage_does_not_break_the_capture_of_another():
+    class Gone:
+        def __init__(self, x):
+            self.itself, self.graph = self, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = x + 1
+
+    x = torch.zeros(1 << 20, device="cuda")
+    x + 1
+    threshold = gc.get_threshold()
+    gc.collect()
+    for _ in range(3):
+        Gone(x)
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with nothing_collected(), torch.cuda.graph(graph):
+            gc.set_threshold(1, 1, 1)
+            outs = [[x + i] for i in range(100)]
+    finally:
+        gc.set_threshold(*threshold)
+    graph.replay()
+    assert [float(out.sum()) for (out,) in outs[:3]] == [0, 1 << 20, 2 << 20]
+
+
 def test_the_same_bits_again_and_in_a_graph():
     for m, n, k in ((1, 6144, 4096), (8, 4096, 14336), (40, 4096, 4096)):
         x, weight, _ = inputs(m, n, k, torch.bfloat16)
         first = linear.linear(x, weight)
-        functional.relu(first)  # a kernel that is loaded while a graph is captured may not be there yet when that is replayed
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with nothing_collected(), torch.cuda.graph(graph):
             middle = functional.relu(linear.linear(x, weight))
             outs = [linear.linear(x, weight) for _ in range(20)] + [linear.linear(middle, weight)] * (n == k)
         for _ in range(5):
