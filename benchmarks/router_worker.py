@@ -111,7 +111,7 @@ class Call:
         self._last = _event(number, GenerateOutput(tokens=(last,), cache=cache, finish_reason=end))
         self._events = [_event(number, GenerateOutput(tokens=(OutputToken(token),))) for token in TOKENS]
         self._place = 0
-        self._times = clock.given(re.sub(r"-\d+-\d+-[0-9a-f]{8}(~\d+)?$", "", sequence.request_id))  # moved or not
+        self._times = clock.given(re.sub(r"-\d+-\d+-[0-9a-f]{8}(~\w+)*$", "", sequence.request_id))  # moved or not
 
     def step(self, now: float) -> bytes:
         self._times.append(now)

@@ -185,8 +185,8 @@ def verdict(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def bound(setting: Setting, asks: Sequence[Ask]) -> float:
-    """Seconds to the first token that no policy can be below in the mean: each prompt computed at once, alone on an idle worker that holds
-    all that was ever sent before; those that would be late even so are refused."""
+    """Seconds to the first token that no policy can be below in the mean which refuses only what would be late anyhow: each prompt computed
+    at once, alone on an idle worker that holds all that was ever sent before."""
     known, times, pace, shape = set[bytes](), list[float](), DEFAULT_PACE, Shape(block_size=setting.block_size)
     for ask in sorted(asks, key=lambda ask: ask.at):
         cached = 0
@@ -198,7 +198,7 @@ def bound(setting: Setting, asks: Sequence[Ask]) -> float:
         steps = -(-missing // shape.max_num_batched_tokens)
         times.append(pace.base_s * steps + pace.token_s * missing + pace.pair_s * pairs)
         known.update(ask.hashes)
-    return statistics.mean(seconds for seconds in times if seconds <= setting.ttft_slo_s)
+    return statistics.mean([seconds for seconds in times if seconds <= setting.ttft_slo_s] or [0.0])
 
 
 def decision(workers: int, excluded: int, *, tiers: bool, blocks: int = 256, rounds: int = 2000) -> None:
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--settings", nargs="*", default=[each.name for each in SETTINGS], choices=[each.name for each in SETTINGS])
     parser.add_argument("--loads", nargs="*", type=float, help="in place of the settings' own")
-    parser.add_argument("--bound", action="store_true", help="the mean time to the first token that no policy can be below")
+    parser.add_argument("--bound", action="store_true", help="the mean time to the first token without any waiting")
     parser.add_argument("--decision", type=int, metavar="WORKERS")
     parser.add_argument("--excluded", type=int, default=0, metavar="WORKERS", help="of --decision's, left out")
     parser.add_argument("--tiers", action="store_true", help="with --decision: blocks in host memory, files and the pool, too")

@@ -10,6 +10,7 @@ each captures its own, with what they compute together.
 import contextlib
 import gc
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -24,6 +25,7 @@ from baton.runtime.staging import to_device
 from baton.scheduling.plan import StepPlan
 
 logger = logging.getLogger(__name__)
+_COLLECTOR = threading.Lock()  # the process has one
 _WORDS = 7  # int32 words of input for each request: token id, position and slot are int64, the context's length is int32
 
 
@@ -31,14 +33,15 @@ _WORDS = 7  # int32 words of input for each request: token id, position and slot
 def nothing_collected() -> Iterator[None]:
     """Around captures: a graph that the garbage collector finds meanwhile, of an engine that is gone, can't be taken apart ("operation not
     permitted when stream is capturing"), breaks the capture and gives up its memory. torch 2.11 does not collect before it captures."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    with _COLLECTOR:
+        gc.collect()
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 class Graphs(Protocol):

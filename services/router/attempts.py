@@ -119,7 +119,7 @@ class Attempts:
     def end(self, attempt: Attempt) -> None:
         """However it went, and though `outputs` may never have been asked."""
         self._there(attempt)
-        end_attempt(attempt.span, attempt.route, attempt.decision)
+        end_attempt(attempt.span, attempt.route, attempt.decision, overtaken=attempt.overtaken)
 
     def _there(self, attempt: Attempt) -> None:
         for worker_id in attempt.waited_for:

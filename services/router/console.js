@@ -153,6 +153,7 @@ function routeWords(route) {
   const flags = [
     route.degraded ? h("strong", { class: "warn" }, "degraded ") : null,
     route.moves ? h("strong", { class: "warn" }, `moved ${route.moves}× `) : null,
+    route.hedged ? h("strong", null, `hedged: ${route.hedged} `) : null,
     route.queued_s ? h("strong", null, `queued ${seconds(route.queued_s)} `) : null,
     route.num_sequences > 1 ? h("strong", null, `${route.num_sequences} sequences `) : null,
   ];

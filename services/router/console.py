@@ -185,8 +185,10 @@ def _routes(gateway: "Gateway", authorization: str | None) -> list[Json] | None:
 
 
 def _route(request_id: str, record: Record) -> Json:
-    """Its first sequence, as it was placed last. Until the first token has come (`ttft_s`), `prefill` is the one that was chosen."""
-    route, decision = record.routes[0], record.routes[0].decisions[-1]
+    """Its first sequence, as it was placed last where it goes on. Until the first token has come (`ttft_s`), `prefill` is the one that was
+    chosen."""
+    route, decisions = record.routes[0], record.routes[0].decisions
+    decision = next((each for each in reversed(decisions) if each.placement.decode == route.decode), decisions[-1])  # not a hedge that lost
     prefill = route.prefill if decision.ttft_s is not None else "".join(decision.placement.prefills[:1])
     return {
         "request_id": request_id,
@@ -200,6 +202,7 @@ def _route(request_id: str, record: Record) -> Json:
         "ttft_s": decision.ttft_s,
         "queued_s": route.queued_s,
         "moves": len(route.moves),
+        "hedged": route.hedged or None,
         "num_sequences": record.num_sequences,
         "degraded": bool(decision.degraded),
     }

@@ -132,6 +132,8 @@ class Dispatcher:
         output, hashes = list(request.output_token_ids), hashes or HashesBySize(request.prompt_token_ids, request.salt)
         route.num_prompt_tokens = len(request.prompt_token_ids) + len(output)
         turn, refused = next(self._turns), list[str]()
+        if self._hedging is not None:
+            self._hedging.earn()
         try:
             for number in itertools.count():
                 if output:  # must be computed as well, wherever it goes on

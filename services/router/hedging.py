@@ -67,12 +67,15 @@ class Hedging:
         self._after, self._at_least_s, self._share, self._on_hedge = after, at_least_s, share, on_hedge
         self._allowed = BURST
 
+    def earn(self) -> None:
+        """Another sequence has come."""
+        self._allowed = min(self._allowed + self._share, BURST)
+
     async def race(
         self, first: Attempt, place: Callable[[Sequence[str]], Decision], failed: Callable[[Attempt, BatonError], None]
     ) -> tuple[Attempt, Outputs]:
         """Who goes on, which may be the hedge, and all its outputs. `place`: a decision without these workers; `failed`: is told of each
         that fails. Raises what the first fails with, if there is nobody else; whoever does not go on has ended."""
-        self._allowed = min(self._allowed + self._share, BURST)
         lanes, route = [self._lane(first)], first.route
         won: _Lane | None = None
         try:
@@ -85,8 +88,12 @@ class Hedging:
                 won.attempt.route = route
             return won.attempt, won.all()
         except BaseException:
+            won = None
             for lane in lanes:
-                await self._leave(lane)
+                lane.first.cancel()  # all of them, though we may be cancelled once more while one is waited for
+            for left in await asyncio.gather(*map(self._leave, lanes), return_exceptions=True):
+                if isinstance(left, BaseException):
+                    logger.error("a call could not be left", exc_info=left)
             raise
         finally:
             for hedge in lanes[1:]:
@@ -150,5 +157,7 @@ class Hedging:
 
     async def _leave(self, lane: _Lane, *, overtaken: bool = False) -> None:
         lane.attempt.overtaken = overtaken
-        await lane.leave()
-        self._attempts.end(lane.attempt)
+        try:
+            await lane.leave()
+        finally:
+            self._attempts.end(lane.attempt)

@@ -51,7 +51,6 @@ class Placer:
             turn=turn,
             num_output_tokens=self.expected_tokens(max_tokens),
             local_prefill=self._local_prefill,
-            beside_s=self._beside_s,
             ttft_slo_s=promised.left_s(),
             itl_slo_s=promised.itl_s,
         )
@@ -64,11 +63,20 @@ class Placer:
         self._num_output_tokens += LEARNED * (num_tokens - self._num_output_tokens)
 
     def learn_ttft(self, decision: Decision) -> None:
-        """What a first token took beside what workers announce: the median of the latest, which a stopped process does not move."""
+        """What a first token took beside what workers announce, hand-overs and the way to us: the median of the latest is told of the next.
+        Nobody is placed or refused by it, so a jam that is over keeps nobody away."""
         expected_s, actual_s = decision.placement.ttft_s, decision.ttft_s
         if expected_s is not None and actual_s is not None:
             self._beside.append(actual_s - (expected_s - (decision.placement.beside_s or 0.0)))
             self._beside_s = median(self._beside)
+
+    def _told(self, decision: Decision) -> Decision:
+        """With what is beside; that doubles or halves the time at most."""
+        ttft_s = decision.placement.ttft_s
+        if ttft_s is not None and self._beside_s:
+            beside_s = min(max(self._beside_s, -ttft_s / 2), ttft_s)
+            decision.placement = dataclasses.replace(decision.placement, ttft_s=ttft_s + beside_s, beside_s=beside_s)
+        return decision
 
     def decide(self, facts: Facts, hashes: HashesBySize, refused: Sequence[str] = ()) -> Decision:
         """Raises NoWorkers."""
@@ -77,11 +85,11 @@ class Placer:
             decision = self._decide(facts, self._workers.view(hashes, exclude=[*refused, *broken]))
             if decision.degraded and broken:
                 decision.degraded += f" ({', '.join(broken)}: left alone, having failed request after request)"
-            return decision
+            return self._told(decision)
         except NoWorkers:
             if not broken:
                 raise
-            return self._decide(facts, self._workers.view(hashes, exclude=refused))
+            return self._told(self._decide(facts, self._workers.view(hashes, exclude=refused)))
 
     def _decide(self, facts: Facts, view: Sequence[WorkerView]) -> Decision:
         try:
@@ -126,6 +134,7 @@ class Placer:
                 placement = self.decide(self.facts(num_prompt_tokens, max_tokens, promised=promised), hashes).placement
             except NoWorkers:
                 return Forecast()
-            return Forecast(ttft_s=placement.ttft_s, waits_s=placement.waits_s or 0.0, itl_s=placement.itl_s)
+            ttft_s = None if placement.ttft_s is None else placement.ttft_s - (placement.beside_s or 0.0)
+            return Forecast(ttft_s=ttft_s, waits_s=placement.waits_s or 0.0, itl_s=placement.itl_s)
 
         return now

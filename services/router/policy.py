@@ -23,7 +23,6 @@ class Facts:
     num_output_tokens: float = 0.0  # expected
     local_prefill: bool = True  # a decode worker may be told to compute a whole prompt itself
     fetch_token_s: float | None = None  # of a token's KV from the pool; None: not known
-    beside_s: float = 0.0  # that a first token takes beside what workers announce: hand-overs, the way to us
     ttft_slo_s: float | None = None  # what the request was promised, for policies that refuse
     itl_slo_s: float | None = None
 
@@ -35,7 +34,7 @@ class Placement:
     missing_tokens: int  # of the prompt, where it is computed, when that is done which was sent there before, and fetched what is to be
     reason: str  # for people
     ttft_s: float | None = None  # predicted
-    beside_s: float | None = None  # of that: what no worker announces
+    beside_s: float | None = None  # of that: what no worker announces; the router's to add (`Placer`)
     waits_s: float | None = None  # predicted: until that prompt's computing begins, where it is computed
     itl_s: float | None = None  # predicted: a step of `decode` with it
     cost_s: float | None = None  # seconds that it adds to anybody's waiting, where the policy counts in those

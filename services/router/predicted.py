@@ -75,7 +75,7 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     view.entrances()  # there is one
     known, pace = _complete(view)
     itl_s = (known and facts.itl_slo_s) or np.inf
-    asked = _asked(facts, view, pace, _limit(facts) if known else np.inf, itl_s)
+    asked = _asked(facts, view, pace, (known and facts.ttft_slo_s) or np.inf, itl_s)
     options: list[_Option] = []
     for pool in view.layout.pools:
         if len(pool.decodes):
@@ -94,21 +94,8 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     if not known:
         return place(facts, view, best.decode, ranked, "nothing learned yet", cached)
     waits, itl_s = _waits(view, pace, computes), float(asked.with_it[best.decode])
-    beside_s = _beside(facts, best.ttft_s)
-    ttft_s = best.ttft_s + beside_s
-    seconds = {"ttft_s": ttft_s, "beside_s": beside_s, "waits_s": waits, "itl_s": itl_s, "cost_s": best.cost}
-    return place(facts, view, best.decode, ranked, f"{ttft_s:.3f} s to the first token expected", cached, **seconds)
-
-
-def _beside(facts: Facts, ttft_s: float) -> float:
-    """It doubles the time at most, and halves it: what was learned in a jam does not keep requests from an idle worker."""
-    return min(max(facts.beside_s, -ttft_s / 2), ttft_s)
-
-
-def _limit(facts: Facts) -> float:
-    """What is promised for the time without what is beside: whoever is within this is, with `_beside`, within that."""
-    promised = facts.ttft_slo_s or np.inf
-    return promised - min(max(facts.beside_s, -promised), promised / 2)
+    seconds = {"ttft_s": best.ttft_s, "waits_s": waits, "itl_s": itl_s, "cost_s": best.cost}
+    return place(facts, view, best.decode, ranked, f"{best.ttft_s:.3f} s to the first token expected", cached, **seconds)
 
 
 def _asked(facts: Facts, view: View, pace: Paces, limit: float, itl_s: float) -> _Asked:

@@ -78,9 +78,10 @@ def attempt_span(span: Span, decision: "Decision") -> Span:
     )
 
 
-def end_attempt(span: Span, route: "Route", decision: "Decision", error: Exception | None = None) -> None:
+def end_attempt(span: Span, route: "Route", decision: "Decision", error: Exception | None = None, *, overtaken: bool = False) -> None:
     """The first word counts. `route`: how it really went."""
     if span is not route.span and span.on:
         actual = decision.ttft_s
         span.set({"baton.route.prefill": route.prefill or "local", "baton.route.outcome": route.reason, "baton.route.actual_ttft": actual})
+        span.set({"baton.route.overtaken": overtaken or None})
         span.end(error)

@@ -16,9 +16,9 @@ from baton.config import HedgingConfig, TracingConfig
 from baton.errors import WorkerLost
 from baton.tracing import make_tracer
 from baton.types import GenerateRequest, Role
-from services.router import hedging
+from services.router import console, hedging
 from services.router.dispatch import Dispatcher, Route
-from services.router.explain import Records, explain
+from services.router.explain import Record, Records, explain
 from services.router.policy import Facts, Placement, least_load
 from services.router.view import WorkerView
 from tests.cluster import running_cluster
@@ -128,6 +128,8 @@ async def test_the_first_goes_on_where_it_answers_first_after_all() -> None:
             assert (route.decode, route.hedged, it.results) == ("a", "lost", ["lost"])
             assert route.reason.startswith("least load")
             assert len(it.firsts) == 1
+            shown = console._route("r", Record([route]))
+            assert (shown["decode"], shown["hedged"], shown["ttft_s"]) == ("a", "lost", route.decisions[0].ttft_s)
         await it.assert_clean()
 
 

@@ -25,7 +25,7 @@ def predicted_in_full(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     soonest = ttft - _passed(view, current)
     limit = (known and facts.ttft_slo_s) or np.inf
     if known:
-        harm, decoding = _within(limit, soonest + _beside(facts, soonest), harm), _within(facts.itl_slo_s or np.inf, step, decoding)
+        harm, decoding = _within(limit, soonest, harm), _within(facts.itl_slo_s or np.inf, step, decoding)
     costs = ttft + harm + decoding
     if known and facts.itl_slo_s:
         costs = np.where(view.layout.is_decode, _within(facts.itl_slo_s, _habitual(facts, view, pace, step), costs), costs)
@@ -48,15 +48,13 @@ def predicted_in_full(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
         to_push = facts.num_prompt_tokens - view.matched_tokens[decode]
         pushed = to_push * pace.push_token_s
         ready = np.maximum(soonest, pushed) + handing_over[decode]
-        costs = _within(limit, ready + _beside(facts, ready), np.maximum(ttft, pushed) + harm)
+        costs = _within(limit, ready, np.maximum(ttft, pushed) + harm)
         ranked = fitting[costs[fitting].argsort(kind="stable")[:8]].tolist()
     cached = float(cached[ranked[0] if ranked else decode])
     if not known:
         return place(facts, view, decode, ranked, "nothing learned yet", cached)
     waits = _waits(view, pace, ranked[0] if ranked else decode)
-    beside = float(_beside(facts, np.array(first)))
-    first += beside
-    seconds = {"ttft_s": first, "beside_s": beside, "waits_s": waits, "itl_s": float(step[decode]), "cost_s": cost}
+    seconds = {"ttft_s": first, "waits_s": waits, "itl_s": float(step[decode]), "cost_s": cost}
     return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", cached, **seconds)
 
 
@@ -76,7 +74,7 @@ def _best_pair(
     pushed = (facts.num_prompt_tokens - view.matched_tokens[decodes, None]) * pace.push_token_s[fitting]
     first = np.maximum(soonest[fitting], pushed) + handing_over[decodes, None]
     whole = np.maximum(ttft[fitting], pushed) + handing_over[decodes, None]
-    costs = _within(limit, first + _beside(facts, first), whole + harm[fitting] + decoding[decodes, None])
+    costs = _within(limit, first, whole + harm[fitting] + decoding[decodes, None])
     d, p = divmod(int(costs.argmin()), len(fitting))
     return float(costs[d, p]), False, int(decodes[d]), float(first[d, p])
 
@@ -84,11 +82,6 @@ def _best_pair(
 def _within(limit: float, seconds: Column, costs: Column) -> Column:
     """The costs, of those that are late infinite."""
     return costs if limit == np.inf else np.where(seconds > limit, np.inf, costs)
-
-
-def _beside(facts: Facts, ttft: Column) -> Column:
-    """What no worker announces doubles the time at most, and halves it."""
-    return np.clip(facts.beside_s, -ttft / 2, ttft)
 
 
 def _best_alone(rows: Rows, soonest: Column, costs: Column) -> list[Option]:

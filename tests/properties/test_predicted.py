@@ -73,7 +73,6 @@ def some_facts(rng: random.Random) -> Facts:
         turn=0,
         num_output_tokens=rng.choice([0.0, 1.0, 128.0]),
         local_prefill=rng.random() < 0.7,
-        beside_s=rng.choice([0.0, rng.uniform(-0.5, 2.0)]),
         ttft_slo_s=rng.choice([None, None, 10 ** rng.uniform(-2, 2)]),
         itl_slo_s=rng.choice([None, None, 10 ** rng.uniform(-2, 0)]),
     )

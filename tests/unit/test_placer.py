@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from baton.errors import NoWorkers, Overloaded
+from baton.errors import NoWorkers
 from baton.types import Pace, Role
 from services.router.admission import Forecast, Promised
 from services.router.dispatch import Route
@@ -73,24 +73,23 @@ def test_nobody_waits_at_an_idle_worker_whatever_the_prompt_takes_there() -> Non
         assert behind.waits_s == pytest.approx(2 * 3.01)
 
 
-def test_what_a_first_token_takes_beside_is_learned_and_promised() -> None:
+def test_what_a_first_token_takes_beside_is_learned_and_told_but_refuses_nobody() -> None:
     asked = placer(worker("u", Role.UNIFIED))
 
-    def served(actual_s: float, **facts: float) -> float | None:
-        decision = asked.decide(replace(asked.facts(1000, 10), **facts), NOTHING)
+    def served(actual_s: float) -> float | None:
+        decision = asked.decide(asked.facts(1000, 10), NOTHING)
         decision.ttft_s = actual_s
         asked.learn_ttft(decision)
         return decision.placement.ttft_s
 
     assert served(1.25) == pytest.approx(1.01)
-    assert [served(1.25), served(60.0), served(1.25), served(1.25)] == [pytest.approx(told) for told in (1.25, 1.25, 1.25, 1.25)]
-    overdue = replace(asked.facts(1000, 10), ttft_slo_s=1.24)
-    with pytest.raises(Overloaded):
-        POLICIES["predicted"](overdue, [worker("u", Role.UNIFIED)])
-    assert POLICIES["predicted"](replace(overdue, ttft_slo_s=1.26), [worker("u", Role.UNIFIED)]).decode == "u"
+    assert [served(1.25), served(60.0), served(1.25), served(1.25)] == [pytest.approx(1.25)] * 4
     for _ in range(40):
         served(60.0)  # a jam that nobody announces
-    assert served(60.0) == pytest.approx(2.02)  # an idle worker is not taken to be as bad
+    assert served(60.0) == pytest.approx(2.02)
+    assert asked.forecast(1000, NOTHING, 10)().ttft_s == pytest.approx(1.01)
+    promised = Promised(first_by=time.monotonic() + 1.1)
+    assert asked.decide(asked.facts(1000, 10, promised=promised), NOTHING).placement.decode == "u"
     for _ in range(40):
         served(0.2)
     assert served(0.2) == pytest.approx(1.01 / 2)
