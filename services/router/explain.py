@@ -124,7 +124,7 @@ def _decision(decision: Decision, policy: Policy) -> Json:
         "degraded": decision.degraded or None,
         "facts": dataclasses.asdict(decision.facts),
         "chosen": dataclasses.asdict(placement),
-        "ttft_s": {"predicted": placement.ttft_s, "actual": decision.ttft_s},
+        "ttft_s": {"predicted": placement.ttft_s, "beside": placement.beside_s, "actual": decision.ttft_s},
         "cached_tokens_seen": matched,  # by the router, where the prompt was to be computed
         "candidates": [_option(option, placement, decision.view) for option in ranking(policy, decision.facts, decision.view)],
     }

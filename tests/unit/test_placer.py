@@ -156,7 +156,7 @@ def test_an_explanation_ranks_the_choice_and_who_would_have_been_next() -> None:
     decision.ttft_s = 1.5
     page = explain(Record([Route("predicted", decode="d1", prefill="p1", num_prompt_tokens=1000, decisions=[decision])]), asked.policy)
     [told] = page["sequences"][0]["decisions"]
-    assert told["ttft_s"] == {"predicted": pytest.approx(1.01), "actual": 1.5}
+    assert told["ttft_s"] == {"predicted": pytest.approx(1.01), "beside": None, "actual": 1.5}
     assert set(told["candidates"][0]["workers"]) == {"d1", "p1"}
     assert [bool(each["forbidden"]) for each in told["candidates"]] == [False, False, True, False]
 
