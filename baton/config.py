@@ -397,8 +397,10 @@ def _put(tree: dict[str, Any], keys: Sequence[str], text: str) -> None:
 
 def _explain(cls: type[Strict], location: tuple[str, ...], message: str, kind: str) -> str:
     where = ".".join(location)
+    if kind == "model_type":
+        return f"{where}: must be a section of keys with values"
     if kind != "extra_forbidden":
-        return f"{where}: {message}"
+        return ": ".join(filter(None, (where, message.removeprefix("Value error, "))))
     known = _section(cls, location[:-1]).model_fields
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(known)}")

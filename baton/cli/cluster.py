@@ -28,7 +28,7 @@ import httpx
 import yaml
 
 from baton.cluster.machine import die_with_parent, free_port
-from baton.config import check_policy
+from baton.config import KVStoreConfig, RouterConfig, WorkerConfig, check_policy, load_config
 from baton.errors import EXIT_CONFIG, BatonError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ START_TIMEOUT_S = 180.0
 STOP_GRACE_S = 15.0
 _STEADY_S = 10.0  # a child that lived so long may be started again at once
 _MAX_QUICK_DEATHS = 5
+_CONFIGS = {"prefill": WorkerConfig, "decode": WorkerConfig, "router": RouterConfig, "kvstore": KVStoreConfig}
 _TARGETS = ("prefill", "decode", "unified", "router", "kvstore", "kvstore-master")
 
 
@@ -218,12 +219,17 @@ class Cluster:
         tree = {**config, "server": {"id": name, **config.get("server", {})}}
         path = self._folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree))
-        command = [sys.executable, "-m", f"services.{service}", "--config", str(path)]
+        overrides: list[str] = []
         for setting in self._plan.settings:
             key, _, value = setting.partition("=")
             target, _, rest = key.partition(".")
             if target in (role, service, name, "all"):
-                command.append(f"{rest}={value}")
+                overrides.append(f"{rest}={value}")
+        try:
+            load_config(_CONFIGS[service], path, overrides)
+        except ConfigError as error:  # of what was set: nobody has written that file
+            raise ConfigError(f"{name}: {error.message.removeprefix(f'{path}: ')} (--set {role}.KEY=VALUE)") from error
+        command = [sys.executable, "-m", f"services.{service}", "--config", str(path), *overrides]
         return Child(name, role, command, self._logs / f"{name}.log")
 
     # -- children

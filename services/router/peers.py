@@ -98,7 +98,7 @@ def mooncake(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
     for seconds, promised in ((ttft[computes], facts.ttft_slo_s), (itl[entrance], facts.itl_slo_s)):
         if promised is not None and seconds > promised:
             raise Overloaded(f"{seconds:.3f} s are expected where {promised:g} s were promised; try again later, or add workers")
-    expected = f"{ttft[computes]:.3f} s to the first token expected"
+    expected = f"{ttft[computes]:.3f} s until the prompt is computed"
     if not ttft[computes]:
         return place(facts, view, entrance, ranked, expected)
     seconds = {"ttft_s": float(ttft[computes]), "waits_s": float(queue[computes]), "itl_s": float(itl[entrance]) or None}

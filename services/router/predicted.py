@@ -95,7 +95,7 @@ def predicted(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
         return place(facts, view, best.decode, ranked, "nothing learned yet", cached)
     waits, itl_s = _waits(view, pace, computes), float(asked.with_it[best.decode])
     seconds = {"ttft_s": best.ttft_s, "waits_s": waits, "itl_s": itl_s, "cost_s": best.cost}
-    return place(facts, view, best.decode, ranked, f"{best.ttft_s:.3f} s to the first token expected", cached, **seconds)
+    return place(facts, view, best.decode, ranked, f"{best.ttft_s:.3f} s until the prompt is computed", cached, **seconds)
 
 
 def _asked(facts: Facts, view: View, pace: Paces, limit: float, itl_s: float) -> _Asked:

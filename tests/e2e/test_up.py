@@ -237,7 +237,15 @@ def test_a_taken_port(tiny_model: Path) -> None:
         (["--set", "block_size"], "role.key=value"),
         (["--set", "decod.engine.block_size=32"], "no role 'decod'"),
         (["--http-port", "99999"], "--http-port"),
-        (["--unified", "1", "--kvstore", "0", "--set", "unified.engine.blok_size=8"], "did you mean block_size?"),
+        (
+            ["--unified", "1", "--kvstore", "0", "--set", "unified.engine.blok_size=8"],
+            "unified-0: unknown key engine.blok_size; did you mean block_size?",
+        ),
+        (
+            ["--set", "router.hedging.after=3", "--set", "router.hedging.share=2"],
+            "router: hedging.share: Input should be less than or equal to 1",
+        ),
+        (["--set", "router.hedging=3"], "router: hedging: must be a section of keys with values (--set router.KEY=VALUE)"),
         (["--unified", "1", "--kvstore", "0", "--policy", "psychic"], "no policy 'psychic'; there are predicted,"),
     ],
 )

@@ -55,7 +55,7 @@ def predicted_in_full(facts: Facts, workers: Sequence[WorkerView]) -> Placement:
         return place(facts, view, decode, ranked, "nothing learned yet", cached)
     waits = _waits(view, pace, ranked[0] if ranked else decode)
     seconds = {"ttft_s": first, "waits_s": waits, "itl_s": float(step[decode]), "cost_s": cost}
-    return place(facts, view, decode, ranked, f"{first:.3f} s to the first token expected", cached, **seconds)
+    return place(facts, view, decode, ranked, f"{first:.3f} s until the prompt is computed", cached, **seconds)
 
 
 def _best_pair(
