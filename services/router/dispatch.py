@@ -194,14 +194,15 @@ class Dispatcher:
         self, facts: Facts, promised: Promised, hashes: HashesBySize, refused: Sequence[str], excluded: Sequence[str]
     ) -> Decision:
         """Now, with what is left of what was promised."""
-        return self.placer.decide(dataclasses.replace(facts, ttft_slo_s=promised.left_s()), hashes, [*refused, *excluded])
+        facts = dataclasses.replace(facts, ttft_slo_s=promised.left_s())
+        return self.placer.told(self.placer.decide(facts, hashes, [*refused, *excluded]))
 
     async def _place(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> Decision:
         """Waits up to a lease for a worker that can take it."""
         deadline = asyncio.get_running_loop().time() + self._lease_s
         while True:
             try:
-                return self.placer.decide(facts, hashes, refused)
+                return self.placer.told(self.placer.decide(facts, hashes, refused))
             except NoWorkers:
                 left = deadline - asyncio.get_running_loop().time()
                 if left <= 0:

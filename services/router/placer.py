@@ -63,15 +63,15 @@ class Placer:
         self._num_output_tokens += LEARNED * (num_tokens - self._num_output_tokens)
 
     def learn_ttft(self, decision: Decision) -> None:
-        """What a first token took beside what workers announce, hand-overs and the way to us: the median of the latest is told of the next.
-        Nobody is placed or refused by it, so a jam that is over keeps nobody away."""
+        """What a first token took beside what workers announce, hand-overs and the way to us: the latest ones' median is `told` of the next."""
         expected_s, actual_s = decision.placement.ttft_s, decision.ttft_s
         if expected_s is not None and actual_s is not None:
             self._beside.append(actual_s - (expected_s - (decision.placement.beside_s or 0.0)))
             self._beside_s = median(self._beside)
 
-    def _told(self, decision: Decision) -> Decision:
-        """With what is beside; that doubles or halves the time at most."""
+    def told(self, decision: Decision) -> Decision:
+        """With what is beside, which doubles or halves the time at most. Nobody is placed or refused by it, so a jam that is over keeps nobody
+        away."""
         ttft_s = decision.placement.ttft_s
         if ttft_s is not None and self._beside_s:
             beside_s = min(max(self._beside_s, -ttft_s / 2), ttft_s)
@@ -85,11 +85,11 @@ class Placer:
             decision = self._decide(facts, self._workers.view(hashes, exclude=[*refused, *broken]))
             if decision.degraded and broken:
                 decision.degraded += f" ({', '.join(broken)}: left alone, having failed request after request)"
-            return self._told(decision)
+            return decision
         except NoWorkers:
             if not broken:
                 raise
-            return self._told(self._decide(facts, self._workers.view(hashes, exclude=refused)))
+            return self._decide(facts, self._workers.view(hashes, exclude=refused))
 
     def _decide(self, facts: Facts, view: Sequence[WorkerView]) -> Decision:
         try:
@@ -134,7 +134,6 @@ class Placer:
                 placement = self.decide(self.facts(num_prompt_tokens, max_tokens, promised=promised), hashes).placement
             except NoWorkers:
                 return Forecast()
-            ttft_s = None if placement.ttft_s is None else placement.ttft_s - (placement.beside_s or 0.0)
-            return Forecast(ttft_s=ttft_s, waits_s=placement.waits_s or 0.0, itl_s=placement.itl_s)
+            return Forecast(ttft_s=placement.ttft_s, waits_s=placement.waits_s or 0.0, itl_s=placement.itl_s)
 
         return now

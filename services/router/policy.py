@@ -34,7 +34,7 @@ class Placement:
     missing_tokens: int  # of the prompt, where it is computed, when that is done which was sent there before, and fetched what is to be
     reason: str  # for people
     ttft_s: float | None = None  # predicted
-    beside_s: float | None = None  # of that: what no worker announces; the router's to add (`Placer`)
+    beside_s: float | None = None  # of that: what no worker announces; the router's to add (`Placer.told`)
     waits_s: float | None = None  # predicted: until that prompt's computing begins, where it is computed
     itl_s: float | None = None  # predicted: a step of `decode` with it
     cost_s: float | None = None  # seconds that it adds to anybody's waiting, where the policy counts in those

@@ -77,7 +77,7 @@ def test_what_a_first_token_takes_beside_is_learned_and_told_but_refuses_nobody(
     asked = placer(worker("u", Role.UNIFIED))
 
     def served(actual_s: float) -> float | None:
-        decision = asked.decide(asked.facts(1000, 10), NOTHING)
+        decision = asked.told(asked.decide(asked.facts(1000, 10), NOTHING))
         decision.ttft_s = actual_s
         asked.learn_ttft(decision)
         return decision.placement.ttft_s
