@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from baton.tokenizer import Tokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -13,6 +17,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     return REPOSITORY / "examples" / "demo-model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_model: Path) -> "Tokenizer":
+    from baton.tokenizer import Tokenizer
+
+    return Tokenizer(demo_model)
 
 
 @pytest.fixture(scope="session")

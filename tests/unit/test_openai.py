@@ -1,7 +1,6 @@
 """Clients' bodies and the router's chunks, in OpenAI's forms."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +18,6 @@ from services.router.dispatch import Route
 from services.router.generation import Ask, Choice
 from services.router.openai import ChatBody, CompletionBody, parse
 from services.router.text import Piece
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_model: Path) -> Tokenizer:
-    return Tokenizer(demo_model)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Text from tokens: pieces of characters, stop strings, the end of a sequence."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +11,6 @@ from baton.types import (
     OutputToken,
 )
 from services.router.text import TextStream
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_model: Path) -> Tokenizer:
-    return Tokenizer(demo_model)
-
 
 TEXTS = ["hello world", "naïve café – 東京 🚀🚀 end", "a\n\n  b\tc", "مرحبا", "x" * 50]
 
