@@ -63,14 +63,14 @@ class Placer:
         self._num_output_tokens += LEARNED * (num_tokens - self._num_output_tokens)
 
     def learn_ttft(self, decision: Decision) -> None:
-        """What a first token took beside what workers announce, hand-overs and the way to us: the latest ones' median is `told` of the next."""
+        """What a first token took beside what workers announce: hand-overs, the way to us. The latest ones' median is `told`."""
         expected_s, actual_s = decision.placement.ttft_s, decision.ttft_s
         if expected_s is not None and actual_s is not None:
             self._beside.append(actual_s - (expected_s - (decision.placement.beside_s or 0.0)))
             self._beside_s = median(self._beside)
 
     def told(self, decision: Decision) -> Decision:
-        """With what is beside, which doubles or halves the time at most. Nobody is placed or refused by it, so a jam that is over keeps nobody
+        """With what is beside, which doubles or halves the time at most. Nobody is placed or refused by it: a jam that is over keeps nobody
         away."""
         ttft_s = decision.placement.ttft_s
         if ttft_s is not None and self._beside_s:
