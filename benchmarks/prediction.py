@@ -79,7 +79,8 @@ def main() -> None:
     machine = f"{os.cpu_count()} cores ({platform.machine()})"
     print(f"{datetime.date.today()}, {machine}, load average {os.getloadavg()[0]:.1f}\n")
     print(
-        "| layout | at a time | TTFT, ms: median | error, median | 9 of 10 below | predicted ÷ actual, median | actual from their median, median |"
+        "| layout | at a time | TTFT, ms: median | error, median | 9 of 10 below | predicted ÷ actual, median | "
+        "actual from their median, median |"
         "\n|---|---|---|---|---|---|---|"
     )
     for layout in given.layouts:
