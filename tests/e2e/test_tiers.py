@@ -22,11 +22,12 @@ def complete(cluster: RunningCluster, prompt: str = PROMPT) -> tuple[str, int]:
 
 
 def metrics_of(cluster: RunningCluster, worker: str) -> str:
-    """The router may know for a while where the process before was."""
+    """The router may know for a while where the process before was, then nobody, until it has asked the new one."""
     for _ in range(100):
-        (address,) = (each["metrics"] for each in cluster.workers() if each["id"] == worker)
-        with contextlib.suppress(httpx.ConnectError):
-            return httpx.get(f"http://{address}/metrics").text
+        for each in cluster.workers():
+            if each["id"] == worker:
+                with contextlib.suppress(httpx.ConnectError):
+                    return httpx.get(f"http://{each['metrics']}/metrics").text
         time.sleep(0.1)
     raise AssertionError(f"{worker} has no metrics")
 
