@@ -9,12 +9,14 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCancelled, TooLarge, Unauthorized, Unavailable
 from baton.metrics import RouterMetrics
@@ -102,9 +104,11 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(
-            error_body(str(error.detail), "not_found" if error.status_code == 404 else "http_error", error.status_code), error.status_code
-        )
+        status, message = error.status_code, str(error.detail)
+        if message == HTTPStatus(status).phrase:  # Starlette's own: no route took it
+            paths = sorted({f"{' '.join(route.methods or ())} {route.path}" for route in app.routes if isinstance(route, Route)})
+            message = f"{message}: {request.method} {request.url.path}; there is {', '.join(paths)}"
+        return JSONResponse(error_body(message, "not_found" if status == 404 else "http_error", status), status)
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> JSONResponse:

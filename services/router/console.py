@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 
 from baton.metrics import RouterMetrics
 from baton.types import MemberState, Role
@@ -43,9 +43,13 @@ _HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds")
 
 
 def mount(app: FastAPI, gateway: "Gateway") -> None:
-    """/console, and /console/state for it."""
+    """/console, /console/state for it, and a way to it from where a browser begins."""
     page, headers = _page()
     since = secrets.token_hex(8)  # whose counters they are: with several routers, or a new one, differences would mean nothing
+
+    @app.get("/")
+    async def root() -> Response:
+        return RedirectResponse("/console")
 
     @app.get("/console")
     async def console() -> Response:

@@ -74,6 +74,21 @@ class _Run:
     choices: list[Choice]
 
 
+def allowance(asked: int | None, num_prompt_tokens: int, max_model_len: int, default: int | None = None) -> int:
+    """Tokens that may be generated after a prompt that `check` took: as many as asked for. Where nothing is asked: `default`, and no more
+    than the context has room for."""
+    room = max_model_len - num_prompt_tokens
+    if asked is None:
+        return room if default is None else min(default, room)
+    if asked > room:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt_tokens} tokens and {asked} more are asked for; this model takes at most {max_model_len}, "
+            f"prompt and output together: ask for at most {room}, or leave max_tokens out",
+            param="max_tokens",
+        )
+    return asked
+
+
 class Generator:
     def __init__(
         self,

@@ -1,6 +1,5 @@
 """What clients send: OpenAI's request bodies with vLLM's extensions, checked, and turned into `Ask`s. Unknown fields are tolerated."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -9,10 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from baton.errors import InvalidRequest
 from baton.tokenizer import Tokenizer
 from baton.types import SamplingParams
-from services.router.generation import Ask
+from services.router.generation import Ask, allowance
 
 MAX_LOGPROBS = 20
 MAX_N = 64
+_DEFAULT_TOKENS = 16  # of a completion, as OpenAI's; null: as many as fit
 _TIERS = {"priority": -1, "default": 0, "flex": 1}  # auto and scale: as the tenant has it
 B = TypeVar("B", bound=BaseModel)
 
@@ -49,6 +49,8 @@ class _Body(BaseModel):
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """`defaults` are the model's generation_config.json."""
+        if (self.min_tokens or 0) > max_tokens:
+            raise InvalidRequest(f"min_tokens must be at most max_tokens ({max_tokens}), not {self.min_tokens}", param="min_tokens")
 
         def pick(name: str, fallback: float) -> Any:
             value = getattr(self, name)
@@ -64,7 +66,7 @@ class _Body(BaseModel):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=self.logit_bias or {},
-            min_tokens=min(self.min_tokens or 0, max_tokens),
+            min_tokens=self.min_tokens or 0,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
@@ -106,7 +108,6 @@ class CompletionBody(_Body):
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
-    max_tokens: int | None = Field(default=16, ge=0)
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Each prompt as tokens."""
@@ -119,12 +120,17 @@ class CompletionBody(_Body):
         return [tokenizer.encode(p, add_special_tokens=self.add_special_tokens) if isinstance(p, str) else p for p in several]
 
     def asks(self, request_id: str, prompts: list[list[int]], defaults: Mapping[str, Any], max_model_len: int) -> list[Ask]:
-        asked = max_model_len if self.max_tokens is None else self.max_tokens
-        if asked == 0 and not self.echo:
+        """Of prompts that are known to fit."""
+        if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens must be at least 1, unless echo is set", param="max_tokens")
+        asked = None if self.max_tokens is None else max(self.max_tokens, 1)
+        default = None if "max_tokens" in self.model_fields_set else _DEFAULT_TOKENS
         prompt_logprobs = self.logprobs if self.echo else self.prompt_logprobs
-        sampling = self.sampling(defaults, max(asked, 1), self.logprobs, prompt_logprobs)
-        return [self.ask(f"{request_id}-{place}", ids, _fit(sampling, ids, max_model_len)) for place, ids in enumerate(prompts)]
+        asks: list[Ask] = []
+        for place, ids in enumerate(prompts):
+            most = allowance(asked, len(ids), max_model_len, default)
+            asks.append(self.ask(f"{request_id}-{place}", ids, self.sampling(defaults, most, self.logprobs, prompt_logprobs)))
+        return asks
 
 
 class ChatMessage(BaseModel):
@@ -160,9 +166,9 @@ class ChatBody(_Body):
     def asks(self, request_id: str, prompt: list[int], defaults: Mapping[str, Any], max_model_len: int) -> list[Ask]:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=true", param="top_logprobs")
-        asked = self.max_completion_tokens or self.max_tokens or max_model_len
-        sampling = self.sampling(defaults, asked, (self.top_logprobs or 0) if self.logprobs else None, self.prompt_logprobs)
-        return [self.ask(request_id, prompt, _fit(sampling, prompt, max_model_len))]
+        most = allowance(self.max_completion_tokens or self.max_tokens, len(prompt), max_model_len)
+        sampling = self.sampling(defaults, most, (self.top_logprobs or 0) if self.logprobs else None, self.prompt_logprobs)
+        return [self.ask(request_id, prompt, sampling)]
 
 
 class TokenizeBody(BaseModel):
@@ -190,11 +196,3 @@ def parse(cls: type[B], body: object) -> B:
         field = str(first["loc"][0]) if first["loc"] else None
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidRequest(f"{where}: {first['msg']}", param=field) from error
-
-
-def _fit(sampling: SamplingParams, prompt: list[int], max_model_len: int) -> SamplingParams:
-    """No more tokens than the context has room for."""
-    room = max(max_model_len - len(prompt), 1)
-    if sampling.max_tokens <= room:
-        return sampling
-    return dataclasses.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))

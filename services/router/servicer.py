@@ -13,7 +13,7 @@ from baton.rpc.v1 import router_pb2_grpc
 from baton.types import SamplingParams
 from services.router.admission import Claim
 from services.router.app import Gateway
-from services.router.generation import Ask
+from services.router.generation import Ask, allowance
 from services.router.tenants import Tenant
 
 
@@ -68,16 +68,18 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
         raise InvalidRequest("input is missing: send text, token_ids or chat", param="input")
 
     def _sampling(self, request: pb.RouterGenerateRequest, num_prompt_tokens: int) -> SamplingParams:
-        """proto3 has no defaults: in `sampling`, 0 for top_p and repetition_penalty means off, and temperature 0 is greedy."""
-        room = max(self._gateway.max_model_len - num_prompt_tokens, 1)
+        """proto3 has no defaults: in `sampling`, 0 for top_p and repetition_penalty means off, for max_tokens as many as fit, and
+        temperature 0 is greedy."""
+        asked = request.sampling.max_tokens if request.HasField("sampling") else 0
+        most = allowance(asked or None, num_prompt_tokens, self._gateway.max_model_len)
         if not request.HasField("sampling"):
             defaults = self._gateway.defaults
             names = ("temperature", "top_p", "top_k", "repetition_penalty")
-            return SamplingParams(max_tokens=room, **{name: defaults[name] for name in names if defaults.get(name) is not None})
+            return SamplingParams(max_tokens=most, **{name: defaults[name] for name in names if defaults.get(name) is not None})
         sampling = convert.sampling_from_proto(request.sampling)
         return dataclasses.replace(
             sampling,
-            max_tokens=min(sampling.max_tokens or room, room),
+            max_tokens=most,
             top_p=sampling.top_p or 1.0,
             repetition_penalty=sampling.repetition_penalty or 1.0,
         )

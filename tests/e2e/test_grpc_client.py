@@ -40,6 +40,11 @@ async def test_text_token_ids_and_chat_give_what_http_gives(cluster: RunningClus
         (router_pb2.RouterGenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT, "input is missing"),
         (router_pb2.RouterGenerateRequest(text="x", model="other"), grpc.StatusCode.NOT_FOUND, "demo-model"),
         (router_pb2.RouterGenerateRequest(text="word " * 5000), grpc.StatusCode.INVALID_ARGUMENT, "4096"),
+        (
+            router_pb2.RouterGenerateRequest(text="x", sampling=common_pb2.SamplingParams(max_tokens=4096)),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "ask for at most",
+        ),
     ],
 )
 async def test_errors_have_a_status_and_say_what_to_do(

@@ -200,7 +200,11 @@ def test_a_client_that_goes_away_frees_everything(cluster: RunningCluster) -> No
         ("/v1/chat/completions", {"messages": []}, 400, "invalid_request_error", "messages"),
         ("/v1/chat/completions", {"messages": [{"content": "x"}]}, 400, "invalid_request_error", "role"),
         ("/v1/chat/completions", {"messages": USER, "temperature": 9e9, "top_logprobs": 2}, 400, "invalid_request_error", "top_logprobs"),
-        ("/nowhere", {}, 404, "not_found", "Not Found"),
+        ("/v1/completions", {"prompt": [1] * 96, "max_tokens": 4001}, 400, "context_length_exceeded", "ask for at most 4000"),
+        ("/v1/chat/completions", {"messages": USER, "max_completion_tokens": 4096}, 400, "context_length_exceeded", "4096"),
+        ("/v1/completions", {"prompt": "x", "min_tokens": 3, "max_tokens": 2}, 400, "invalid_request_error", "min_tokens"),
+        ("/nowhere", {}, 404, "not_found", "POST /v1/completions"),
+        ("/v1/models", {}, 405, "http_error", "GET /v1/models"),
     ],
 )
 def test_bad_requests_get_openais_error_object(http: httpx.Client, path: str, body: Any, status: int, code: str, says: str) -> None:
@@ -210,6 +214,10 @@ def test_bad_requests_get_openais_error_object(http: httpx.Client, path: str, bo
     assert error["code"] == code
     assert says in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_browser_that_begins_at_the_root_comes_to_the_console(http: httpx.Client) -> None:
+    assert (http.get("/").status_code, http.get("/").headers["location"]) == (307, "/console")
 
 
 def test_broken_json_and_huge_bodies(http: httpx.Client) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from baton.errors import InvalidRequest
+from baton.errors import InvalidRequest, PromptTooLong
 from baton.tokenizer import Tokenizer
 from baton.types import (
     FinishReason,
@@ -44,6 +44,22 @@ def test_unknown_fields_are_tolerated_and_defaults_come_from_the_model() -> None
     body = parse(ChatBody, {"messages": [{"role": "user", "content": "x", "name": "me"}], "parallel_tool_calls": True, "top_k": -1})
     (ask,) = body.asks("id", [1, 2, 3], {"temperature": 0.6, "top_p": None}, 10)
     assert (ask.sampling.temperature, ask.sampling.top_p, ask.sampling.top_k, ask.sampling.max_tokens) == (0.6, 1.0, 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [({}, [16, 3]), ({"max_tokens": None}, [98, 3]), ({"max_tokens": 3}, [3, 3])],
+    ids=["the default, cut to the context", "all that fits", "as many as asked for"],
+)
+def test_how_many_tokens_a_completion_may_have(asked: Any, given: list[int]) -> None:
+    asks = parse(CompletionBody, {"prompt": "x", **asked}).asks("id", [[1, 2], [1] * 97], {}, 100)
+    assert [ask.sampling.max_tokens for ask in asks] == given
+
+
+def test_more_tokens_than_the_context_has_room_for_are_refused() -> None:
+    with pytest.raises(PromptTooLong, match="ask for at most 3,") as caught:
+        parse(CompletionBody, {"prompt": "x", "max_tokens": 4}).asks("id", [[1, 2], [1] * 97], {}, 100)
+    assert caught.value.param == "max_tokens"
 
 
 def test_prompts_may_be_text_ids_or_lists_of_either(tokenizer: Tokenizer) -> None:
