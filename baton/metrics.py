@@ -4,7 +4,7 @@ time under its name, so that dashboards and autoscalers made for vLLM work as th
 A process makes one `Metrics` of its kind, hands it to whom it concerns, and serves it with `serve_metrics`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_BUCKETS = tuple(round(2 ** (i / 2)) for i in range(12, 37))  # 64 to 262,144
 _ERROR = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)  # relative
-_TWINS = frozenset(
+# Each is told by one kind of process, so that a sum over all of them is right.
+_WORKER_TWINS = frozenset(
+    {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries", "prefix_cache_hits"}
+)
+_ROUTER_TWINS = frozenset(
     {
-        "num_requests_running",
-        "num_requests_waiting",
-        "kv_cache_usage_perc",
-        "prefix_cache_queries",
-        "prefix_cache_hits",
         "prompt_tokens",
         "generation_tokens",
         "request_success",
@@ -94,13 +93,13 @@ class _Totals(Collector):
 class _Exported(Collector):
     """A registry's samples, and those that vLLM has too under its names as well."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    def __init__(self, registry: CollectorRegistry, twins: Set[str]) -> None:
+        self._registry, self._twins = registry, twins
 
     def collect(self) -> Iterator[Metric]:
         for family in self._registry.collect():
             yield family
-            if family.name.removeprefix("baton:") in _TWINS:
+            if family.name.removeprefix("baton:") in self._twins:
                 twin = Metric(family.name.replace("baton:", "vllm:"), family.documentation, family.type)
                 twin.samples = [sample._replace(name=sample.name.replace("baton:", "vllm:")) for sample in family.samples]
                 yield twin
@@ -109,10 +108,11 @@ class _Exported(Collector):
 class Metrics:
     """What every process has: constant labels `model_name` and `worker`, and `registry`, which is what gets exported."""
 
-    def __init__(self, model: str, worker: str) -> None:
+    def __init__(self, model: str, worker: str, twins: Set[str] = frozenset()) -> None:
+        """`twins`: what is exported under vLLM's name too."""
         self._own = CollectorRegistry()
         self.registry = CollectorRegistry()
-        self.registry.register(_Exported(self._own))
+        self.registry.register(_Exported(self._own, twins))
         self._labels = {"model_name": model, "worker": worker}
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
@@ -188,7 +188,7 @@ class WorkerMetrics(Metrics):
         pushed: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         """`pushed`: bytes, seconds and failures of direct pushes, which grow."""
-        super().__init__(model, worker)
+        super().__init__(model, worker, _WORKER_TWINS)
         self.gauge("num_requests_running", "Requests that hold KV blocks", lambda: read_load().num_running)
         self.gauge("num_requests_waiting", "Requests that are queued or loading KV", lambda: read_load().num_waiting)
         self.gauge("kv_cache_usage_perc", "Share of KV blocks in use (1 is full)", lambda: _usage(read_load()))
@@ -214,7 +214,7 @@ class WorkerMetrics(Metrics):
 
 class RouterMetrics(Metrics):
     def __init__(self, model: str) -> None:
-        super().__init__(model, "router")
+        super().__init__(model, "router", _ROUTER_TWINS)
         self.time_to_first_token = self.histogram("time_to_first_token_seconds", "From arrival to the first token")
         self.inter_token_latency = self.histogram("inter_token_latency_seconds", "Between two tokens of a stream")
         self.e2e_request_latency = self.histogram("e2e_request_latency_seconds", "From arrival to the last token")

@@ -11,7 +11,7 @@ import jinja2.sandbox
 import tokenizers
 import tokenizers.decoders
 
-from baton.errors import InvalidRequest, ModelError
+from baton.errors import InvalidRequest, ModelError, PromptTooLong
 
 
 class Tokenizer:
@@ -28,12 +28,22 @@ class Tokenizer:
         self._template = _chat_template(folder, self._settings)
         self._special_ids = {index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.vocab_size = self._tokenizer.get_vocab_size()
+        self._longest = max(map(len, self._tokenizer.get_vocab()), default=1)
         decoder: Any = self._tokenizer.decoder
         self._apart = isinstance(decoder, tokenizers.decoders.ByteLevel)  # a text's tokens are its bytes, and nothing else
         self._ascii: dict[int, str | None] = {}
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
+        """Other threads run meanwhile. Raises InvalidRequest; PromptTooLong, at once, for a text that cannot be `limit` tokens or fewer."""
+        if limit is not None and len(text) > limit * self._longest:
+            raise PromptTooLong(
+                f"the prompt has {len(text)} characters; this model takes at most {limit} tokens, prompt and output together: shorten it",
+                param="prompt",
+            )
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # no Rust string can hold it
+            raise InvalidRequest("the text is not valid Unicode: it has half of a surrogate pair", param="prompt") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

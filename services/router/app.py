@@ -121,7 +121,7 @@ def make_app(gateway: Gateway) -> FastAPI:
         gateway.generator.admission.check_rates(tenant)
         body = parse(ChatBody, await read_json(request, gateway.max_body))
         gateway.check_model(body.model)
-        prompt = body.prompt(gateway.tokenizer)
+        prompt = body.prompt(gateway.tokenizer, gateway.max_model_len)
         gateway.generator.check(prompt, gateway.max_model_len)
         request_id = _request_id(request, "chatcmpl")
         asks = body.asks(request_id, prompt, gateway.defaults, gateway.max_model_len)
@@ -133,7 +133,7 @@ def make_app(gateway: Gateway) -> FastAPI:
         gateway.generator.admission.check_rates(tenant)
         body = parse(CompletionBody, await read_json(request, gateway.max_body))
         gateway.check_model(body.model)
-        prompts = body.prompts(gateway.tokenizer)
+        prompts = body.prompts(gateway.tokenizer, gateway.max_model_len)
         for prompt in prompts:
             gateway.generator.check(prompt, gateway.max_model_len)
         request_id = _request_id(request, "cmpl")

@@ -1,9 +1,10 @@
-"""What clients send: OpenAI's request bodies with vLLM's extensions, checked, and turned into `Ask`s. Unknown fields are tolerated."""
+"""What clients send: OpenAI's request bodies with vLLM's extensions, checked, and turned into `Ask`s. A null is as if it was not sent.
+Fields that would change the answer and are not served are refused; others that are unknown are tolerated."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from baton.errors import InvalidRequest
 from baton.tokenizer import Tokenizer
@@ -14,11 +15,30 @@ MAX_LOGPROBS = 20
 MAX_N = 64
 _DEFAULT_TOKENS = 16  # of a completion, as OpenAI's; null: as many as fit
 _TIERS = {"priority": -1, "default": 0, "flex": 1}  # auto and scale: as the tenant has it
+_NOT_SERVED = frozenset(
+    {
+        *("tools", "functions", "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        *("web_search_options", "audio", "documents", "chat_template", "suffix", "best_of", "use_beam_search", "bad_words"),
+        *("allowed_token_ids", "truncate_prompt_tokens", "logits_processors", "prompt_embeds"),
+    }
+)
 B = TypeVar("B", bound=BaseModel)
 
 
-class _Body(BaseModel):
+class _Sent(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, sent: object) -> object:
+        """Of a completion, null for max_tokens is all that fits, and nothing is its default."""
+        if not isinstance(sent, dict):
+            return sent
+        fields = cast("dict[str, Any]", sent)
+        return {name: value for name, value in fields.items() if value is not None or name == "max_tokens"}
+
+
+class _Body(_Sent):
     operation: ClassVar[str] = "text_completion"
 
     model: str | None = None
@@ -99,7 +119,7 @@ class _Body(BaseModel):
         )
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Sent):
     include_usage: bool = False
 
 
@@ -109,7 +129,7 @@ class CompletionBody(_Body):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+    def prompts(self, tokenizer: Tokenizer, max_model_len: int) -> list[list[int]]:
         """Each prompt as tokens."""
         prompt: Any = self.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
@@ -117,7 +137,10 @@ class CompletionBody(_Body):
         several = cast("list[str | list[int]]", prompt)
         if not several:
             raise InvalidRequest("prompt is empty; send text, token ids, or a list of either", param="prompt")
-        return [tokenizer.encode(p, add_special_tokens=self.add_special_tokens) if isinstance(p, str) else p for p in several]
+        return [
+            tokenizer.encode(each, add_special_tokens=self.add_special_tokens, limit=max_model_len) if isinstance(each, str) else each
+            for each in several
+        ]
 
     def asks(self, request_id: str, prompts: list[list[int]], defaults: Mapping[str, Any], max_model_len: int) -> list[Ask]:
         """Of prompts that are known to fit."""
@@ -144,8 +167,8 @@ class ChatMessage(BaseModel):
             parts = [part for part in self.content if part.get("type") != "text"]
             if parts:
                 raise InvalidRequest(f"this model takes text only, not content parts of type {parts[0].get('type')!r}", param="messages")
-            message["content"] = "".join(str(part.get("text", "")) for part in self.content)
-        return {key: value for key, value in message.items() if value is not None or key == "content"}
+            message["content"] = "\n".join(str(part.get("text", "")) for part in self.content)
+        return {**{key: value for key, value in message.items() if value is not None}, "content": message["content"] or ""}
 
 
 class ChatBody(_Body):
@@ -156,22 +179,34 @@ class ChatBody(_Body):
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict[str, Any])
 
-    def prompt(self, tokenizer: Tokenizer) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, max_model_len: int) -> list[int]:
         messages = [message.for_template() for message in self.messages]
         text = tokenizer.render_chat(messages, add_generation_prompt=self.add_generation_prompt, extra=self.chat_template_kwargs)
-        return tokenizer.encode(text, add_special_tokens=False)
+        if self.continue_final_message:
+            text = self._open_ended(text, messages[-1]["content"])
+        return tokenizer.encode(text, add_special_tokens=False, limit=max_model_len)
+
+    def _open_ended(self, text: str, last: str) -> str:
+        """The prompt up to where the last message's content ends, so that the answer goes on with it."""
+        if self.add_generation_prompt:
+            raise InvalidRequest("continue_final_message needs add_generation_prompt=false", param="continue_final_message")
+        for content in (last, last.strip()):  # templates may strip it
+            if content and content in text:
+                return text[: text.rindex(content) + len(content)]
+        raise InvalidRequest("the last message has no content that could be continued", param="continue_final_message")
 
     def asks(self, request_id: str, prompt: list[int], defaults: Mapping[str, Any], max_model_len: int) -> list[Ask]:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=true", param="top_logprobs")
         most = allowance(self.max_completion_tokens or self.max_tokens, len(prompt), max_model_len)
         sampling = self.sampling(defaults, most, (self.top_logprobs or 0) if self.logprobs else None, self.prompt_logprobs)
         return [self.ask(request_id, prompt, sampling)]
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(_Sent):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
@@ -189,6 +224,8 @@ def parse(cls: type[B], body: object) -> B:
     """Raises InvalidRequest that names the first wrong field."""
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")
+    if issubclass(cls, _Body):
+        _refuse_not_served(cast("dict[str, Any]", body))
     try:
         return cls.model_validate(body)
     except ValidationError as error:
@@ -196,3 +233,17 @@ def parse(cls: type[B], body: object) -> B:
         field = str(first["loc"][0]) if first["loc"] else None
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidRequest(f"{where}: {first['msg']}", param=field) from error
+
+
+def _refuse_not_served(body: Mapping[str, Any]) -> None:
+    """Better no answer than another one than was asked for. What asks for nothing is as if it was not sent."""
+    for name in sorted(_NOT_SERVED & body.keys()):
+        value = body[name]
+        nothing = (
+            not value
+            or (name in ("tools", "functions") and body.get({"tools": "tool_choice", "functions": "function_call"}[name]) == "none")
+            or (name == "response_format" and value == {"type": "text"})
+            or (name == "best_of" and value == (body.get("n") or 1))
+        )
+        if not nothing:
+            raise InvalidRequest(f"{name} is not supported here; leave it out", param=name)

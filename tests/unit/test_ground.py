@@ -233,12 +233,14 @@ def test_vllms_names_are_exported_beside_ours() -> None:
     assert 'baton:kv_pool_saved_blocks_total{model_name="m",worker="decode-0"} 5.0' in page
     assert "# TYPE baton:kv_pool_saved_blocks_total counter" in page
     assert "vllm:kv_pool" not in page
+    assert "vllm:generation_tokens" not in page, "routers tell that, for all of their workers"
     router = RouterMetrics("m")
     router.time_to_first_token.observe(0.2)
     router.success("stop")
     page = router.exposition().decode()
     assert 'vllm:time_to_first_token_seconds_count{model_name="m",worker="router"} 1.0' in page
     assert 'vllm:request_success_total{finished_reason="stop",model_name="m",worker="router"} 1.0' in page
+    assert 'vllm:generation_tokens_total{model_name="m",worker="router"} 0.0' in page
 
 
 @pytest.mark.parametrize("module", ["services.router.__main__", "services.kvstore.__main__", "baton.cli.app", "baton.cli.cluster"])

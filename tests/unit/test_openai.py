@@ -65,15 +65,83 @@ def test_more_tokens_than_the_context_has_room_for_are_refused() -> None:
 def test_prompts_may_be_text_ids_or_lists_of_either(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("hello")
     for prompt, expected in [("hello", [ids]), (ids, [ids]), (["hello", "hello"], [ids, ids]), ([ids, ids], [ids, ids])]:
-        assert parse(CompletionBody, {"prompt": prompt}).prompts(tokenizer) == expected
+        assert parse(CompletionBody, {"prompt": prompt}).prompts(tokenizer, 100) == expected
+
+
+def test_a_null_is_as_if_it_was_not_sent() -> None:
+    nulls = {
+        "stream": None,
+        "logprobs": None,
+        "stream_options": {"include_usage": None},
+        "top_logprobs": 0,
+        "cache_salt": None,
+        "tools": None,
+    }
+    body = parse(ChatBody, {"messages": [{"role": "user", "content": "x"}], **nulls})
+    assert (body.stream, body.logprobs, body.cache_salt) == (False, False, "")
+    assert body.asks("id", [1], {}, 10)[0].sampling.logprobs is None
+    assert parse(CompletionBody, {"prompt": "x", "echo": None}).echo is False
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"tools": [{"type": "function"}]},
+        {"tools": [{"type": "function"}], "tool_choice": "auto"},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a"}},
+        {"best_of": 3},
+        {"bad_words": ["x"]},
+    ],
+    ids=lambda sent: "+".join(sent),
+)
+def test_what_would_change_the_answer_and_is_not_served_is_refused(sent: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="not supported here") as caught:
+        parse(ChatBody, {"messages": [{"role": "user", "content": "x"}], **sent})
+    assert caught.value.param == next(iter(sent))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [{"tools": []}, {"tools": [{}], "tool_choice": "none"}, {"response_format": {"type": "text"}}, {"best_of": 2, "n": 2}, {"suffix": ""}],
+)
+def test_what_asks_for_nothing_is_taken(sent: dict[str, Any]) -> None:
+    parse(CompletionBody, {"prompt": "x", **sent})
+
+
+def test_parts_are_lines_and_no_content_is_empty(tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "Summarise:"}, {"type": "text", "text": "Baton is"}]
+    messages = parse(ChatBody, {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]}).messages
+    assert [message.for_template()["content"] for message in messages] == ["Summarise:\nBaton is", ""]
+
+
+def test_the_last_message_is_gone_on_with(tokenizer: Tokenizer) -> None:
+    sent = {
+        "messages": [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "one, two, "}],
+        "continue_final_message": True,
+    }
+    text = tokenizer.decode(parse(ChatBody, {**sent, "add_generation_prompt": False}).prompt(tokenizer, 100), skip_special_tokens=False)
+    assert text.rstrip().endswith("one, two,")
+    with pytest.raises(InvalidRequest, match="add_generation_prompt=false"):
+        parse(ChatBody, sent).prompt(tokenizer, 100)
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        parse(CompletionBody, {"prompt": "\ud83d"}).prompts(tokenizer, 100)
+
+
+def test_a_text_that_cannot_fit_is_refused_unread(tokenizer: Tokenizer) -> None:
+    with pytest.raises(PromptTooLong, match="characters"):
+        parse(CompletionBody, {"prompt": "word " * 100_000}).prompts(tokenizer, 100)
 
 
 def test_content_parts_other_than_text_are_refused(tokenizer: Tokenizer) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(InvalidRequest, match="image_url"):
-        parse(ChatBody, {"messages": [{"role": "user", "content": parts}]}).prompt(tokenizer)
-    joined = parse(ChatBody, {"messages": [{"role": "user", "content": parts[:1]}]}).prompt(tokenizer)
-    assert joined == parse(ChatBody, {"messages": [{"role": "user", "content": "a"}]}).prompt(tokenizer)
+        parse(ChatBody, {"messages": [{"role": "user", "content": parts}]}).prompt(tokenizer, 100)
+    joined = parse(ChatBody, {"messages": [{"role": "user", "content": parts[:1]}]}).prompt(tokenizer, 100)
+    assert joined == parse(ChatBody, {"messages": [{"role": "user", "content": "a"}]}).prompt(tokenizer, 100)
 
 
 def test_a_sequences_first_chunk_says_who_speaks_also_when_more_has_come_by_then(tokenizer: Tokenizer) -> None:
