@@ -175,7 +175,7 @@ class Workers:
         expected, checked = -1, True
         try:
             there = await stub.GetMember(worker_pb2.GetMemberRequest(), timeout=self._lease_s)
-            if there.id != worker.member.id:  # a successor has its address
+            if (there.id, there.instance) != (worker.member.id, worker.member.instance):  # a successor has its address
                 return False
             while True:
                 async with asyncio.timeout(self._lease_s):

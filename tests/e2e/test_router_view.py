@@ -99,6 +99,17 @@ async def test_who_restarts_under_its_name_is_usable_again() -> None:
             await until(lambda: usable(workers) == ["w"] and workers.member("w").address == second.address)
 
 
+async def test_the_record_of_a_process_is_not_used_for_its_successor() -> None:
+    """Of the same name at the same address: until the membership tells of it, which has another fingerprint, say."""
+    async with worker(Role.UNIFIED, {}) as w:
+        hub = {"w": dataclasses.replace(member("w", w.address), instance="before")}
+        async with view(hub) as workers:
+            await asyncio.sleep(LEASE_S / 2)
+            assert usable(workers) == []
+            hub["w"] = member("w", w.address, pid=2)
+            await until(lambda: usable(workers) == ["w"])
+
+
 async def test_a_lease_that_runs_out_under_a_healthy_worker_ends_no_request() -> None:
     async with worker(Role.UNIFIED, {}) as w:
         hub = {"w": member("w", w.address)}
