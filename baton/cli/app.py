@@ -43,6 +43,7 @@ def up(
         list[str] | None, typer.Option(metavar="ROLE.KEY=VALUE", help="Any setting, such as decode.engine.block_size=32.")
     ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where the processes' logs go; a temporary folder if left out.")] = None,
+    start_timeout: Annotated[float, typer.Option(min=0, help="Seconds to load the model and be ready; 0: no limit.")] = 600,
 ) -> None:
     """Run a whole cluster on this machine, until Ctrl-C."""
     from baton.cli.cluster import Cluster, Plan, run_until_signal
@@ -64,6 +65,7 @@ def up(
         etcd=etcd,
         settings=tuple(set or ()),
         log_dir=log_dir,
+        start_timeout_s=start_timeout,
     )
 
     def on_ready(cluster: Cluster) -> None:
