@@ -27,6 +27,10 @@ def main() -> None:
 @app.command()
 def up(
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; the demo model if left out.")] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What clients call the model; its folder's name if left out. Of several, the first is shown."),
+    ] = None,
     prefill: Annotated[int | None, typer.Option(min=0, help="Prefill workers; 1, or 0 beside --unified.")] = None,
     decode: Annotated[int | None, typer.Option(min=0, help="Decode workers; 1, or 0 beside --unified.")] = None,
     unified: Annotated[int, typer.Option(min=0, help="Workers that do both.")] = 0,
@@ -51,7 +55,8 @@ def up(
     logging.basicConfig(level=logging.WARNING, format="baton: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.ERROR)
     plan = Plan(
-        model=(model or demo_model()).resolve(),
+        model=(model or demo_model()).absolute(),
+        served_model_names=tuple(served_model_name or ()),
         prefill=(0 if unified else 1) if prefill is None else prefill,
         decode=(0 if unified else 1) if decode is None else decode,
         unified=unified,

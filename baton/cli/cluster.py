@@ -47,6 +47,7 @@ class Plan:
     """What is wanted."""
 
     model: Path
+    served_model_names: tuple[str, ...] = ()  # none: the folder's name
     prefill: int = 1
     decode: int = 1
     unified: int = 0
@@ -175,6 +176,7 @@ class Cluster:
         masters, pool, node = self._plan_pool(cluster)
         if masters:
             groups.append(masters)
+        model = {"model": str(plan.model), "served_model_name": list(plan.served_model_names)}
         degrees = {name: _degree(plan, role, name) for role, name in names}
         ranks = sum(degrees.values())
         cores, busy = os.cpu_count() or 1, ranks if plan.unified else -(-ranks // 2)  # prefill and decode take turns
@@ -186,7 +188,7 @@ class Cluster:
                 name,
                 {
                     "role": role,
-                    "model": str(plan.model),
+                    **model,
                     "server": {"grpc_port": ports[name]},
                     "cluster": cluster,
                     "pool": pool,
@@ -201,7 +203,7 @@ class Cluster:
             own = (own + degrees[worker.name]) % len(devices)
         workers += [self._service("kvstore", "kvstore", f"kvstore-{i}", node) for i in range(plan.kvstore)]
         groups.append(workers)
-        shared = {"model": str(plan.model), "policy": plan.policy, "cluster": cluster}
+        shared = {**model, "policy": plan.policy, "cluster": cluster}
         groups.append([self._service("router", "router", each["id"], {**shared, **_listening_at(each)}) for each in self.routers])
         return groups
 

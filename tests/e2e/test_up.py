@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import httpx
 import psutil
 import pytest
@@ -21,6 +24,7 @@ import yaml
 from baton.cli.cluster import Child, Cluster, Plan
 from baton.cluster.machine import free_port
 from baton.errors import ConfigError
+from baton.rpc.v1 import common_pb2, router_pb2, router_pb2_grpc
 from tests.cluster import RunningCluster, running_cluster, stop
 from tests.e2e.test_membership import Etcd
 
@@ -28,9 +32,11 @@ BATON = [sys.executable, "-c", "from baton.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
-def unified(tiny_model: Path) -> Iterator[RunningCluster]:
-    """Without etcd, without a pool."""
-    with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none") as cluster:
+def unified(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """Without etcd, without a pool; of a model by another name."""
+    link = tmp_path_factory.mktemp("links") / "prod"
+    link.symlink_to(tiny_model)
+    with running_cluster(model=link, unified=1, kvstore=0, etcd="none") as cluster:
         yield cluster
 
 
@@ -57,6 +63,35 @@ def test_a_unified_worker_without_etcd_serves(unified: RunningCluster) -> None:
     assert answer.status_code == 200
     assert "decode=unified-0" in answer.headers["x-baton-route"]
     assert set(unified.children()) == {"unified-0", "router"}
+
+
+def names_of(cluster: RunningCluster) -> tuple[list[str], str, str]:
+    """What the router lists; what its worker and the worker's metrics say."""
+    listed = [card["id"] for card in httpx.get(f"{cluster.url}/v1/models").json()["data"]]
+    (worker,) = cluster.workers()
+    label = re.search(r'model_name="([^"]*)"', httpx.get(f"http://{worker['metrics']}/metrics").text)
+    return listed, worker["model"], label[1] if label else ""
+
+
+def test_a_link_is_the_name_of_its_model(unified: RunningCluster) -> None:
+    assert names_of(unified) == (["prod"], "prod", "prod")
+    assert complete(unified, model="prod").json()["model"] == "prod"
+
+
+async def test_a_model_is_called_by_the_names_that_it_was_given_and_shown_by_the_first(tiny_model: Path) -> None:
+    options = ["--served-model-name", "org/one", "--served-model-name", "two"]
+    with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none", options=options) as cluster:
+        assert names_of(cluster) == (["org/one", "two"], "org/one", "org/one")
+        assert {complete(cluster, model=name).json()["model"] for name in ("org/one", "two")} == {"org/one"}
+        refused = complete(cluster, model=tiny_model.name)
+        assert refused.status_code == 404
+        assert "'org/one', 'two' are" in refused.json()["error"]["message"]
+        async with grpc.aio.insecure_channel(cluster.grpc) as channel:
+            generate = router_pb2_grpc.RouterStub(channel).Generate
+            sampling = common_pb2.SamplingParams(max_tokens=3)
+            assert [answer async for answer in generate(router_pb2.RouterGenerateRequest(text="x", model="two", sampling=sampling))]
+            with pytest.raises(grpc.aio.AioRpcError, match="'org/one', 'two' are"):
+                await generate(router_pb2.RouterGenerateRequest(text="x", model="three", sampling=sampling)).read()
 
 
 def test_a_worker_that_dies_is_started_again_under_its_name(unified: RunningCluster) -> None:
