@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Baton: disag
 model_app = typer.Typer(no_args_is_help=True, help="Make models.")
 app.add_typer(model_app, name="model")
 Url = Annotated[str, typer.Option(help="The router.")]
+ApiKey = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Of a tenant, where the router asks for one.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
@@ -141,11 +142,12 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float | None, typer.Option()] = None,
     max_tokens: Annotated[int | None, typer.Option()] = None,
+    api_key: ApiKey = "",
 ) -> None:
     """Talk to the model; after each answer, its route and timings."""
     from baton.cli.chat import Conversation
 
-    conversation = Conversation(url, system, {"temperature": temperature, "max_tokens": max_tokens})
+    conversation = Conversation(url, system, {"temperature": temperature, "max_tokens": max_tokens}, api_key)
     if question is not None:
         conversation.ask(question)
         return
@@ -172,6 +174,7 @@ def bench(
     ttft_slo_ms: Annotated[float | None, typer.Option(help="Goodput: the first token within this.")] = None,
     itl_slo_ms: Annotated[float | None, typer.Option(help="Goodput: a request's mean time between tokens within this.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    api_key: ApiKey = "",
 ) -> None:
     """Measure a running cluster: TTFT, ITL, throughput, cache hits."""
     from baton.cli.bench import Load, parse_range, run_bench
@@ -188,7 +191,7 @@ def bench(
         ttft_slo_ms=ttft_slo_ms,
         itl_slo_ms=itl_slo_ms,
     )
-    result = run_bench(url, load)
+    result = run_bench(url, load, api_key)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(1 if result["failures"] else 0)
@@ -207,6 +210,7 @@ def replay(
     ttft_slo_ms: Annotated[float | None, typer.Option(help="Goodput: the first token within this.")] = None,
     itl_slo_ms: Annotated[float | None, typer.Option(help="Goodput: a request's mean time between tokens within this.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    api_key: ApiKey = "",
 ) -> None:
     """Play a trace against a running cluster; the columns are those of `simulate`."""
     from baton.cli.bench import Promise
@@ -215,7 +219,7 @@ def replay(
 
     scaling = Scaling(length=length_scale, seconds=seconds, copies=copies, speed=load, longest=longest)
     lines = play(read_trace(trace), scaling, seed)
-    result = run_replay(url, lines, scaling.block(), seed, Promise(ttft_ms=ttft_slo_ms, itl_ms=itl_slo_ms))
+    result = run_replay(url, lines, scaling.block(), seed, Promise(ttft_ms=ttft_slo_ms, itl_ms=itl_slo_ms), api_key)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(1 if result["failures"] else 0)
@@ -271,6 +275,8 @@ def _get(url: str, path: str) -> dict[str, Any]:
 
     try:
         return httpx.get(url.rstrip("/") + path, timeout=5.0).raise_for_status().json()
+    except httpx.HTTPStatusError as error:
+        raise ConfigError(f"{url} answers {error.response.status_code}: give the URL of a router's HTTP port") from error
     except httpx.HTTPError as error:
         raise ConfigError(f"no router answers at {url} ({error}); start a cluster with `baton up`, or give --url") from error
 
