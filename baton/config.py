@@ -33,6 +33,13 @@ Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=0), WithJsonSchema(
 """Bytes: an integer, or text such as 512MiB."""
 
 
+def _as_names(value: object) -> object:
+    return ((value,) if value else ()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_names)]
+"""One text, or a list."""
+
 PolicyName = Literal["predicted", "prefix_aware", "least_load", "round_robin", "random", "cache_aware", "dynamo", "llm_d", "mooncake"]
 """Of the router; services/router/policies.py has them."""
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -198,7 +205,7 @@ class WorkerConfig(Strict):
 
     role: Role = Role.UNIFIED
     model: str = ""  # Hugging Face folder
-    served_model_name: str = ""  # empty: the folder's name
+    served_model_name: Names = ()  # the router's: the first is the label of metrics; empty: the folder's name
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
     security: SecurityConfig = SecurityConfig()
@@ -265,7 +272,7 @@ class TLSConfig(Strict):
 
 class RouterConfig(Strict):
     model: str = ""  # Hugging Face folder: tokenizer, chat template, generation defaults
-    served_model_name: str = ""
+    served_model_name: Names = ()  # what clients may call it, the shown name first; empty: the folder's name
     server: ServerConfig = ServerConfig()
     http_port: int = Field(default=8000, ge=0, le=65535)
     cluster: ClusterConfig = ClusterConfig()
@@ -343,6 +350,18 @@ def pool_master(pool: PoolConfig, cluster: ClusterConfig) -> str:
 def etcd_endpoints(cluster: ClusterConfig) -> str:
     """host:port;host:port, as Mooncake wants them."""
     return ";".join(part.rpartition("//")[2].rstrip("/") for part in cluster.etcd.split(","))
+
+
+def served_names(config: WorkerConfig | RouterConfig) -> tuple[str, ...]:
+    """What clients may call the model; the first is shown. Unless it is set, it is the name of the folder as given, wherever a link of that
+    name leads; of a snapshot in Hugging Face's cache, the repository's."""
+    if config.served_model_name:
+        return config.served_model_name
+    folder = Path(os.path.abspath(config.model))
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return (repository.removeprefix("models--").replace("--", "/"),)
+    return (folder.name,)
 
 
 def member_id(server: ServerConfig, role: Role) -> str:

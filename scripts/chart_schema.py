@@ -141,7 +141,7 @@ VERSION = {
 }
 MODEL = closed(
     path={"type": "string", "pattern": "^(/|$)"},
-    servedName=TEXT,
+    servedName={"anyOf": [TEXT, {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}]},
     leaseSeconds={"type": "number", "exclusiveMinimum": 0},
     volume=MAPPING,
     mountPath={"type": "string", "pattern": "^/"},

@@ -132,8 +132,9 @@ def running_cluster(
         command += ["--ready-file", str(ready), "--log-dir", folder, "--etcd", etcd]
         command += ["--model", str(model)] if model else []
         command += [part for role, count in counts.items() for part in (f"--{role.replace('_', '-')}", str(count))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": folder}  # what a killed one leaves goes with it
         with (Path(folder) / "up.log").open("wb") as log:
-            process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment)
         cluster = RunningCluster("", "", process, ready, Path(folder))
         try:
             _wait_for_start(cluster)
@@ -157,7 +158,7 @@ def _wait_for_start(cluster: RunningCluster) -> None:
 
 
 def stop(cluster: RunningCluster) -> None:
-    """Asks it to stop; asserts that no process is left behind."""
+    """Asks it to stop; asserts that no process is left behind, and no file."""
     if cluster.process.poll() is None:
         everybody = psutil.Process(cluster.process.pid).children(recursive=True)
         cluster.process.terminate()
@@ -171,3 +172,4 @@ def stop(cluster: RunningCluster) -> None:
                 cluster.process.kill()
                 cluster.process.wait()
         assert not alive, f"processes were left behind: {alive}"
+        assert not (left := list(cluster.logs.glob("baton-*/*.yaml"))), f"files were left behind: {left}"

@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Baton: disag
 model_app = typer.Typer(no_args_is_help=True, help="Make models.")
 app.add_typer(model_app, name="model")
 Url = Annotated[str, typer.Option(help="The router.")]
+ApiKey = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Of a tenant, where the router asks for one.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
@@ -27,6 +28,10 @@ def main() -> None:
 @app.command()
 def up(
     model: Annotated[Path | None, typer.Option(help="Hugging Face model folder; the demo model if left out.")] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What clients call the model; its folder's name if left out. Of several, the first is shown."),
+    ] = None,
     prefill: Annotated[int | None, typer.Option(min=0, help="Prefill workers; 1, or 0 beside --unified.")] = None,
     decode: Annotated[int | None, typer.Option(min=0, help="Decode workers; 1, or 0 beside --unified.")] = None,
     unified: Annotated[int, typer.Option(min=0, help="Workers that do both.")] = 0,
@@ -43,6 +48,7 @@ def up(
         list[str] | None, typer.Option(metavar="ROLE.KEY=VALUE", help="Any setting, such as decode.engine.block_size=32.")
     ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where the processes' logs go; a temporary folder if left out.")] = None,
+    start_timeout: Annotated[float, typer.Option(min=0, help="Seconds to load the model and be ready; 0: no limit.")] = 600,
 ) -> None:
     """Run a whole cluster on this machine, until Ctrl-C."""
     from baton.cli.cluster import Cluster, Plan, run_until_signal
@@ -50,7 +56,8 @@ def up(
     logging.basicConfig(level=logging.WARNING, format="baton: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.ERROR)
     plan = Plan(
-        model=(model or demo_model()).resolve(),
+        model=(model or demo_model()).absolute(),
+        served_model_names=tuple(served_model_name or ()),
         prefill=(0 if unified else 1) if prefill is None else prefill,
         decode=(0 if unified else 1) if decode is None else decode,
         unified=unified,
@@ -64,6 +71,7 @@ def up(
         etcd=etcd,
         settings=tuple(set or ()),
         log_dir=log_dir,
+        start_timeout_s=start_timeout,
     )
 
     def on_ready(cluster: Cluster) -> None:
@@ -134,11 +142,12 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float | None, typer.Option()] = None,
     max_tokens: Annotated[int | None, typer.Option()] = None,
+    api_key: ApiKey = "",
 ) -> None:
     """Talk to the model; after each answer, its route and timings."""
     from baton.cli.chat import Conversation
 
-    conversation = Conversation(url, system, {"temperature": temperature, "max_tokens": max_tokens})
+    conversation = Conversation(url, system, {"temperature": temperature, "max_tokens": max_tokens}, api_key)
     if question is not None:
         conversation.ask(question)
         return
@@ -165,6 +174,7 @@ def bench(
     ttft_slo_ms: Annotated[float | None, typer.Option(help="Goodput: the first token within this.")] = None,
     itl_slo_ms: Annotated[float | None, typer.Option(help="Goodput: a request's mean time between tokens within this.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    api_key: ApiKey = "",
 ) -> None:
     """Measure a running cluster: TTFT, ITL, throughput, cache hits."""
     from baton.cli.bench import Load, parse_range, run_bench
@@ -181,7 +191,7 @@ def bench(
         ttft_slo_ms=ttft_slo_ms,
         itl_slo_ms=itl_slo_ms,
     )
-    result = run_bench(url, load)
+    result = run_bench(url, load, api_key)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(1 if result["failures"] else 0)
@@ -200,6 +210,7 @@ def replay(
     ttft_slo_ms: Annotated[float | None, typer.Option(help="Goodput: the first token within this.")] = None,
     itl_slo_ms: Annotated[float | None, typer.Option(help="Goodput: a request's mean time between tokens within this.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    api_key: ApiKey = "",
 ) -> None:
     """Play a trace against a running cluster; the columns are those of `simulate`."""
     from baton.cli.bench import Promise
@@ -208,7 +219,7 @@ def replay(
 
     scaling = Scaling(length=length_scale, seconds=seconds, copies=copies, speed=load, longest=longest)
     lines = play(read_trace(trace), scaling, seed)
-    result = run_replay(url, lines, scaling.block(), seed, Promise(ttft_ms=ttft_slo_ms, itl_ms=itl_slo_ms))
+    result = run_replay(url, lines, scaling.block(), seed, Promise(ttft_ms=ttft_slo_ms, itl_ms=itl_slo_ms), api_key)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(1 if result["failures"] else 0)
@@ -264,6 +275,8 @@ def _get(url: str, path: str) -> dict[str, Any]:
 
     try:
         return httpx.get(url.rstrip("/") + path, timeout=5.0).raise_for_status().json()
+    except httpx.HTTPStatusError as error:
+        raise ConfigError(f"{url} answers {error.response.status_code}: give the URL of a router's HTTP port") from error
     except httpx.HTTPError as error:
         raise ConfigError(f"no router answers at {url} ({error}); start a cluster with `baton up`, or give --url") from error
 

@@ -15,7 +15,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from baton.cli.stream import stream_events
+from baton.cli.stream import connect, message_of, stream_events
 from baton.errors import BatonError, ConfigError
 
 FIRST_ID = 10  # below lie special tokens
@@ -63,17 +63,16 @@ def parse_range(text: str) -> tuple[int, int]:
     return bounds
 
 
-def run_bench(url: str, load: Load) -> dict[str, Any]:
-    """Drives the server and prints a table; the result is ready for JSON. Raises BatonError where no server answers."""
-    samples, seconds = asyncio.run(_drive(url, load))
+def run_bench(url: str, load: Load, api_key: str = "") -> dict[str, Any]:
+    """Drives the server and prints a table; the result is ready for JSON. Raises BatonError where no server answers, or refuses to."""
+    samples, seconds = asyncio.run(_drive(url, load, api_key))
     result = summarise(samples, seconds, load)
     _print(result)
     return result
 
 
-async def _drive(url: str, load: Load) -> tuple[list[Sample], float]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600, connect=5), limits=limits) as client:
+async def _drive(url: str, load: Load, api_key: str) -> tuple[list[Sample], float]:
+    async with connect(url, api_key, timeout_s=600) as client:
         vocab = await vocab_size(client)
         rng = random.Random(load.seed)
         prompts = make_prompts(load, vocab, rng)
@@ -113,6 +112,8 @@ async def vocab_size(client: httpx.AsyncClient) -> int:
     try:
         text = "".join(chr(code) for code in range(33, 0x250)) + " the of and to in is that for with on as are this be"
         answer = (await client.post("/tokenize", json={"prompt": text})).raise_for_status().json()
+    except httpx.HTTPStatusError as error:
+        raise BatonError(f"{client.base_url} refuses: {message_of(error.response)}") from error
     except httpx.HTTPError as error:
         raise ConfigError(f"no server answers at {client.base_url} ({error}); start one with `baton up`, or give --url") from error
     return max(max(answer["tokens"]), 256)

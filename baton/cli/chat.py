@@ -4,15 +4,14 @@ import asyncio
 import time
 from typing import Any
 
-import httpx
 from rich.console import Console
 
-from baton.cli.stream import stream_events
+from baton.cli.stream import connect, stream_events
 
 
 class Conversation:
-    def __init__(self, url: str, system: str | None = None, options: dict[str, Any] | None = None) -> None:
-        self._url = url
+    def __init__(self, url: str, system: str | None = None, options: dict[str, Any] | None = None, api_key: str = "") -> None:
+        self._url, self._api_key = url, api_key
         self._options = {key: value for key, value in (options or {}).items() if value is not None}
         self._messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self._console = Console(highlight=False)
@@ -33,7 +32,7 @@ class Conversation:
         headers: dict[str, str] = {}
         text, usage, ttft, started = "", {}, 0.0, time.monotonic()
         body = {"messages": self._messages, "stream_options": {"include_usage": True}, **self._options}
-        async with httpx.AsyncClient(base_url=self._url, timeout=httpx.Timeout(300, connect=5)) as client:
+        async with connect(self._url, self._api_key, timeout_s=300) as client:
             async for chunk in stream_events(client, "/v1/chat/completions", body, headers):
                 for choice in chunk["choices"]:
                     ttft = ttft or time.monotonic() - started

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,24 +21,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
 
-from baton.cluster.machine import die_with_parent, free_port
+from baton.cluster.machine import die_with_parent, free_port, gpus
 from baton.config import KVStoreConfig, RouterConfig, WorkerConfig, check_policy, load_config
 from baton.errors import EXIT_CONFIG, BatonError, ConfigError
 
 logger = logging.getLogger(__name__)
-START_TIMEOUT_S = 180.0
 STOP_GRACE_S = 15.0
-_STEADY_S = 10.0  # a child that lived so long may be started again at once
+_TELL_S = 30.0  # between two lines that say what a start waits for
+_STEADY_S = 10.0  # a child of a cluster that serves, which lived so long, may be started again at once
 _MAX_QUICK_DEATHS = 5
 _CONFIGS = {"prefill": WorkerConfig, "decode": WorkerConfig, "router": RouterConfig, "kvstore": KVStoreConfig}
-_TARGETS = ("prefill", "decode", "unified", "router", "kvstore", "kvstore-master")
+_WORKERS = ("prefill", "decode", "unified")
+_TARGETS = (*_WORKERS, "router", "kvstore", "kvstore-master")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,7 @@ class Plan:
     """What is wanted."""
 
     model: Path
+    served_model_names: tuple[str, ...] = ()  # none: the folder's name
     prefill: int = 1
     decode: int = 1
     unified: int = 0
@@ -58,6 +61,7 @@ class Plan:
     etcd: str = "auto"
     settings: tuple[str, ...] = ()  # role.key=value
     log_dir: Path | None = None
+    start_timeout_s: float = 600.0  # 0: as long as the processes live
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,8 +87,8 @@ class Cluster:
         self._plan = plan
         self._folder = Path(tempfile.mkdtemp(prefix="baton-"))
         self._logs = plan.log_dir or self._folder
-        self._logs.mkdir(parents=True, exist_ok=True)
         self._groups: list[list[Child]] = []  # in starting order
+        self._awaited: list[str] = []  # the processes that a start waits for now
         self._stopping = self._was_ready = False
         self._failed: asyncio.Future[str] | None = None
         scheme = "https" if any(setting.startswith("router.tls.cert=") for setting in plan.settings) else "http"
@@ -98,29 +102,38 @@ class Cluster:
         self.etcd = ""
 
     async def start(self) -> None:
-        """Returns when the first request can be served. Raises ConfigError with the last lines of the log of a child that can't start."""
+        """Returns when the first request can be served. Raises ConfigError with the last lines of the log of a child that can't start, or
+        where the time is over."""
         self._failed = asyncio.get_running_loop().create_future()
-        for group in self._plan_groups():
-            self._groups.append(group)
-            for child in group:
-                await self._spawn(child)
-                child.keeper = asyncio.create_task(self._keep(child), name=f"keep-{child.name}")
-            if group[0].role == "etcd" or (group[0].role == "kvstore-master" and len(group) == 1):
-                await self._until(self._listening(group[0]), group[0].name)
-        await self._until(self._ready(), "the router")
-        self._was_ready = True
+        begun, limit = time.monotonic(), self._plan.start_timeout_s or math.inf
+        starting = asyncio.create_task(self._start(), name="start")
+        try:
+            while True:
+                left = max(begun + limit - time.monotonic(), 0.0)
+                done, _ = await asyncio.wait({starting, self._failed}, timeout=min(left, _TELL_S), return_when=asyncio.FIRST_COMPLETED)
+                if starting in done:
+                    return starting.result()
+                if self._failed in done:
+                    raise ConfigError(self._failed.result())
+                passed, names = time.monotonic() - begun, ", ".join(self._awaited)
+                if passed >= limit:
+                    raise ConfigError(f"not ready after {limit:g} s (--start-timeout): {names}; their logs are kept in {self._logs}")
+                logger.warning("waiting for %s, for %.0f s now; their logs are in %s", names, passed, self._logs)
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
 
     async def run(self) -> None:
         """Until a child fails for good. Raises ConfigError then."""
         assert self._failed is not None
         raise ConfigError(await asyncio.shield(self._failed))
 
-    async def stop(self) -> None:
-        """All children, in reverse order; then the run folder. Nothing is left."""
+    async def stop(self, *, keep_logs: bool = False) -> None:
+        """All children, in reverse order; then the run folder. Nothing is left but logs to be kept, and the settings beside them."""
         self._stopping = True
         for group in reversed(self._groups):
             await asyncio.gather(*(self._end(child) for child in group))
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._folder / "etcd" if keep_logs and any(self._folder.glob("*.log")) else self._folder, ignore_errors=True)
 
     def kill(self) -> None:
         """All children, at once; `stop` goes on from there."""
@@ -163,6 +176,7 @@ class Cluster:
         masters, pool, node = self._plan_pool(cluster)
         if masters:
             groups.append(masters)
+        model = {"model": str(plan.model), "served_model_name": list(plan.served_model_names)}
         degrees = {name: _degree(plan, role, name) for role, name in names}
         ranks = sum(degrees.values())
         cores, busy = os.cpu_count() or 1, ranks if plan.unified else -(-ranks // 2)  # prefill and decode take turns
@@ -174,7 +188,7 @@ class Cluster:
                 name,
                 {
                     "role": role,
-                    "model": str(plan.model),
+                    **model,
                     "server": {"grpc_port": ports[name]},
                     "cluster": cluster,
                     "pool": pool,
@@ -183,13 +197,13 @@ class Cluster:
             )
             for role, name in names
         ]
-        gpus, own = _gpus(), 0
-        for worker in workers if len(gpus) > 1 else []:  # each sees the others' too: NVLink maps their memory
-            worker.gpus = ",".join(gpus[own:] + gpus[:own])
-            own = (own + degrees[worker.name]) % len(gpus)
+        devices, own = gpus(), 0
+        for worker in workers if len(devices) > 1 else []:  # each sees the others' too: NVLink maps their memory
+            worker.gpus = ",".join(devices[own:] + devices[:own])
+            own = (own + degrees[worker.name]) % len(devices)
         workers += [self._service("kvstore", "kvstore", f"kvstore-{i}", node) for i in range(plan.kvstore)]
         groups.append(workers)
-        shared = {"model": str(plan.model), "policy": plan.policy, "cluster": cluster}
+        shared = {**model, "policy": plan.policy, "cluster": cluster}
         groups.append([self._service("router", "router", each["id"], {**shared, **_listening_at(each)}) for each in self.routers])
         return groups
 
@@ -249,7 +263,7 @@ class Cluster:
         while True:
             started = time.monotonic()
             code = await child.process.wait() if child.process is not None else None
-            steady = code is not None and time.monotonic() - started > _STEADY_S
+            steady = self._was_ready and code is not None and time.monotonic() - started > _STEADY_S
             child.quick_deaths = 0 if steady else child.quick_deaths + 1
             refused = code == EXIT_CONFIG and child.role != "etcd" and not self._was_ready
             if self._stopping:
@@ -257,7 +271,7 @@ class Cluster:
             if refused or child.quick_deaths > _MAX_QUICK_DEATHS:
                 assert self._failed is not None
                 if not self._failed.done():
-                    self._failed.set_result(f"{child.name} cannot run (exit code {code}):\n{_tail(child.log)}")
+                    self._failed.set_result(f"{child.name} cannot run (exit code {code}); from {child.log}:\n{_tail(child.log)}")
                 return
             logger.warning("%s died (exit code %s); starting it again", child.name, code)
             await asyncio.sleep(0.1 * 2**child.quick_deaths)
@@ -288,19 +302,17 @@ class Cluster:
 
     # -- waiting
 
-    async def _until(self, condition: Coroutine[Any, Any, None], what: str) -> None:
-        assert self._failed is not None
-        task = asyncio.ensure_future(condition)
-        try:
-            done, _ = await asyncio.wait({task, self._failed}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-            if task in done:
-                return task.result()
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        if self._failed.done():
-            raise ConfigError(self._failed.result())
-        raise ConfigError(f"{what} is not ready after {START_TIMEOUT_S:.0f} s; see the logs in {self._logs}")
+    async def _start(self) -> None:
+        for group in self._plan_groups():
+            self._groups.append(group)
+            self._awaited = [child.name for child in group]
+            for child in group:
+                await self._spawn(child)
+                child.keeper = asyncio.create_task(self._keep(child), name=f"keep-{child.name}")
+            if group[0].role == "etcd" or (group[0].role == "kvstore-master" and len(group) == 1):
+                await self._listening(group[0])
+        await self._ready()
+        self._was_ready = True
 
     async def _listening(self, child: Child) -> None:
         url = self.etcd if child.role == "etcd" else None
@@ -314,22 +326,29 @@ class Cluster:
                 await asyncio.sleep(0.05)
 
     async def _ready(self) -> None:
-        expected = self._plan.prefill + self._plan.decode + self._plan.unified
-        left = [router["http"] for router in self.routers]
+        workers = [child.name for group in self._groups for child in group if child.role in _WORKERS]
         async with httpx.AsyncClient(timeout=2.0, verify=False) as client:  # our own children, on this machine
-            while left:
-                with contextlib.suppress(httpx.HTTPError, json.JSONDecodeError):
-                    seen = (await client.get(f"{left[0]}/cluster")).json()
-                    if seen["ready"] and sum(w["state"] == "ready" for w in seen["workers"]) == expected:
-                        del left[0]
-                        continue
-                await asyncio.sleep(0.1)
+            for router in self.routers:
+                self._awaited = [*workers, router["id"]]
+                while True:
+                    with contextlib.suppress(httpx.HTTPError, json.JSONDecodeError):
+                        seen = (await client.get(f"{router['http']}/cluster")).json()
+                        ready = [worker["id"] for worker in seen["workers"] if worker["state"] == "ready"]
+                        if seen["ready"] and len(ready) == len(workers):
+                            break
+                        self._awaited = [name for name in workers if name not in ready] or [router["id"]]
+                    await asyncio.sleep(0.1)
 
 
 def _check(plan: Plan) -> None:
     check_policy(plan.policy)
     if not (plan.model / "config.json").is_file():
         raise ConfigError(f"{plan.model} is not a Hugging Face model folder: it has no config.json")
+    if plan.log_dir is not None:
+        try:
+            plan.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--log-dir {plan.log_dir} cannot be made ({error.strerror}); choose another folder") from error
     if not plan.unified and not (plan.prefill and plan.decode):
         raise ConfigError("a cluster needs a prefill and a decode worker, or a unified one: --prefill 1 --decode 1, or --unified 1")
     if plan.etcd == "auto" and shutil.which("etcd") is None:
@@ -383,10 +402,9 @@ def _die_with(parent: int) -> Any:
 
 
 async def run_until_signal(plan: Plan, on_ready: "Callable[[Cluster], None]") -> None:
-    """Starts the cluster, calls `on_ready(cluster)`, and stops everything on SIGINT, SIGTERM or failure."""
+    """Starts the cluster, calls `on_ready(cluster)`, and stops everything on SIGINT, SIGTERM, a closed terminal or failure."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    cluster = Cluster(plan)
 
     def signalled() -> None:
         if stopped.is_set():
@@ -395,8 +413,10 @@ async def run_until_signal(plan: Plan, on_ready: "Callable[[Cluster], None]") ->
             logger.warning("stopping when the streams have ended, or %.0f s have gone by; a second Ctrl-C stops at once", STOP_GRACE_S)
         stopped.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, signalled)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            loop.add_signal_handler(number, signalled)
+    cluster = Cluster(plan)
 
     async def life() -> None:
         await cluster.start()
@@ -412,19 +432,7 @@ async def run_until_signal(plan: Plan, on_ready: "Callable[[Cluster], None]") ->
         for each in (task, stop):
             each.cancel()
         results = await asyncio.gather(task, stop, return_exceptions=True)
-        await cluster.stop()
+        await cluster.stop(keep_logs=any(isinstance(result, BatonError) for result in results))
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError | BatonError):
                 logger.error("supervisor failed", exc_info=result)
-
-
-def _gpus() -> list[str]:
-    """This machine's, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    found = subprocess.run([program, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=False)
-    return found.stdout.split() if found.returncode == 0 else []

@@ -8,18 +8,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
 from baton.cli.bench import FIRST_ID, Promise, Sample, columns, send, vocab_size
+from baton.cli.stream import connect
 from baton.cli.trace import Line
 
 
-def run_replay(url: str, lines: Sequence[Line], block: int, seed: int, promise: Promise) -> dict[str, Any]:
+def run_replay(url: str, lines: Sequence[Line], block: int, seed: int, promise: Promise, api_key: str = "") -> dict[str, Any]:
     """Sends each request at its time, `block` tokens for each of its ids; prints a table. The result is ready for JSON. Raises BatonError
-    where no server answers."""
-    samples = asyncio.run(_drive(url, lines, block, seed))
+    where no server answers, or refuses to."""
+    samples = asyncio.run(_drive(url, lines, block, seed, api_key))
     result = {"seconds": lines[-1].at, **columns(samples, lines[-1].at, promise)}
     result["errors"] = sorted({sample.error for sample in samples if sample.error is not None})[:5]
     table = Table("", "mean", "p95", title=f"{result['requests']} requests in {result['seconds']:.1f} s, {result['failures']} failed")
@@ -34,9 +34,8 @@ def run_replay(url: str, lines: Sequence[Line], block: int, seed: int, promise: 
     return result
 
 
-async def _drive(url: str, lines: Sequence[Line], block: int, seed: int) -> list[Sample]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600, connect=5), limits=limits) as client:
+async def _drive(url: str, lines: Sequence[Line], block: int, seed: int, api_key: str) -> list[Sample]:
+    async with connect(url, api_key, timeout_s=600) as client:
         vocab = await vocab_size(client)
         prompts = [prompt_of(line, block, vocab, f"{seed}/{number}") for number, line in enumerate(lines)]
         samples = [Sample() for _ in lines]

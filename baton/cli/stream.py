@@ -1,4 +1,4 @@
-"""Reading a router's server-sent events."""
+"""A router's client: its key, its server-sent events, its errors."""
 
 import json
 from collections.abc import AsyncIterator
@@ -6,7 +6,16 @@ from typing import Any
 
 import httpx
 
-from baton.errors import BatonError, Unavailable
+from baton.errors import BatonError, ConfigError, Unavailable
+
+
+def connect(url: str, api_key: str = "", *, timeout_s: float) -> httpx.AsyncClient:
+    """`timeout_s` is for each piece of an answer. Any number of requests may be under way. Raises ConfigError for what can be no key."""
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigError("--api-key (or OPENAI_API_KEY) must be printable ASCII: give the key as its tenant's file has it")
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=5), limits=limits)
 
 
 async def stream_events(
@@ -17,7 +26,8 @@ async def stream_events(
         async with client.stream("POST", path, json={**body, "stream": True}) as response:
             headers.update(response.headers)
             if response.status_code != 200:
-                raise BatonError(_message(await response.aread(), response.status_code))
+                await response.aread()
+                raise BatonError(message_of(response))
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
@@ -29,8 +39,10 @@ async def stream_events(
         raise Unavailable(f"the router at {client.base_url} does not answer ({type(error).__name__}); is `baton up` running?") from error
 
 
-def _message(data: bytes, status: int) -> str:
+def message_of(response: httpx.Response) -> str:
+    """Of an answer that is an error."""
     try:
-        return json.loads(data)["error"]["message"]
+        message = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {status}"
+        message = f"HTTP {response.status_code}"
+    return f"{message} (--api-key KEY, or OPENAI_API_KEY)" if response.status_code == 401 else message

@@ -5,8 +5,10 @@ import ctypes
 import ipaddress
 import os
 import random
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +37,18 @@ def these_cores(threads: int) -> str:
     where it leaves some to others."""
     cores = sorted(os.sched_getaffinity(0))
     return ",".join(map(str, cores)) if threads >= len(cores) else ""
+
+
+def gpus() -> list[str]:
+    """This machine's, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    found = subprocess.run([program, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=False)
+    return found.stdout.split() if found.returncode == 0 else []
 
 
 def die_with_parent(parent: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.cluster.machine import these_cores
-from baton.config import WorkerConfig, member_id
+from baton.config import WorkerConfig, member_id, served_names
 from baton.errors import EXIT_SOFTWARE, ConfigError
 from baton.kv.holdings import Holdings
 from baton.kv.layout import block_key
@@ -77,7 +77,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         checksums=TeamChecksums(kv, team) if config.push.verify else None,
         holdings=[tier.holdings for tier in tiers if tier.holdings is not None],
     )
-    name = config.served_model_name or model.resolve().name
+    name = served_names(config)[0]
     member = Member(
         id=member_id(config.server, config.role),
         role=config.role,

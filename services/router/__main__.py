@@ -11,7 +11,7 @@ from typing import Any, cast
 import uvicorn
 import uvloop
 
-from baton.config import RouterConfig, member_id
+from baton.config import RouterConfig, member_id, served_names
 from baton.errors import ConfigError
 from baton.hosting.members import make_membership
 from baton.hosting.process import certificates_of, run_service
@@ -50,8 +50,8 @@ def build(config: RouterConfig, workers: Workers, channels: Channels, tracer: Tr
     model, defaults = read_settings(folder / "config.json"), read_settings(folder / "generation_config.json")
     eos = defaults.get("eos_token_id", model.get("eos_token_id"))
     eos_ids = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
-    name = config.served_model_name or folder.resolve().name
-    metrics = RouterMetrics(name)
+    names = served_names(config)
+    metrics = RouterMetrics(names[0])
     dispatcher = Dispatcher(
         workers,
         channels,
@@ -68,12 +68,12 @@ def build(config: RouterConfig, workers: Workers, channels: Channels, tracer: Tr
     metrics.index = workers.counts
     admission = Admission(config.admission, metrics, lease_s=config.cluster.lease_s, problem=dispatcher.placer.problem)
     return Gateway(
-        model=name,
+        names=names,
         tokenizer=tokenizer,
         defaults=defaults,
         context_len=int(model.get("max_position_embeddings", 2**31)),
         dispatcher=dispatcher,
-        generator=Generator(tokenizer, dispatcher, admission, metrics, eos_ids, explained=config.explained, tracer=tracer, model=name),
+        generator=Generator(tokenizer, dispatcher, admission, metrics, eos_ids, explained=config.explained, tracer=tracer, model=names[0]),
         tenants=Tenants.read(config.tenants),
         metrics=metrics,
         max_body=config.max_body,

@@ -45,7 +45,7 @@ _GAUGES_S = 1.0
 class Gateway:
     """What the handlers share."""
 
-    model: str
+    names: tuple[str, ...]  # of the model
     tokenizer: Tokenizer
     defaults: dict[str, Any]  # generation_config.json
     context_len: int  # the model's own
@@ -56,6 +56,11 @@ class Gateway:
     max_body: int
     lease_s: float
     draining: bool = False
+
+    @property
+    def model(self) -> str:
+        """The name that is shown, also to those who asked for another."""
+        return self.names[0]
 
     @property
     def max_model_len(self) -> int:
@@ -91,8 +96,9 @@ class Gateway:
             raise
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model:
-            raise ModelNotFound(f"the model {name!r} is not served here; {self.model!r} is, or leave `model` out", param="model")
+        if name is not None and name not in self.names:
+            served = f"{', '.join(map(repr, self.names))} {'is' if len(self.names) == 1 else 'are'}"
+            raise ModelNotFound(f"the model {name!r} is not served here; {served}, or leave `model` out", param="model")
 
 
 def make_app(gateway: Gateway) -> FastAPI:
@@ -146,8 +152,8 @@ def make_app(gateway: Gateway) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         _tenant(request, gateway)
-        card = {"id": gateway.model, "object": "model", "created": 0, "owned_by": "baton", "max_model_len": gateway.max_model_len}
-        return {"object": "list", "data": [card]}
+        card = {"object": "model", "created": 0, "owned_by": "baton", "max_model_len": gateway.max_model_len}
+        return {"object": "list", "data": [{"id": name, **card} for name in gateway.names]}
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:

@@ -248,6 +248,15 @@ def test_keda_asks_for_the_pods_of_one_pool() -> None:
     assert trigger["metadata"]["query"] == 'sum(baton:kv_cache_usage_perc{namespace="prod",worker=~"rel-qwen3-8b-decode-.*"})'
 
 
+@pytest.mark.parametrize(("given", "names"), [("a", ["a"]), ("{a,b}", ["a", "b"]), ("", ["qwen3-8b"])])
+def test_routers_and_workers_call_a_model_by_the_same_names(given: str, names: list[str]) -> None:
+    objects = render(example("keda"), f"models.qwen3-8b.servedName={given}")
+    found = [config_of(objects, f"rel-qwen3-8b-{part}")["served_model_name"] for part in ("router", "prefill", "decode")]
+    assert found == [names] * 3
+    (trigger,) = by_key(objects)["ScaledObject", "rel-qwen3-8b-prefill"]["spec"]["triggers"]
+    assert f'model_name="{names[0]}"' in trigger["metadata"]["query"]
+
+
 def test_everybody_logs_in_the_same_form() -> None:
     objects = render(example("cpu-demo"), "logFormat=json")
     names = [thing["metadata"]["name"] for thing in objects if thing["kind"] == "ConfigMap"]

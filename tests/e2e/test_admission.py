@@ -113,6 +113,28 @@ def test_only_who_has_a_key_may_ask(cluster: RunningCluster) -> None:
         assert made.completions.create(model="demo-model", prompt="x", max_tokens=2).choices[0].text
 
 
+def test_the_command_line_shows_its_key(cluster: RunningCluster, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": at, "input_length": 512, "output_length": 2, "hash_ids": [at]} for at in (0, 9)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    commands = (
+        ("chat", "hi", "--max-tokens", "2"),
+        ("bench", "--num-requests", "2", "--concurrency", "1", "--input-len", "8", "--output-len", "2"),
+        ("replay", str(trace), "--seconds", "0", "--length-scale", "0.125"),
+    )
+    for command in commands:
+        for key, says in (("", "an API key is needed"), ("wrong", "this API key is not known here"), ("schlüssel", "printable ASCII")):
+            ran = baton(*command, "--url", cluster.url, OPENAI_API_KEY=key)
+            assert ran.returncode == 2, ran.stderr
+            assert says in ran.stderr
+            assert "--api-key" in ran.stderr
+            assert "Traceback" not in ran.stderr
+        shown = baton(*command, "--url", cluster.url, "--api-key", "sk-one", OPENAI_API_KEY="wrong")
+        assert shown.returncode == 0, shown.stderr
+    assert baton(*commands[0], "--url", cluster.url, OPENAI_API_KEY="sk-one").returncode == 0
+    assert f"{cluster.url}/nothing answers 404" in baton("status", "--url", f"{cluster.url}/nothing").stderr
+
+
 def test_a_tenants_rate_is_kept_and_the_client_comes_again_when_it_is_told(cluster: RunningCluster) -> None:
     with client(cluster, "sk-slow") as made:
         made.completions.create(model="demo-model", prompt="x", max_tokens=1)

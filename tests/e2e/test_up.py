@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,14 +12,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
 import httpx
 import psutil
 import pytest
 import yaml
 
-from baton.cli.cluster import Cluster, Plan
+from baton.cli.cluster import Child, Cluster, Plan
 from baton.cluster.machine import free_port
+from baton.errors import ConfigError
+from baton.rpc.v1 import common_pb2, router_pb2, router_pb2_grpc
 from tests.cluster import RunningCluster, running_cluster, stop
 from tests.e2e.test_membership import Etcd
 
@@ -26,14 +32,17 @@ BATON = [sys.executable, "-c", "from baton.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
-def unified(tiny_model: Path) -> Iterator[RunningCluster]:
-    """Without etcd, without a pool."""
-    with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none") as cluster:
+def unified(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """Without etcd, without a pool; of a model by another name."""
+    link = tmp_path_factory.mktemp("links") / "prod"
+    link.symlink_to(tiny_model)
+    with running_cluster(model=link, unified=1, kvstore=0, etcd="none") as cluster:
         yield cluster
 
 
-def baton(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*BATON, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+def baton(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    told = {**os.environ, **environment}
+    return subprocess.run([*BATON, *arguments], capture_output=True, text=True, timeout=timeout, check=False, env=told)
 
 
 def complete(cluster: RunningCluster, prompt: str = "hello", **fields: object) -> httpx.Response:
@@ -54,6 +63,35 @@ def test_a_unified_worker_without_etcd_serves(unified: RunningCluster) -> None:
     assert answer.status_code == 200
     assert "decode=unified-0" in answer.headers["x-baton-route"]
     assert set(unified.children()) == {"unified-0", "router"}
+
+
+def names_of(cluster: RunningCluster) -> tuple[list[str], str, str]:
+    """What the router lists; what its worker and the worker's metrics say."""
+    listed = [card["id"] for card in httpx.get(f"{cluster.url}/v1/models").json()["data"]]
+    (worker,) = cluster.workers()
+    label = re.search(r'model_name="([^"]*)"', httpx.get(f"http://{worker['metrics']}/metrics").text)
+    return listed, worker["model"], label[1] if label else ""
+
+
+def test_a_link_is_the_name_of_its_model(unified: RunningCluster) -> None:
+    assert names_of(unified) == (["prod"], "prod", "prod")
+    assert complete(unified, model="prod").json()["model"] == "prod"
+
+
+async def test_a_model_is_called_by_the_names_that_it_was_given_and_shown_by_the_first(tiny_model: Path) -> None:
+    options = ["--served-model-name", "org/one", "--served-model-name", "two"]
+    with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none", options=options) as cluster:
+        assert names_of(cluster) == (["org/one", "two"], "org/one", "org/one")
+        assert {complete(cluster, model=name).json()["model"] for name in ("org/one", "two")} == {"org/one"}
+        refused = complete(cluster, model=tiny_model.name)
+        assert refused.status_code == 404
+        assert "'org/one', 'two' are" in refused.json()["error"]["message"]
+        async with grpc.aio.insecure_channel(cluster.grpc) as channel:
+            generate = router_pb2_grpc.RouterStub(channel).Generate
+            sampling = common_pb2.SamplingParams(max_tokens=3)
+            assert [answer async for answer in generate(router_pb2.RouterGenerateRequest(text="x", model="two", sampling=sampling))]
+            with pytest.raises(grpc.aio.AioRpcError, match="'org/one', 'two' are"):
+                await generate(router_pb2.RouterGenerateRequest(text="x", model="three", sampling=sampling)).read()
 
 
 def test_a_worker_that_dies_is_started_again_under_its_name(unified: RunningCluster) -> None:
@@ -111,6 +149,7 @@ def test_an_etcd_that_panics_is_started_again_and_sigint_leaves_nothing(tiny_mod
         assert not alive
         assert len(gone) == 3
         assert not cluster.ready_file.exists()
+        assert not list(cluster.logs.glob("baton-*/*.yaml"))
         assert cluster.process.returncode == 0
 
 
@@ -118,8 +157,9 @@ def test_a_worker_has_as_many_gpus_of_its_own_as_ranks(tiny_model: Path, monkeyp
     """It sees them first, and the others: NVLink maps their memory."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
     settings = ("decode.engine.tensor_parallel_size=1", "decode-1.engine.tensor_parallel_size=3")
-    plan = Plan(model=tiny_model, prefill=1, decode=2, kvstore=0, http_port=0, grpc_port=0, tensor_parallel_size=2, settings=settings)
-    cluster = Cluster(plan)
+    cluster = Cluster(
+        Plan(model=tiny_model, prefill=1, decode=2, kvstore=0, http_port=0, grpc_port=0, tensor_parallel_size=2, settings=settings)
+    )
     children = {child.name: child for group in cluster._plan_groups() for child in group}
     assert [children[name].gpus for name in ("prefill-0", "decode-0", "decode-1")] == ["0,1,2,3,4", "2,3,4,0,1", "3,4,0,1,2"]
     files = [Path(children[name].command[4]) for name in ("prefill-0", "decode-0", "decode-1")]
@@ -168,6 +208,20 @@ def test_a_second_signal_stops_at_once(tiny_model: Path) -> None:
         cluster.process.wait(timeout=10)
         _, alive = psutil.wait_procs(everybody, timeout=5)
         assert not alive
+
+
+def test_a_closed_terminal_stops_everything(tiny_model: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests' own may be ignored, which is inherited
+    try:
+        with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none") as cluster:
+            everybody = psutil.Process(cluster.process.pid).children(recursive=True)
+            cluster.process.send_signal(signal.SIGHUP)
+            assert cluster.process.wait(30) == 0
+            _, alive = psutil.wait_procs(everybody, timeout=5)
+            assert not alive
+            assert not list(cluster.logs.glob("baton-*/*.yaml"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_etcd_that_runs_already(tiny_model: Path, tmp_path: Path) -> None:
@@ -237,6 +291,7 @@ def test_a_taken_port(tiny_model: Path) -> None:
         (["--set", "block_size"], "role.key=value"),
         (["--set", "decod.engine.block_size=32"], "no role 'decod'"),
         (["--http-port", "99999"], "--http-port"),
+        (["--log-dir", "/dev/null/logs"], "--log-dir /dev/null/logs cannot be made (Not a directory)"),
         (
             ["--unified", "1", "--kvstore", "0", "--set", "unified.engine.blok_size=8"],
             "unified-0: unknown key engine.blok_size; did you mean block_size?",
@@ -257,14 +312,63 @@ def test_wrong_options_are_explained(tiny_model: Path, arguments: list[str], say
     assert "Traceback" not in ran.stderr
 
 
-def test_a_broken_checkpoint_stops_the_start_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
+ONE_WORKER = ("--unified", "1", "--kvstore", "0", "--http-port", "0", "--grpc-port", "0")
+
+
+def test_a_broken_checkpoint_stops_the_start_with_the_reason_and_its_log_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    folder, temporary = tmp_path / "broken", tmp_path / "tmp"
     shutil.copytree(tiny_model, folder)
+    temporary.mkdir()
     weights = folder / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    ran = baton("up", "--model", str(folder), "--unified", "1", "--kvstore", "0", "--etcd", "none", "--http-port", "0", "--grpc-port", "0")
+    ran = baton("up", "--model", str(folder), *ONE_WORKER, TMPDIR=str(temporary))
     assert ran.returncode == 2
     assert "truncated" in ran.stderr
+    (log,) = temporary.glob("baton-*/unified-0.log")
+    assert "truncated" in log.read_text()
+    assert str(log) in ran.stderr
+    assert not (log.parent / "etcd").exists()
+
+
+def test_a_start_that_takes_too_long_says_who_is_awaited_and_keeps_the_logs(tiny_model: Path, tmp_path: Path) -> None:
+    ran = baton("up", "--model", str(tiny_model), *ONE_WORKER, "--etcd", "none", "--start-timeout", "0.3", TMPDIR=str(tmp_path))
+    assert ran.returncode == 2
+    (log,) = tmp_path.glob("baton-*/unified-0.log")
+    assert f"not ready after 0.3 s (--start-timeout): unified-0, router; their logs are kept in {log.parent}" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def plan(model: Path, **more: Any) -> Plan:
+    return Plan(model=model, prefill=0, decode=0, unified=1, kvstore=0, etcd="none", http_port=0, grpc_port=0, **more)
+
+
+async def test_a_start_without_a_limit_goes_on_saying_who_is_awaited(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("baton.cli.cluster._TELL_S", 0.1)
+    cluster = Cluster(plan(tiny_model, start_timeout_s=0.0))
+    try:
+        await cluster.start()
+    finally:
+        await cluster.stop()
+    assert f"their logs are in {cluster._logs}" in caplog.text
+    assert "waiting for unified-0, router, " in caplog.text
+    assert not cluster._logs.exists()
+
+
+async def test_what_dies_again_and_again_while_it_starts_ends_the_start_however_long_it_has_lived(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baton.cli.cluster._STEADY_S", 0.0)
+    cluster = Cluster(plan(tiny_model, start_timeout_s=0.0))
+    child = Child("unified-0", "unified", ["false"], cluster._logs / "unified-0.log")
+    monkeypatch.setattr(cluster, "_plan_groups", lambda: [[child]])
+    try:
+        async with asyncio.timeout(60):
+            with pytest.raises(ConfigError, match="unified-0 cannot run"):
+                await cluster.start()
+    finally:
+        await cluster.stop()
 
 
 def test_no_router_to_talk_to() -> None:

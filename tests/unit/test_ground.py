@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.config import EngineConfig, KVStoreConfig, RouterConfig, WorkerConfig, load_config
+from baton.config import EngineConfig, KVStoreConfig, RouterConfig, WorkerConfig, load_config, served_names
 from baton.errors import BatonError, ConfigError, WorkerLost, error_classes
 from baton.hashing import HASH_BYTES, block_hashes, root_hash
 from baton.kv.layout import KVLayout, block_key
@@ -102,6 +102,42 @@ def test_every_problem_is_reported_at_once() -> None:
         load_config(KVStoreConfig, None, ["mode=both", "client_ttl_s=0"], {})
     assert "mode" in caught.value.message
     assert "client_ttl_s" in caught.value.message
+
+
+@pytest.mark.parametrize("cls", [RouterConfig, WorkerConfig])
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models/prod", "prod"),
+        ("models/prod/", "prod"),
+        ("models/prod/../other/.", "other"),
+        ("hub/models--Qwen--Qwen3-8B/snapshots/b968826d9c46dd6066d109eabc6255188de91218", "Qwen/Qwen3-8B"),
+        ("hub/models--gpt2/snapshots/607a30d783dfa663caf39e06633721c8d4cfcd7e", "gpt2"),
+        ("models--Qwen--Qwen3-8B", "models--Qwen--Qwen3-8B"),
+    ],
+)
+def test_a_model_is_named_like_its_folder_as_given(
+    cls: type[RouterConfig | WorkerConfig], folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "of-today").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "prod").symlink_to(tmp_path / "of-today")
+    assert served_names(cls(model=folder)) == (name,)
+    assert served_names(cls(model=str(tmp_path / folder))) == (name,)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"), [("one", ("one",)), ("[one, org/two]", ("one", "org/two")), ("''", ("folder",)), ("[]", ("folder",))]
+)
+def test_a_model_has_one_name_or_several(text: str, names: tuple[str, ...]) -> None:
+    for cls in (RouterConfig, WorkerConfig):
+        assert served_names(load_config(cls, None, ["model=/the/folder", f"served_model_name={text}"], {})) == names
+
+
+def test_no_name_of_a_model_is_empty() -> None:
+    with pytest.raises(ConfigError, match=r"served_model_name.1: .* at least 1 character"):
+        load_config(RouterConfig, None, ["served_model_name=[a, '']"], {})
 
 
 def test_configurations_are_frozen() -> None:

@@ -72,6 +72,11 @@ etcd_access: {{ include "baton.etcdAccess" .root }}
 lease_s: {{ .spec.leaseSeconds | default 5 }}
 {{- end }}
 
+{{- define "baton.servedNames" -}}{{/* the first is shown */}}
+{{- $names := .spec.servedName | default .model }}
+{{- ternary $names (list $names) (kindIs "slice" $names) | toJson }}
+{{- end }}
+
 {{- define "baton.ports.grpc" -}}
 - {name: grpc, containerPort: 9100}
 - {name: metrics, containerPort: 9101}
@@ -84,8 +89,7 @@ liveness: {httpGet: {path: /health, port: metrics}}
 {{- end }}
 
 {{- define "baton.workload.router" -}}
-{{- $served := .spec.servedName | default .model }}
-{{- $own := dict "model" .version.path "served_model_name" $served "http_port" 8000 "drain_grace_s" .block.drainSeconds }}
+{{- $own := dict "model" .version.path "served_model_name" (include "baton.servedNames" . | fromYamlArray) "http_port" 8000 "drain_grace_s" .block.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
 {{- $_ := set $own "security" (include "baton.security" .root | fromYaml) }}
 {{- $_ := set $own "server" (dict "host" "0.0.0.0" "grpc_port" 9000 "metrics_port" 9101 "log_format" .root.Values.logFormat) -}}
@@ -129,7 +133,7 @@ liveness: {httpGet: {path: /health, port: metrics}}
 {{- $push = dict "protocols" (list "rdma" "tcp") "devices" .block.rdma.devices }}
 {{- if $pool }}{{ $_ := set $pool "devices" .block.rdma.devices }}{{ end }}
 {{- end }}
-{{- $own := dict "role" .role "model" .version.path "served_model_name" (.spec.servedName | default .model) "drain_grace_s" .block.drainSeconds }}
+{{- $own := dict "role" .role "model" .version.path "served_model_name" (include "baton.servedNames" . | fromYamlArray) "drain_grace_s" .block.drainSeconds }}
 {{- $_ := set $own "cluster" (include "baton.cluster" . | fromYaml) }}
 {{- $_ := set $own "security" (include "baton.security" .root | fromYaml) }}
 {{- $_ := set $own "server" (dict "grpc_port" 9100 "metrics_port" 9101 "log_format" .root.Values.logFormat) }}
