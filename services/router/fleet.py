@@ -82,8 +82,9 @@ class Fleet:
 
     def silent(self, worker: Worker) -> None:
         """It is not used until it speaks again."""
-        worker.state = None
-        self._stale = True
+        if worker.state is not None:
+            worker.state = None
+            self._stale = True
 
     def update(self, worker: Worker, update: StateUpdate) -> bool:
         """Takes in what it says of itself; whether its state has changed."""

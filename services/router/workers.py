@@ -158,10 +158,12 @@ class Workers:
                     raise
             except Exception:
                 logger.exception("the state of %s cannot be followed", worker.member.id)
+            spoke = worker.state is not None
             self._fleet.silent(worker)
             if worker.gone:
                 await self._forget(worker)
-            await self._notify()
+            if spoke or worker.gone:
+                await self._notify()
             if worker.gone:
                 return
             await asyncio.sleep(_RETRY_S)
@@ -169,13 +171,14 @@ class Workers:
     async def _follow(self, worker: Worker) -> bool:
         """Until the stream ends. True where it is to be opened again because something was missed. Raises on its errors and its silence."""
         stub: Any = worker_pb2_grpc.WorkerStub(self._channels.get(worker.member.address))
+        if not await self._is_there(worker, stub):
+            return False
         call: grpc.aio.UnaryStreamCall[worker_pb2.WatchStateRequest, worker_pb2.StateUpdate] = stub.WatchState(
             worker_pb2.WatchStateRequest()
         )
         expected, checked = -1, True
         try:
-            there = await stub.GetMember(worker_pb2.GetMemberRequest(), timeout=self._lease_s)
-            if (there.id, there.instance) != (worker.member.id, worker.member.instance):  # a successor has its address
+            if not await self._is_there(worker, stub):  # since
                 return False
             while True:
                 async with asyncio.timeout(self._lease_s):
@@ -201,6 +204,11 @@ class Workers:
                     checked = False  # another snapshot would be no better
         finally:
             call.cancel()
+
+    async def _is_there(self, worker: Worker, stub: Any) -> bool:
+        """Whether it is this very process that answers at its address, and no successor. Raises AioRpcError."""
+        there = await stub.GetMember(worker_pb2.GetMemberRequest(), timeout=self._lease_s)
+        return (there.id, there.instance) == (worker.member.id, worker.member.instance)
 
     async def _notify(self) -> None:
         async with self._changed:

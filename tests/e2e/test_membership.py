@@ -1,6 +1,7 @@
 """Membership on a real etcd that is killed, stopped and started again, and the static list."""
 
 import asyncio
+import dataclasses
 import os
 import shutil
 import signal
@@ -221,6 +222,23 @@ async def test_static_members_are_those_that_answer() -> None:
     await seen.until(lambda view: set(view) == {"w1", "w2"})
     del alive["a:1"]
     await seen.until(lambda view: set(view) == {"w2"})
+    await seen.close()
+
+
+async def test_a_static_member_that_hangs_or_cannot_be_read_hides_no_other() -> None:
+    there = member("w1")
+
+    async def probe(address: str) -> Member:
+        if address == "hangs:1":
+            await asyncio.sleep(3600)
+        if address == "newer:1":
+            raise KeyError("a role of another version")
+        return there
+
+    seen = Seen(StaticMembership(["hangs:1", "newer:1", "a:1"], probe, lease_s=5))
+    await seen.until(lambda view: set(view) == {"w1"})
+    there = dataclasses.replace(there, pid=2)
+    await seen.until(lambda view: view["w1"].pid == 2)
     await seen.close()
 
 
