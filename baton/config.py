@@ -280,6 +280,9 @@ class RouterConfig(Strict):
     policy: PolicyName = "predicted"
     local_prefill: bool = True  # predicted: a decode worker may be told to compute a whole prompt where that costs everybody less
     max_body: Size = 16 * 2**20
+    allowed_origins: tuple[
+        str, ...
+    ] = ()  # of pages whose scripts may call the HTTP API (CORS), for example ["https://chat.example"]; ["*"]: all
     max_migrations: int = Field(default=3, ge=0)  # per sequence
     drain_grace_s: float = Field(default=30.0, ge=0)
     tenants: tuple[TenantConfig, ...] = ()  # none: everybody may ask for everything

@@ -13,6 +13,8 @@ import tokenizers.decoders
 
 from baton.errors import InvalidRequest, ModelError, PromptTooLong
 
+_BEFORE = 4  # tokens of a prompt
+
 
 class Tokenizer:
     def __init__(self, folder: Path) -> None:
@@ -32,6 +34,11 @@ class Tokenizer:
         decoder: Any = self._tokenizer.decoder
         self._apart = isinstance(decoder, tokenizers.decoders.ByteLevel)  # a text's tokens are its bytes, and nothing else
         self._ascii: dict[int, str | None] = {}
+
+    @property
+    def joined(self) -> bool:
+        """Whether a token's text depends on those before it, beyond the bytes of one character."""
+        return not self._apart
 
     def encode(self, text: str, *, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
         """Other threads run meanwhile. Raises InvalidRequest; PromptTooLong, at once, for a text that cannot be `limit` tokens or fewer."""
@@ -85,13 +92,14 @@ class Detokenizer:
     """Turns a growing sequence of tokens into text, piece by piece; never emits half a character.
 
     Decodes a short window that starts at the last safe border: a token's text may depend on those before it (leading spaces, bytes of
-    one character), and not on more.
+    one character), and not on more. `prompt`: what comes before, as far as the first token's text depends on it: the first of a text has
+    no leading space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._window: list[int] = []
-        self._emitted = 0  # tokens of the window whose text is out
+        self._window = list(prompt[-_BEFORE:]) if tokenizer.joined else []
+        self._emitted = len(self._window)  # tokens of the window whose text is out
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that became certain by these tokens."""

@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 HOPS = (
-    ("router", "services.router.app", "read_json", "end", "the body is read"),
+    ("router", "services.router.app", "read_body", "end", "the body is read"),
     ("router", "services.router.placer", "Placer.decide", "begin", "checked and let in"),
     ("router", "services.router.sessions", "_Session.start", "begin", "hashed, placed, a message"),
     ("decode", "baton.rpc.convert", "request_from_proto", "begin", "has it"),

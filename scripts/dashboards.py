@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 
-from baton.errors import InvalidRequest, ModelNotFound, PromptTooLong, RequestCancelled
+from baton.errors import InvalidRequest, ModelNotFound, PromptTooLong, RequestCancelled, TooLarge
 from baton.metrics import catalogue
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 SOURCES, TARGET = DEPLOY / "monitoring", DEPLOY / "helm/baton/files"
 Tree = dict[str, Any]
 POOL = "app_kubernetes_io_component"  # of the pod, by the chart's PodMonitor
-CLIENTS_FAULT = "|".join(error.code for error in (InvalidRequest, PromptTooLong, ModelNotFound, RequestCancelled))
+CLIENTS_FAULT = "|".join(error.code for error in (InvalidRequest, PromptTooLong, ModelNotFound, TooLarge, RequestCancelled))
 _SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 _METRIC = re.compile(r"(baton:\w+)(?:\{([^}]*)\})?")
 _WIDTH, _HEIGHT, _ACROSS = 8, 7, 3

@@ -78,6 +78,7 @@ def build(config: RouterConfig, workers: Workers, channels: Channels, tracer: Tr
         metrics=metrics,
         max_body=config.max_body,
         lease_s=config.cluster.lease_s,
+        allowed_origins=config.allowed_origins,
     )
 
 

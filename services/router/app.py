@@ -6,15 +6,17 @@ import json
 import logging
 import math
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
@@ -36,8 +38,10 @@ from services.router.text import Piece
 from services.router.workers import Workers
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 Stream = AsyncGenerator[tuple[Choice, Piece]]
-ROUTE_HEADER, TTFT_HEADER, TPOT_HEADER = "x-baton-route", "x-slo-ttft-ms", "x-slo-tpot-ms"
+REQUEST_HEADER, ROUTE_HEADER, TTFT_HEADER, TPOT_HEADER = "x-request-id", "x-baton-route", "x-slo-ttft-ms", "x-slo-tpot-ms"
+_LARGE = 32 * 2**10  # bytes: understood on another thread, since that takes milliseconds
 _GAUGES_S = 1.0
 
 
@@ -55,7 +59,9 @@ class Gateway:
     metrics: RouterMetrics
     max_body: int
     lease_s: float
+    allowed_origins: tuple[str, ...] = ()
     draining: bool = False
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property
     def model(self) -> str:
@@ -100,13 +106,30 @@ class Gateway:
             served = f"{', '.join(map(repr, self.names))} {'is' if len(self.names) == 1 else 'are'}"
             raise ModelNotFound(f"the model {name!r} is not served here; {served}, or leave `model` out", param="model")
 
+    async def understood(self, understand: Callable[[], T], num_bytes: int) -> T:
+        """What a request says. A large one is understood beside the streams, not instead of them. Counts what cannot be."""
+        try:
+            return await asyncio.to_thread(understand) if num_bytes > _LARGE else understand()
+        except InvalidRequest as error:
+            self.metrics.failure(error.code)
+            raise
+
 
 def make_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None)
+    if gateway.allowed_origins:
+        told = [REQUEST_HEADER, ROUTE_HEADER, "retry-after"]
+        origins = list(gateway.allowed_origins)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told)
 
     @app.exception_handler(BatonError)
     async def on_error(request: Request, error: BatonError) -> JSONResponse:
-        return error_response(error)
+        request_id, status = _request_id(request), error.http_status
+        if status not in (429, 499):  # the first are counted, and may be many; the others are nobody's fault
+            told = (request_id, request.method, request.url.path, status, error.code, error.message)
+            level = logging.WARNING if status >= 500 else logging.INFO
+            logger.log(level, "%s: %s %s: %d %s: %s", *told, extra={"request_id": request_id})
+        return error_response(error, request_id)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -114,75 +137,65 @@ def make_app(gateway: Gateway) -> FastAPI:
         if message == HTTPStatus(status).phrase:  # Starlette's own: no route took it
             paths = sorted({f"{' '.join(route.methods or ())} {route.path}" for route in app.routes if isinstance(route, Route)})
             message = f"{message}: {request.method} {request.url.path}; there is {', '.join(paths)}"
-        return JSONResponse(error_body(message, "not_found" if status == 404 else "http_error", status), status)
+        headers = {**(error.headers or {}), REQUEST_HEADER: _request_id(request)}
+        return JSONResponse(error_body(message, "not_found" if status == 404 else "http_error", status), status, headers)
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        logger.error("a request failed", exc_info=error)
-        return JSONResponse(error_body("the router failed on this request; see its log", "internal_error", 500), 500)
+        request_id = _request_id(request)
+        logger.error("a request failed", exc_info=error, extra={"request_id": request_id})
+        answer = error_body("the router failed on this request; see its log", "internal_error", 500)
+        return JSONResponse(answer, 500, {REQUEST_HEADER: request_id})
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        tenant = _tenant(request, gateway)
-        gateway.generator.admission.check_rates(tenant)
-        body = parse(ChatBody, await read_json(request, gateway.max_body))
-        gateway.check_model(body.model)
-        prompt = body.prompt(gateway.tokenizer, gateway.max_model_len)
-        gateway.generator.check(prompt, gateway.max_model_len)
-        request_id = _request_id(request, "chatcmpl")
-        asks = body.asks(request_id, prompt, gateway.defaults, gateway.max_model_len)
-        return await _answer(request, gateway, "chat.completion", request_id, asks, body, claim_of(request, tenant, body))
+        return await _generate(request, gateway, ChatBody)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        tenant = _tenant(request, gateway)
-        gateway.generator.admission.check_rates(tenant)
-        body = parse(CompletionBody, await read_json(request, gateway.max_body))
-        gateway.check_model(body.model)
-        prompts = body.prompts(gateway.tokenizer, gateway.max_model_len)
-        for prompt in prompts:
-            gateway.generator.check(prompt, gateway.max_model_len)
-        request_id = _request_id(request, "cmpl")
-        asks = body.asks(request_id, prompts, gateway.defaults, gateway.max_model_len)
-        claim = claim_of(request, tenant, body)
-        return await _answer(
-            request, gateway, "text_completion", request_id, asks, body, claim, echo=body.echo, silent=body.max_tokens == 0
-        )
+        return await _generate(request, gateway, CompletionBody)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         _tenant(request, gateway)
-        card = {"object": "model", "created": 0, "owned_by": "baton", "max_model_len": gateway.max_model_len}
-        return {"object": "list", "data": [{"id": name, **card} for name in gateway.names]}
+        return {"object": "list", "data": [_card(gateway, name) for name in gateway.names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        _tenant(request, gateway)
+        gateway.check_model(name)
+        return _card(gateway, name)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
         _tenant(request, gateway)
-        body = parse(TokenizeBody, await read_json(request, gateway.max_body))
-        gateway.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("send either prompt or messages", param="prompt")
-        if body.prompt is not None:
-            ids = gateway.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-        else:
-            messages = [message.for_template() for message in body.messages or ()]
-            text = gateway.tokenizer.render_chat(messages, add_generation_prompt=body.add_generation_prompt)
-            ids = gateway.tokenizer.encode(text, add_special_tokens=False)
-        strings = [gateway.tokenizer.piece(token_id) for token_id in ids] if body.return_token_strs else None
-        return {"tokens": ids, "count": len(ids), "max_model_len": gateway.max_model_len, "token_strs": strings}
+
+        def understand(sent: object) -> dict[str, Any]:
+            body = parse(TokenizeBody, sent)
+            gateway.check_model(body.model)
+            ids = body.token_ids(gateway.tokenizer)
+            strings = [gateway.tokenizer.piece(token_id) for token_id in ids] if body.return_token_strs else None
+            return {"tokens": ids, "count": len(ids), "max_model_len": gateway.max_model_len, "token_strs": strings}
+
+        return await _read(request, gateway, understand)
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> dict[str, Any]:
         _tenant(request, gateway)
-        body = parse(DetokenizeBody, await read_json(request, gateway.max_body))
-        gateway.check_model(body.model)
-        if body.tokens:
-            gateway.generator.check(body.tokens, None)
-        return {"prompt": gateway.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+        def understand(sent: object) -> str:
+            body = parse(DetokenizeBody, sent)
+            gateway.check_model(body.model)
+            if body.tokens:
+                gateway.generator.check(body.tokens, None)
+            return gateway.tokenizer.decode(body.tokens, skip_special_tokens=False)
+
+        return {"prompt": await _read(request, gateway, understand)}
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "alive"}
+    async def health() -> dict[str, Any]:
+        problem = gateway.not_ready()
+        return {"status": "alive", "ready": problem is None, "problem": problem}  # 200 also then: a new router would be no readier
 
     @app.get("/ready")
     async def ready() -> Response:
@@ -287,20 +300,33 @@ def describe(gateway: Gateway) -> dict[str, Any]:
     }
 
 
-async def read_json(request: Request, limit: int) -> object:
-    """The body, read no further than `limit` bytes."""
+async def read_body(request: Request, limit: int) -> bytes:
+    """Not much further than `limit` bytes."""
     data = bytearray()
     try:
         async for part in request.stream():
             data += part
             if len(data) > limit:
-                raise TooLarge(f"the body is larger than {limit} bytes (max_body): send a shorter one")
+                break
     except ClientDisconnect as error:
         raise RequestCancelled("the client went away") from error
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    return bytes(data)
+
+
+async def _read(request: Request, gateway: Gateway, understand: Callable[[object], T]) -> T:
+    """What `understand` makes of the body's JSON."""
+    data = await read_body(request, gateway.max_body)
+
+    def whole() -> T:
+        if len(data) > gateway.max_body:
+            raise TooLarge(f"the body is larger than {gateway.max_body} bytes (max_body): send a shorter one")
+        try:
+            sent = json.loads(data)
+        except ValueError as error:
+            raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+        return understand(sent)
+
+    return await gateway.understood(whole, len(data))
 
 
 def _tenant(request: Request, gateway: Gateway) -> Tenant:
@@ -325,8 +351,8 @@ def claim_of(request: Request, tenant: Tenant, body: ChatBody | CompletionBody) 
     return Claim(tenant=tenant, priority=body.urgency, ttft_slo_s=seconds(TTFT_HEADER), itl_slo_s=seconds(TPOT_HEADER))
 
 
-def error_response(error: BatonError) -> JSONResponse:
-    headers: dict[str, str] = {}
+def error_response(error: BatonError, request_id: str) -> JSONResponse:
+    headers = {REQUEST_HEADER: request_id}
     if error.http_status in (429, 503):  # whole seconds
         headers["retry-after"] = str(max(math.ceil(error.retry_after_s or 0), 1) if isinstance(error, Unavailable) else 1)
     if isinstance(error, Unauthorized):
@@ -334,30 +360,33 @@ def error_response(error: BatonError) -> JSONResponse:
     return JSONResponse(error_body(error.message, error.code, error.http_status, error.param), error.http_status, headers)
 
 
-async def _answer(
-    request: Request,
-    gateway: Gateway,
-    kind: str,
-    request_id: str,
-    asks: Sequence[Ask],
-    body: ChatBody | CompletionBody,
-    claim: Claim,
-    *,
-    echo: bool = False,
-    silent: bool = False,
-) -> Response:
-    answers = Answers(kind, request_id, gateway.model, gateway.tokenizer, asks, token_ids=body.return_token_ids)
+async def _generate(request: Request, gateway: Gateway, cls: type[ChatBody] | type[CompletionBody]) -> Response:
+    tenant = _tenant(request, gateway)
+    gateway.generator.admission.check_rates(tenant)
+    request_id = _request_id(request, cls.prefix)
+
+    def understand(sent: object) -> tuple[ChatBody | CompletionBody, list[Ask]]:
+        body, limit = parse(cls, sent), gateway.max_model_len
+        gateway.check_model(body.model)
+        prompts = body.prompts(gateway.tokenizer, limit)
+        for prompt in prompts:
+            gateway.generator.check(prompt, limit)
+        return body, body.asks(request_id, prompts, gateway.defaults, limit)
+
+    body, asks = await _read(request, gateway, understand)
+    claim = claim_of(request, tenant, body)
+    answers = Answers(body, request_id, gateway.model, gateway.tokenizer, asks)
     stream = gateway.generator.run(request_id, asks, claim, request.headers.get("traceparent", ""))
     if not body.stream:
         choices = await until_gone(request.receive, lambda: _collect(stream))
-        return JSONResponse(answers.whole(choices, echo=echo, silent=silent), headers=_headers(request_id, choices))
+        return JSONResponse(answers.whole(choices), headers=_headers(request_id, choices))
     try:  # errors before the first token are HTTP statuses
         first = await until_gone(request.receive, lambda: anext(stream))
     except BaseException:
         await stream.aclose()
         raise
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _events(stream, first, answers, include_usage=include_usage, echo=echo)
+    events = _events(stream, first, answers, include_usage=include_usage)
     return EventStream(events, _headers(request_id, [first[0]]))
 
 
@@ -369,16 +398,14 @@ async def _collect(stream: Stream) -> list[Choice]:
     return list(choices.values())
 
 
-async def _events(
-    stream: Stream, first: tuple[Choice, Piece], answers: Answers, *, include_usage: bool, echo: bool
-) -> AsyncGenerator[bytes]:
+async def _events(stream: Stream, first: tuple[Choice, Piece], answers: Answers, *, include_usage: bool) -> AsyncGenerator[bytes]:
     choices: dict[int, Choice] = {}
     async with aclosing(stream):
         try:
             item: tuple[Choice, Piece] | None = first
             while item is not None:
                 choices[item[0].index] = item[0]
-                line = answers.line(*item, echo=echo)
+                line = answers.line(*item)
                 if line is not None:
                     yield _event(line)
                 item = await anext(stream, None)
@@ -394,9 +421,25 @@ def _event(line: str) -> bytes:
 
 
 def _headers(request_id: str, choices: Sequence[Choice]) -> dict[str, str]:
-    return {"x-request-id": request_id, ROUTE_HEADER: str(min(choices, key=lambda c: c.index).route)}
+    return {REQUEST_HEADER: request_id, ROUTE_HEADER: str(min(choices, key=lambda c: c.index).route)}
 
 
-def _request_id(request: Request, prefix: str) -> str:
-    """The client's own, or a new one."""
-    return request.headers.get("x-request-id", "")[:128] or f"{prefix}-{secrets.token_hex(8)}"
+def _request_id(request: Request, prefix: str = "req") -> str:
+    """The client's own, or a new one; the same for all that is said about a request."""
+    if not hasattr(request.state, "request_id"):
+        request.state.request_id = request.headers.get(REQUEST_HEADER, "")[:128] or f"{prefix}-{secrets.token_hex(8)}"
+    return request.state.request_id
+
+
+def _card(gateway: Gateway, name: str) -> dict[str, Any]:
+    """With what clients of OpenAI and vLLM read."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": gateway.created,
+        "owned_by": "baton",
+        "root": name,
+        "parent": None,
+        "permission": cast("list[Any]", []),
+        "max_model_len": gateway.max_model_len,
+    }

@@ -212,6 +212,7 @@ class Generator:
                 skip_special_tokens=ask.skip_special_tokens,
                 min_tokens=ask.sampling.min_tokens,
                 eos=self._eos,
+                prompt=ask.prompt_token_ids,
             )
             begun = last = run.ticket.arrived
             async with aclosing(self._dispatcher.generate(request, choice.route, prompt.hashes, run.promised)) as outputs:

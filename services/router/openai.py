@@ -39,7 +39,9 @@ class _Sent(BaseModel):
 
 
 class _Body(_Sent):
+    kind: ClassVar[str] = "text_completion"  # of the answer
     operation: ClassVar[str] = "text_completion"
+    prefix: ClassVar[str] = "cmpl"  # of its id
 
     model: str | None = None
     stream: bool = False
@@ -69,6 +71,8 @@ class _Body(_Sent):
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """`defaults` are the model's generation_config.json."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs cannot be streamed; leave out one of the two", param="prompt_logprobs")
         if (self.min_tokens or 0) > max_tokens:
             raise InvalidRequest(f"min_tokens must be at most max_tokens ({max_tokens}), not {self.min_tokens}", param="min_tokens")
 
@@ -129,6 +133,11 @@ class CompletionBody(_Body):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
 
+    @property
+    def silent(self) -> bool:
+        """What is generated was not asked for."""
+        return self.max_tokens == 0
+
     def prompts(self, tokenizer: Tokenizer, max_model_len: int) -> list[list[int]]:
         """Each prompt as tokens."""
         prompt: Any = self.prompt
@@ -144,7 +153,7 @@ class CompletionBody(_Body):
 
     def asks(self, request_id: str, prompts: list[list[int]], defaults: Mapping[str, Any], max_model_len: int) -> list[Ask]:
         """Of prompts that are known to fit."""
-        if self.max_tokens == 0 and not self.echo:
+        if self.silent and not self.echo:
             raise InvalidRequest("max_tokens must be at least 1, unless echo is set", param="max_tokens")
         asked = None if self.max_tokens is None else max(self.max_tokens, 1)
         default = None if "max_tokens" in self.model_fields_set else _DEFAULT_TOKENS
@@ -172,7 +181,11 @@ class ChatMessage(BaseModel):
 
 
 class ChatBody(_Body):
+    kind: ClassVar[str] = "chat.completion"
     operation: ClassVar[str] = "chat"
+    prefix: ClassVar[str] = "chatcmpl"
+    echo: ClassVar[bool] = False
+    silent: ClassVar[bool] = False
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -182,12 +195,13 @@ class ChatBody(_Body):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict[str, Any])
 
-    def prompt(self, tokenizer: Tokenizer, max_model_len: int) -> list[int]:
+    def prompts(self, tokenizer: Tokenizer, max_model_len: int) -> list[list[int]]:
+        """The one that the messages make."""
         messages = [message.for_template() for message in self.messages]
         text = tokenizer.render_chat(messages, add_generation_prompt=self.add_generation_prompt, extra=self.chat_template_kwargs)
         if self.continue_final_message:
             text = self._open_ended(text, messages[-1]["content"])
-        return tokenizer.encode(text, add_special_tokens=False, limit=max_model_len)
+        return [tokenizer.encode(text, add_special_tokens=False, limit=max_model_len)]
 
     def _open_ended(self, text: str, last: str) -> str:
         """The prompt up to where the last message's content ends, so that the answer goes on with it."""
@@ -198,7 +212,9 @@ class ChatBody(_Body):
                 return text[: text.rindex(content) + len(content)]
         raise InvalidRequest("the last message has no content that could be continued", param="continue_final_message")
 
-    def asks(self, request_id: str, prompt: list[int], defaults: Mapping[str, Any], max_model_len: int) -> list[Ask]:
+    def asks(self, request_id: str, prompts: list[list[int]], defaults: Mapping[str, Any], max_model_len: int) -> list[Ask]:
+        """Of the prompt, which is known to fit."""
+        (prompt,) = prompts
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=true", param="top_logprobs")
         most = allowance(self.max_completion_tokens or self.max_tokens, len(prompt), max_model_len)
@@ -213,6 +229,15 @@ class TokenizeBody(_Sent):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
+
+    def token_ids(self, tokenizer: Tokenizer) -> list[int]:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("send either prompt or messages", param="prompt")
+        if self.prompt is not None:
+            return tokenizer.encode(self.prompt, add_special_tokens=self.add_special_tokens)
+        messages = [message.for_template() for message in self.messages or ()]
+        text = tokenizer.render_chat(messages, add_generation_prompt=self.add_generation_prompt)
+        return tokenizer.encode(text, add_special_tokens=False)
 
 
 class DetokenizeBody(BaseModel):

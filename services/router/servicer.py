@@ -26,18 +26,8 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
             gateway = self._gateway
             tenant = gateway.tenant(_metadata(context, "authorization"))
             gateway.generator.admission.check_rates(tenant)
-            gateway.check_model(request.model or None)
-            prompt = self._prompt(request)
-            gateway.generator.check(prompt, gateway.max_model_len)
             request_id = request.request_id or f"grpc-{secrets.token_hex(8)}"
-            ask = Ask(
-                request_id=request_id,
-                prompt_token_ids=tuple(prompt),
-                sampling=self._sampling(request, len(prompt)),
-                seed=request.seed if request.HasField("seed") else None,
-                stop=tuple(request.stop),
-                salt=request.salt,
-            )
+            ask = await gateway.understood(lambda: self._ask(request, request_id), request.ByteSize())
             async with aclosing(
                 gateway.generator.run(request_id, [ask], _claim(request, context, tenant), _metadata(context, "traceparent") or "")
             ) as stream:
@@ -50,21 +40,34 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
                     if piece.finish_reason is not None:
                         answer.finish_reason = convert.finish_to_proto(piece.finish_reason)
                         answer.stop_reason = str(piece.stop_reason or "")
-                        answer.usage.prompt_tokens = len(prompt)
+                        answer.usage.prompt_tokens = len(ask.prompt_token_ids)
                         answer.usage.completion_tokens = choice.num_tokens
                         answer.usage.cached_tokens = choice.cache.num_cached_tokens if choice.cache else 0
                         answer.route = str(choice.route)
                     yield answer
 
+    def _ask(self, request: pb.RouterGenerateRequest, request_id: str) -> Ask:
+        self._gateway.check_model(request.model or None)
+        prompt = self._prompt(request)
+        self._gateway.generator.check(prompt, self._gateway.max_model_len)
+        return Ask(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt),
+            sampling=self._sampling(request, len(prompt)),
+            seed=request.seed if request.HasField("seed") else None,
+            stop=tuple(request.stop),
+            salt=request.salt,
+        )
+
     def _prompt(self, request: pb.RouterGenerateRequest) -> list[int]:
-        tokenizer, kind = self._gateway.tokenizer, request.WhichOneof("input")
+        tokenizer, limit, kind = self._gateway.tokenizer, self._gateway.max_model_len, request.WhichOneof("input")
         if kind == "text":
-            return tokenizer.encode(request.text)
+            return tokenizer.encode(request.text, limit=limit)
         if kind == "token_ids":
             return list(request.token_ids.ids)
         if kind == "chat":
             messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
-            return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
+            return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False, limit=limit)
         raise InvalidRequest("input is missing: send text, token_ids or chat", param="input")
 
     def _sampling(self, request: pb.RouterGenerateRequest, num_prompt_tokens: int) -> SamplingParams:

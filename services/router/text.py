@@ -27,8 +27,9 @@ class TextStream:
         skip_special_tokens: bool,
         min_tokens: int,
         eos: frozenset[int],
+        prompt: Sequence[int] = (),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens, prompt=prompt)
         self._stop, self._include_stop, self._min_tokens, self._eos = tuple(stop), include_stop, min_tokens, eos
         self._held = ""
         self._count = 0

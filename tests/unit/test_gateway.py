@@ -1,6 +1,7 @@
 """What the router's pages ask of its parts, and on which thread."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,3 +79,69 @@ async def test_gauges_run_none_of_the_routers_code_on_other_threads(demo_model: 
     values = {line.split("{")[0]: float(line.split()[-1]) for line in page.splitlines() if line.startswith("baton:")}
     assert (values["baton:degraded"], values["baton:breakers_open"], values["baton:num_requests_queued"]) == (1.0, 1.0, 0.0)
     assert threads == {threading.current_thread()}
+
+
+def client(made: Gateway) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(made)), base_url="http://router")
+
+
+async def test_what_is_refused_has_an_id_a_line_in_the_log_and_a_count(demo_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = gateway(demo_model, Role.UNIFIED)
+    caplog.set_level(logging.INFO)
+    async with client(made) as http:
+        for body, code in [(b"{", "invalid_request_error"), (b'{"prompt": "x", "model": "y"}', "model_not_found")]:
+            answer = await http.post("/v1/completions", content=body, headers={"x-request-id": f"mine-{code}"})
+            assert (answer.headers["x-request-id"], answer.json()["error"]["code"]) == (f"mine-{code}", code)
+            assert f'failures_total{{code="{code}",model_name="demo-model",worker="router"}} 1.0' in made.metrics.exposition().decode()
+        assert [record.__dict__["request_id"] for record in caplog.records if record.name == "services.router.app"] == [
+            "mine-invalid_request_error",
+            "mine-model_not_found",
+        ]
+        assert (await http.get("/nowhere")).headers["x-request-id"].startswith("req-")
+
+
+async def test_models_have_cards_that_clients_can_read(demo_model: Path) -> None:
+    async with client(gateway(demo_model)) as http:
+        (card,) = (await http.get("/v1/models")).json()["data"]
+        assert card | {"id": "demo-model", "root": "demo-model", "parent": None, "permission": []} == card
+        assert card["created"] > 1_700_000_000
+        assert (await http.get("/v1/models/demo-model")).json() == card
+        assert (await http.get("/v1/models/other/one")).json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("origins", [(), ("https://chat.example",)])
+async def test_pages_of_other_origins_may_call_where_they_are_named(demo_model: Path, origins: tuple[str, ...]) -> None:
+    made = gateway(demo_model)
+    made.allowed_origins = origins
+    asks = {"origin": "https://chat.example", "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    async with client(made) as http:
+        preflight = await http.options("/v1/chat/completions", headers=asks)
+        assert (preflight.status_code, preflight.headers.get("access-control-allow-origin")) == (
+            (200, "https://chat.example") if origins else (405, None)
+        )
+        refused = await http.post("/v1/chat/completions", content=b"{", headers={"origin": "https://chat.example"})
+        assert ("x-request-id" in refused.headers.get("access-control-expose-headers", "")) is bool(origins)
+        other = await http.options("/v1/chat/completions", headers={**asks, "origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+async def test_health_tells_but_does_not_depend_on_the_workers(demo_model: Path) -> None:
+    async with client(gateway(demo_model)) as http:
+        answer = await http.get("/health")
+    assert (answer.status_code, answer.json()["ready"]) == (200, False)
+    assert answer.json()["problem"]
+
+
+@pytest.mark.parametrize(("size", "beside"), [(10, False), (100_000, True)])
+async def test_a_large_body_is_read_beside_the_streams(demo_model: Path, monkeypatch: pytest.MonkeyPatch, size: int, beside: bool) -> None:
+    made, threads = gateway(demo_model), list[threading.Thread]()
+    encode = made.tokenizer.encode
+
+    def watched(text: str, **more: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return encode(text, **more)
+
+    monkeypatch.setattr(made.tokenizer, "encode", watched)
+    async with client(made) as http:
+        assert (await http.post("/tokenize", json={"prompt": "a" * size})).json()["count"]
+    assert [thread is not threading.current_thread() for thread in threads] == [beside]

@@ -42,7 +42,7 @@ def test_wrong_bodies_name_the_field(body: Any, field: str | None) -> None:
 
 def test_unknown_fields_are_tolerated_and_defaults_come_from_the_model() -> None:
     body = parse(ChatBody, {"messages": [{"role": "user", "content": "x", "name": "me"}], "parallel_tool_calls": True, "top_k": -1})
-    (ask,) = body.asks("id", [1, 2, 3], {"temperature": 0.6, "top_p": None}, 10)
+    (ask,) = body.asks("id", [[1, 2, 3]], {"temperature": 0.6, "top_p": None}, 10)
     assert (ask.sampling.temperature, ask.sampling.top_p, ask.sampling.top_k, ask.sampling.max_tokens) == (0.6, 1.0, 0, 7)
 
 
@@ -79,7 +79,7 @@ def test_a_null_is_as_if_it_was_not_sent() -> None:
     }
     body = parse(ChatBody, {"messages": [{"role": "user", "content": "x"}], **nulls})
     assert (body.stream, body.logprobs, body.cache_salt) == (False, False, "")
-    assert body.asks("id", [1], {}, 10)[0].sampling.logprobs is None
+    assert body.asks("id", [[1]], {}, 10)[0].sampling.logprobs is None
     assert parse(CompletionBody, {"prompt": "x", "echo": None}).echo is False
 
 
@@ -120,10 +120,10 @@ def test_the_last_message_is_gone_on_with(tokenizer: Tokenizer) -> None:
         "messages": [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "one, two, "}],
         "continue_final_message": True,
     }
-    text = tokenizer.decode(parse(ChatBody, {**sent, "add_generation_prompt": False}).prompt(tokenizer, 100), skip_special_tokens=False)
+    text = tokenizer.decode(parse(ChatBody, {**sent, "add_generation_prompt": False}).prompts(tokenizer, 100)[0], skip_special_tokens=False)
     assert text.rstrip().endswith("one, two,")
     with pytest.raises(InvalidRequest, match="add_generation_prompt=false"):
-        parse(ChatBody, sent).prompt(tokenizer, 100)
+        parse(ChatBody, sent).prompts(tokenizer, 100)
 
 
 def test_half_a_surrogate_pair_is_no_text(tokenizer: Tokenizer) -> None:
@@ -139,14 +139,15 @@ def test_a_text_that_cannot_fit_is_refused_unread(tokenizer: Tokenizer) -> None:
 def test_content_parts_other_than_text_are_refused(tokenizer: Tokenizer) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(InvalidRequest, match="image_url"):
-        parse(ChatBody, {"messages": [{"role": "user", "content": parts}]}).prompt(tokenizer, 100)
-    joined = parse(ChatBody, {"messages": [{"role": "user", "content": parts[:1]}]}).prompt(tokenizer, 100)
-    assert joined == parse(ChatBody, {"messages": [{"role": "user", "content": "a"}]}).prompt(tokenizer, 100)
+        parse(ChatBody, {"messages": [{"role": "user", "content": parts}]}).prompts(tokenizer, 100)
+    joined = parse(ChatBody, {"messages": [{"role": "user", "content": parts[:1]}]}).prompts(tokenizer, 100)
+    assert joined == parse(ChatBody, {"messages": [{"role": "user", "content": "a"}]}).prompts(tokenizer, 100)
 
 
 def test_a_sequences_first_chunk_says_who_speaks_also_when_more_has_come_by_then(tokenizer: Tokenizer) -> None:
     ask = Ask(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=9))
-    answers = Answers("chat.completion", "r", "m", tokenizer, [ask], token_ids=True)
+    body = parse(ChatBody, {"messages": [{"role": "user", "content": "x"}], "return_token_ids": True})
+    answers = Answers(body, "r", "m", tokenizer, [ask])
     choice = Choice(0, Route("round_robin"))
     choice.pieces += [Piece("a", (OutputToken(5),)), Piece("b", (OutputToken(6),))]
     first, second = (answers.chunk(choice, piece) for piece in choice.pieces)
@@ -157,18 +158,53 @@ def test_a_sequences_first_chunk_says_who_speaks_also_when_more_has_come_by_then
     assert second["choices"][0]["delta"] == {"content": "b"}
 
 
-@pytest.mark.parametrize("kind", ["chat.completion", "text_completion"])
+@pytest.mark.parametrize("body", [(ChatBody, {"messages": [{"role": "user", "content": "x"}]}), (CompletionBody, {"prompt": "x"})])
 @pytest.mark.parametrize("token_ids", [False, True])
 @pytest.mark.parametrize("logprobs", [None, 0])
-def test_a_chunks_line_is_its_json(tokenizer: Tokenizer, kind: str, token_ids: bool, logprobs: int | None) -> None:
+def test_a_chunks_line_is_its_json(tokenizer: Tokenizer, body: Any, token_ids: bool, logprobs: int | None) -> None:
     ask = Ask(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=9, logprobs=logprobs), n=2)
-    answers = Answers(kind, 'r"1', "m\n\u00e9", tokenizer, [ask], token_ids=token_ids)
+    made = parse(body[0], {**body[1], "return_token_ids": token_ids})
+    answers, other = (Answers(made, 'r"1', "m\n\u00e9", tokenizer, [ask]) for _ in range(2))
     choice = Choice(1, Route("round_robin"))
     score = None if logprobs is None else TokenLogprobs(-0.5, 1)
     texts = ["a", 'b"\\\n\t\x00\x7f', "", "\u00fc\u2028\U0001f600", "end"]
     choice.pieces += [Piece(text, (OutputToken(5 + i, score), OutputToken(9, score))) for i, text in enumerate(texts)]
     choice.pieces.append(Piece("", (), FinishReason.LENGTH))
     for piece in choice.pieces:
-        chunk = answers.chunk(choice, piece)
+        chunk = other.chunk(choice, piece)
         expected = None if chunk is None else json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
         assert answers.line(choice, piece) == expected
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [{"logprobs": 1}, {"echo": True, "logprobs": 1}, {"echo": True, "max_tokens": 0, "logprobs": 0}, {"echo": True, "max_tokens": 0}],
+)
+def test_a_stream_joined_is_the_whole_answer(tokenizer: Tokenizer, sent: dict[str, Any]) -> None:
+    body = parse(CompletionBody, {"prompt": "x", "return_token_ids": True, **sent})
+    prompt, ids = tokenizer.encode("The router"), tokenizer.encode(" is here", add_special_tokens=False)
+    if body.silent:
+        ids = ids[:1]
+    (ask,) = body.asks("r", [prompt], {}, 100)
+    score = TokenLogprobs(-0.5, 1, ((7, -0.5),)) if body.logprobs is not None else None
+    choice = Choice(0, Route("round_robin"), prompt_logprobs=(None, *[score] * (len(prompt) - 1)) if score and body.echo else ())
+    for place, token_id in enumerate(ids):
+        last = FinishReason.STOP if place == len(ids) - 1 else None
+        choice.pieces.append(Piece(tokenizer.token(token_id), (OutputToken(token_id, score),), last))
+        choice.text += choice.pieces[-1].text
+    choice.finish_reason, choice.num_tokens = FinishReason.STOP, len(ids)
+    streamed, whole = Answers(body, "r", "m", tokenizer, [ask]), Answers(body, "r", "m", tokenizer, [ask])
+    chunks = [json.loads(line)["choices"][0] for piece in choice.pieces if (line := streamed.line(choice, piece))]
+    expected = whole.whole([choice])
+    (entry,) = expected["choices"]
+    assert "".join(chunk["text"] for chunk in chunks) == entry["text"]
+    assert [token_id for chunk in chunks for token_id in chunk["token_ids"]] == entry["token_ids"]
+    assert chunks[-1]["finish_reason"] == entry["finish_reason"]
+    assert streamed.usage_chunk([choice])["usage"] == expected["usage"]
+    for name, values in (entry["logprobs"] or {}).items():
+        assert [value for chunk in chunks for value in chunk["logprobs"][name]] == json.loads(json.dumps(values)), name
+
+
+def test_logprobs_of_a_prompt_cannot_be_streamed() -> None:
+    with pytest.raises(InvalidRequest, match="cannot be streamed"):
+        parse(CompletionBody, {"prompt": "x", "stream": True, "prompt_logprobs": 1}).asks("r", [[1]], {}, 100)

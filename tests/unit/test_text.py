@@ -1,8 +1,12 @@
 """Text from tokens: pieces of characters, stop strings, the end of a sequence."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.models
+from tokenizers import decoders
 
 from baton.tokenizer import Detokenizer, Tokenizer
 from baton.types import (
@@ -67,3 +71,28 @@ def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer) -> None:
     items = outputs(tokenizer, "a b a b a b a b")
     assert run_text(tokenizer, items, stop=("b",), min_tokens=0)[0] == "a "
     assert len(run_text(tokenizer, items, stop=("b",), min_tokens=5)[0]) > 4
+
+
+@pytest.fixture
+def sentencepiece(tmp_path: Path) -> Tokenizer:
+    """As Llama 2's and Mistral's: words begin with a mark for their space, and a text's first space is not shown."""
+    words = ["<unk>", "<s>", "\u2581The", "\u2581capital", "\u2581is", "\u2581Paris", "!", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    made: Any = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(parts)
+    made.add_special_tokens(["<s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    return Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [((1, 2, 3, 4), " Paris Paris!"), ((2, 3, 4, 7 + 0xC3), " Paris Paris!"), ((1,), "Paris Paris!"), ((), "Paris Paris!")],
+    ids=["a prompt", "half a character", "its beginning alone", "none"],
+)
+def test_the_first_space_is_shown_after_a_prompt(sentencepiece: Tokenizer, prompt: tuple[int, ...], text: str) -> None:
+    detokenizer = Detokenizer(sentencepiece, prompt=prompt)
+    assert "".join(detokenizer.push([token_id]) for token_id in (5, 5, 6)) + detokenizer.flush() == text
+    if prompt:
+        assert sentencepiece.decode([*prompt, 5, 5, 6]).endswith(text)
