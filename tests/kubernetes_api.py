@@ -62,6 +62,10 @@ class Api:
                     "items": [pod for pod in self.pods.values() if f"app={pod['metadata']['labels']['app']}" in query["labelSelector"]]
                 }
             if (found := re.fullmatch(r"/api/v1/namespaces/prod/pods/([^/]+)", path)) and found[1] in self.pods:
+                if method == "DELETE":
+                    self._delete(found[1])
+                    self._fit(self.pods[found[1]]["metadata"]["labels"]["app"])
+                    return 200, self.pods[found[1]]
                 self.pods[found[1]]["metadata"].setdefault("annotations", {}).update(body["metadata"]["annotations"])
                 return 200, self.pods[found[1]]
             return 404, {"message": "not found"}
@@ -83,6 +87,10 @@ class Api:
     def _own(self, deployment: str, pod: dict[str, Any]) -> bool:
         return pod["metadata"]["labels"]["app"] == deployment and "deletionTimestamp" not in pod["metadata"]
 
+    def _delete(self, name: str) -> None:
+        self.pods[name]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        self.on_delete(name)
+
     def _fit(self, deployment: str) -> None:
         def rank(name: str) -> tuple[bool, int]:
             pod = self.pods[name]
@@ -90,8 +98,7 @@ class Api:
 
         own = sorted(self.of(deployment), key=rank)
         for name in own[: max(len(own) - self.replicas[deployment], 0)]:
-            self.pods[name]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-            self.on_delete(name)
+            self._delete(name)
         for _ in range(self.replicas[deployment] - len(own)):
             self._number += 1
             self.pods[f"new-{self._number}"] = self._pod(deployment, f"new-{self._number}", ready=False)
@@ -113,7 +120,7 @@ def served(api: Api, certificate: tuple[Path, Path]) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(text)
 
-        do_GET = do_PATCH = _answer
+        do_GET = do_PATCH = do_DELETE = _answer
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -42,9 +42,11 @@ class Hands:
 
 
 class Planner:
-    def __init__(self, slo: Slo, bounds: Mapping[Role, Bounds], *, startup_s: float, scale_in_after_s: float, hands: Hands | None) -> None:
+    def __init__(
+        self, slo: Slo, bounds: Mapping[Role, Bounds], *, startup_s: float, scale_in_after_s: float, every_s: float, hands: Hands | None
+    ) -> None:
         self._slo, self._bounds, self._hands = slo, bounds, hands
-        self._steady, self._history = Steady(scale_in_after_s), History(startup_s)
+        self._steady, self._history = Steady(scale_in_after_s, every_s), History(startup_s)
         self._told: list[tuple[int, int | None, str]] = []
 
     async def look(self, observer: Observer) -> None:
@@ -165,7 +167,7 @@ def planner(
             hands = Hands(api, Drains(certificates), deployments)
         observer = Observer(router)
         try:
-            made = Planner(slo, bounds, startup_s=startup, scale_in_after_s=scale_in_after, hands=hands)
+            made = Planner(slo, bounds, startup_s=startup, scale_in_after_s=scale_in_after, every_s=every or 0.0, hands=hands)
             await run(made, observer, every, window)
         finally:
             await observer.close()

@@ -83,6 +83,10 @@ class Kubernetes:
         body = {"metadata": {"annotations": {COST: FIRST_TO_GO}}}
         await self._call("PATCH", f"/api/v1/namespaces/{self._namespace}/pods/{pod}", body)
 
+    async def delete(self, pod: str) -> None:
+        """Its Deployment starts another in its place."""
+        await self._call("DELETE", f"/api/v1/namespaces/{self._namespace}/pods/{pod}")
+
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, selector: str = "") -> dict[str, Any]:
         """Raises ConfigError where a person must do something, Unavailable where another try may help."""
         try:

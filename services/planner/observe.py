@@ -125,7 +125,8 @@ class History:
         self._steps: deque[tuple[float, float, Vector]] = deque()  # when, over how many seconds, increments
 
     def add(self, seen: Seen) -> None:
-        if self._last is not None:
+        """What came while nobody looked for longer than a rate is of is not counted: fewer may have come than wanted to."""
+        if self._last is not None and seen.at - self._last.at <= RATE_S:
             grown = np.zeros(_FIRST + len(_PLACES))
             for address, now in seen.counters.items():
                 before = self._known.get(address, now)

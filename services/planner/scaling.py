@@ -3,7 +3,8 @@
     too many ─▶ the least busy are told to drain: routers send them nothing new ─▶ … empty ─▶ their pods are the first to go, replicas - n
 
 A round does what can be done now and keeps nothing: who drains is seen in the cluster, so another planner can go on. A worker that drains
-does not come back: whoever is needed meanwhile is started anew. Workers and pods have the same name, as the chart has it.
+does not come back: whoever is needed meanwhile is started anew, in its place once it is empty, since there may be room (a GPU) for no more.
+Workers and pods have the same name, as the chart has it.
 """
 
 import logging
@@ -17,7 +18,7 @@ from baton.errors import ConfigError, Unavailable
 from baton.rpc.certificates import Certificates
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
-from services.planner.kubernetes import Kubernetes, Pod
+from services.planner.kubernetes import Kubernetes, Pod, Scale
 
 logger = logging.getLogger(__name__)
 _PATIENCE_S = 5.0
@@ -32,12 +33,22 @@ async def scale(kubernetes: Kubernetes, drain: Drain, deployment: str, workers: 
     pods = {pod.name: pod for pod in await kubernetes.pods(now.selector)}
     draining = [worker for worker in workers if worker["id"] in pods and worker["state"] == "draining"]
     serving = now.replicas - len(draining)
+    starting = [pod.name for pod in pods.values() if not pod.ready and pod.name not in {worker["id"] for worker in workers}]
+    missing = max(wanted - serving, len(starting)) if wanted >= serving else 0
+    if missing and draining:
+        ended = [worker["id"] for worker in draining if not await drain(worker)][:missing]
+        for name in ended:
+            await kubernetes.delete(name)
+        if ended:
+            return f"{', '.join(ended)}, empty: others are started in their place"
     if wanted > serving:
         replicas = min(wanted + len(draining), max(at_most, now.replicas))
         if replicas > now.replicas:
             await kubernetes.set_scale(deployment, replicas, now.version)
             return f"scaled out from {now.replicas} to {replicas}"
         return f"{len(draining)} of {now.replicas} drain, and {at_most} are the most that may be there: {wanted} once they are gone"
+    if starting and wanted < serving:  # theirs are the pods that Kubernetes takes first
+        return await _scale_in(kubernetes, deployment, now, starting[: serving - wanted], "not there yet")
     if problem := _unsettled(list(pods.values()), now.replicas):
         return f"{problem}: none is taken away" if wanted < serving or draining else ""
     ready = [worker for worker in workers if worker["id"] in pods and worker["state"] == "ready"]
@@ -45,11 +56,15 @@ async def scale(kubernetes: Kubernetes, drain: Drain, deployment: str, workers: 
     held = {worker["id"]: await drain(worker) for worker in [*draining, *idlest[: serving - wanted]]}
     empty = [name for name, count in held.items() if not count]
     if empty:
-        for name in empty:
-            await kubernetes.first_to_go(name)
-        await kubernetes.set_scale(deployment, now.replicas - len(empty), now.version)
-        return f"scaled in from {now.replicas} to {now.replicas - len(empty)}: {', '.join(empty)}, empty"
+        return await _scale_in(kubernetes, deployment, now, empty, "empty")
     return ", ".join(f"{name} drains, {count} requests to go" for name, count in held.items())
+
+
+async def _scale_in(kubernetes: Kubernetes, deployment: str, now: Scale, names: Sequence[str], why: str) -> str:
+    for name in names:
+        await kubernetes.first_to_go(name)
+    await kubernetes.set_scale(deployment, now.replicas - len(names), now.version)
+    return f"scaled in from {now.replicas} to {now.replicas - len(names)}: {', '.join(names)}, {why}"
 
 
 def _unsettled(pods: Sequence[Pod], replicas: int) -> str:
