@@ -25,6 +25,7 @@ from baton.kv.store import Buffer
 from baton.kv.verify import VerifiedTransfer
 from baton.rpc.v1 import kvstore_pb2, kvstore_pb2_grpc
 
+pytestmark = pytest.mark.timeout(240)
 BLOCK = 64 << 10
 COUNT = 8
 
@@ -60,7 +61,8 @@ class Pool:
         return self._processes
 
     def start(self, name: str, mode: str, memory: str = "32MiB", *more: str) -> None:
-        settings = [f"mode={mode}", f"server.id={name}", f"server.grpc_port={self.ports[name + '-grpc']}", "client_ttl_s=3"]
+        settings = [f"mode={mode}", f"server.id={name}", f"server.grpc_port={self.ports[name + '-grpc']}"]
+        settings += ["client_ttl_s=6", "drain_grace_s=30"]  # what a test does to a dead node comes before the master has forgotten it
         settings += [f"master_port={self.ports['master']}", f"master_metrics_port={self.ports['metrics']}"]
         settings += [f"pool.master={self.master}", f"memory={memory}", f"pool.near={self.near}"]
         settings += [f"server.metrics_port={self.ports['master-own']}"] if mode == "master" else []
@@ -86,10 +88,10 @@ class Pool:
             time.sleep(0.1)
         return seen
 
-    def metric(self, name: str) -> float:
-        page = httpx.get(f"http://127.0.0.1:{self.ports['master-own']}/metrics").text
-        (value,) = re.findall(rf"^baton:{name}{{[^}}]*}} (\S+)$", page, re.MULTILINE)
-        return float(value)
+    def metrics(self) -> dict[str, float]:
+        """All of one moment."""
+        page = httpx.get(f"http://127.0.0.1:{self.ports['master-own']}/metrics", timeout=30).text
+        return {name: float(value) for name, value in re.findall(r"^baton:kvstore_(\w+){[^}]*} (\S+)$", page, re.MULTILINE)}
 
     def empty(self) -> None:
         with self.channel() as channel:
@@ -116,6 +118,25 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
     stats = list(Path(f"/proc/{process.pid}/task").glob("*/stat"))
     while number is signal.SIGSTOP and any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in stats):
         time.sleep(0.01)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def until_all(call: Callable[[], list[bool]]) -> None:
+    """Until it answers so, of every block; meanwhile the pool may be away."""
+
+    def is_true() -> bool:
+        try:
+            return all(call())
+        except StoreError:
+            return False
+
+    until(is_true)
 
 
 @pytest.fixture(scope="module")
@@ -210,33 +231,27 @@ def test_a_full_pool_evicts_and_serves_on(pool: Pool, client: tuple[MooncakeStor
     large = ctypes.create_string_buffer(40 << 20)  # more than the pool has
     store.register(Buffer(ctypes.addressof(large), len(large)))
     assert store.put(["large"], [Buffer(ctypes.addressof(large), len(large))]) == [False]
-    deadline = time.monotonic() + 10
-    levels = {"kvstore_up": 1, "kvstore_leader": 1, "kvstore_nodes": 1, "kvstore_capacity_bytes": 32 << 20}
-    while not (pool.metric("kvstore_evicted_keys_total") and pool.metric("kvstore_failed_puts_total")):  # asked for every two seconds
-        assert time.monotonic() < deadline
+    levels, size = {"up": 1, "leader": 1, "nodes": 1, "capacity_bytes": 32 << 20}, BLOCK + SEAL_BYTES
+
+    def add_up(now: dict[str, float]) -> bool:
+        told = levels.items() <= now.items() and now["evicted_keys_total"] > 0 and now["failed_puts_total"] > 0
+        return told and now["used_bytes"] == now["keys"] * size and now["evicted_bytes_total"] == now["evicted_keys_total"] * size
+
+    deadline = time.monotonic() + 30
+    while not add_up(now := pool.metrics()):  # the master is asked every two seconds, also in the middle of a put
+        assert time.monotonic() < deadline, now
         time.sleep(0.1)
-    assert {name: pool.metric(name) for name in levels} == levels
-    assert pool.metric("kvstore_used_bytes") == pool.metric("kvstore_keys") * (BLOCK + SEAL_BYTES)
-    assert pool.metric("kvstore_evicted_bytes_total") == pool.metric("kvstore_evicted_keys_total") * (BLOCK + SEAL_BYTES)
 
 
 def test_a_killed_master_is_started_again_and_everybody_comes_back(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
     store, memory = client
     memory.fill(1)
     assert all(store.put(keys("a"), memory.blocks))
-    assert pool.metric("kvstore_master_restarts_total") == 0
+    assert pool.metrics()["master_restarts_total"] == 0
     pool.signal_mooncake_master(signal.SIGKILL)
-    started = time.monotonic()
-    while True:
-        try:
-            if all(store.put(keys("b"), memory.blocks)):
-                break
-        except StoreError:
-            pass
-        assert time.monotonic() - started < 30
-        time.sleep(0.2)
+    until_all(lambda: store.put(keys("b"), memory.blocks))
     assert store.get(keys("b"), memory.blocks) == [True] * COUNT
-    assert pool.metric("kvstore_master_restarts_total") == 1
+    assert pool.metrics()["master_restarts_total"] == 1
 
 
 def test_a_killed_node_is_a_miss_and_its_keys_are_forgotten(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
@@ -248,8 +263,8 @@ def test_a_killed_node_is_a_miss_and_its_keys_are_forgotten(pool: Pool, client: 
     started = time.monotonic()
     with pytest.raises(StoreError, match="nodes do not answer"):
         store.get(keys("a"), memory.blocks)
-    assert time.monotonic() - started < 5
-    pool.wait(lambda seen: not seen.segments, 15)
+    assert time.monotonic() - started < 8
+    pool.wait(lambda seen: not seen.segments)
     assert store.contains(keys("a")) == [False] * COUNT
 
 
@@ -259,23 +274,17 @@ def test_blocks_that_are_read_often_survive_a_killed_node(pool: Pool, client: tu
     pool.wait(lambda seen: len(seen.segments) == 2)
     content = memory.fill(1)
     assert all(store.put(keys("hot"), memory.blocks))
-    deadline = time.monotonic() + 30
-    while pool.wait(lambda seen: seen.available).used_bytes < 2 * COUNT * BLOCK:  # a second replica of each
+
+    def is_replicated() -> bool:
         assert store.get(keys("hot"), memory.blocks) == [True] * COUNT
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
-    while pool.metric("kvstore_replicated_keys_total") < COUNT:
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
+        return pool.wait(lambda seen: seen.available).used_bytes >= 2 * COUNT * BLOCK
+
+    until(is_replicated)  # a second replica of each
+    until(lambda: pool.metrics()["replicated_keys_total"] >= COUNT)
     pool.processes["node0"].kill()
     pool.processes["node0"].wait()
     memory.fill(100)
-    while True:  # until the master has forgotten the node, its replicas are tried first
-        with contextlib.suppress(StoreError):
-            if all(store.get(keys("hot"), memory.blocks)):
-                break
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until_all(lambda: store.get(keys("hot"), memory.blocks))  # until the master has forgotten the node, its replicas are tried first
     assert memory.bytes.raw == content
 
 
@@ -286,7 +295,7 @@ def test_a_node_that_leaves_hands_its_blocks_over(pool: Pool, client: tuple[Moon
     pool.start("node1", "node")
     pool.wait(lambda seen: len(seen.segments) == 2)
     pool.processes["node0"].terminate()
-    assert pool.processes["node0"].wait(30) == 0
+    assert pool.processes["node0"].wait(60) == 0
     memory.fill(50)
     assert store.get(keys("a"), memory.blocks) == [True] * COUNT
     assert memory.bytes.raw == content
@@ -301,8 +310,8 @@ def test_nodes_that_leave_together_do_not_wait_for_each_other(pool: Pool, client
     started = time.monotonic()
     for node in nodes:
         node.terminate()
-    assert [node.wait(30) for node in nodes] == [0, 0]
-    assert time.monotonic() - started < 8  # less than their grace
+    assert [node.wait(60) for node in nodes] == [0, 0]
+    assert time.monotonic() - started < 20  # less than their grace
 
 
 def test_a_node_leaves_also_when_nobody_is_there_to_say_goodbye_to(pool: Pool) -> None:
@@ -310,32 +319,24 @@ def test_a_node_leaves_also_when_nobody_is_there_to_say_goodbye_to(pool: Pool) -
     pool.processes["master"].wait()
     started = time.monotonic()
     pool.processes["node0"].terminate()
-    assert pool.processes["node0"].wait(30) == 0
-    assert time.monotonic() - started < 8
+    assert pool.processes["node0"].wait(60) == 0
+    assert time.monotonic() - started < 12  # Mooncake would try for 17 s
 
 
 def test_a_stopped_node_costs_one_timeout_and_writes_nothing_late(pool: Pool, client: tuple[MooncakeStore, Memory]) -> None:
     store, memory = client
     memory.fill(1)
-    assert all(store.put(keys("a"), memory.blocks))
+    assert all(store.put(keys("a") + keys("b"), memory.blocks * 2))
     pool.signal_node(signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(StoreError, match="nodes do not answer"):
-        store.get(keys("a"), memory.blocks)
-    assert time.monotonic() - started < 4
+        store.get(keys("a") + keys("b"), memory.blocks * 2)
+    assert time.monotonic() - started < 7  # it is 2 s; four of them over Mooncake's four connections
     untouched = memory.fill(100)
     pool.signal_node(signal.SIGCONT)
-    deadline = time.monotonic() + 15
-    while True:  # the node comes back by itself
-        try:
-            if all(store.put(keys("b"), memory.blocks)):
-                break
-        except StoreError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until_all(lambda: store.put(keys("c"), memory.blocks))  # the node comes back by itself
     assert memory.bytes.raw == untouched
-    assert store.get(keys("b"), memory.blocks) == [True] * COUNT
+    assert store.get(keys("c"), memory.blocks) == [True] * COUNT
     assert memory.bytes.raw == untouched
 
 
@@ -348,15 +349,10 @@ def test_a_stopped_master_is_noticed(pool: Pool, client: tuple[MooncakeStore, Me
         started = time.monotonic()
         with pytest.raises(StoreError, match="mooncake_master"):
             call()
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 8
     pool.signal_mooncake_master(signal.SIGCONT)
-    deadline = time.monotonic() + 60
-    while True:  # the master may have dropped the nodes, which it has not heard of for longer than their time
-        assert time.monotonic() < deadline
-        with contextlib.suppress(StoreError):
-            if all(store.put(keys("b"), memory.blocks)) and stranger.contains(keys("b")) == [True] * COUNT:
-                break
-        time.sleep(0.2)
+    # The master may have dropped the nodes, which it has not heard of for longer than their time.
+    until_all(lambda: store.put(keys("b"), memory.blocks) + stranger.contains(keys("b")))
     stranger.close()
 
 
@@ -372,10 +368,7 @@ def test_failures_are_not_told_block_by_block(pool: Pool, client: tuple[Mooncake
 def test_lent_memory_is_there_before_it_is_used(pool: Pool) -> None:
     pool.start("node1", "node", "256MiB")
     process = psutil.Process(pool.processes["node1"].pid)
-    deadline = time.monotonic() + 30
-    while process.memory_info().rss < 256 << 20:
-        assert time.monotonic() < deadline, process.memory_info()
-        time.sleep(0.1)
+    until(lambda: process.memory_info().rss >= 256 << 20)
 
 
 def test_rdma_without_a_device_is_refused(pool: Pool) -> None:
@@ -390,7 +383,7 @@ def test_nobody_waits_for_a_master_that_is_not_there() -> None:
     started = time.monotonic()
     with pytest.raises(StoreError, match="no mooncake_master"):
         store.contains(["x"])
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8  # Mooncake would try for 90 s
 
 
 def test_a_service_that_cannot_start_says_why() -> None:

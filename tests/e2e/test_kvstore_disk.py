@@ -1,15 +1,14 @@
 """A node of the KV pool with a disk: real processes, which are killed."""
 
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from baton.errors import StoreError
 from baton.kv.mooncake import MooncakeStore
-from tests.e2e.test_kvstore import BLOCK, COUNT, Memory, Pool, keys
+from tests.e2e.test_kvstore import BLOCK, COUNT, Memory, Pool, keys, until
 
 ROUNDS = 64  # of COUNT blocks: twice the node's memory
 
@@ -24,7 +23,7 @@ class Node:
 
     def start(self, budget: str = "1GiB") -> None:
         disk = (f"disk.path={self.told}", f"disk.bytes={budget}", "disk.buffer=64MiB")
-        self.pool.start("node0", "node", "16MiB", *disk, "client_ttl_s=3", "drain_grace_s=0")
+        self.pool.start("node0", "node", "16MiB", *disk, "drain_grace_s=0")
         self.pool.wait(lambda seen: seen.available and len(seen.segments) == 1)
 
     def end(self, number: signal.Signals) -> None:
@@ -60,13 +59,6 @@ class Client:
                 assert self.memory.bytes.raw[i * BLOCK : (i + 1) * BLOCK] == content[i * BLOCK : (i + 1) * BLOCK]
             count += sum(got)
         return count
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture

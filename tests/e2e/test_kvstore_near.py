@@ -17,9 +17,10 @@ from baton.kv.memory import CpuMemory
 from baton.kv.mooncake import MooncakeStore
 from baton.kv.neighbours import Neighbours, pool_name
 from baton.kv.store import Buffer
-from tests.e2e.test_kvstore import BLOCK, COUNT, Memory, Pool, keys, pool, pools
+from tests.e2e.test_kvstore import BLOCK, COUNT, Memory, Pool, keys, pool, pools, until, until_all
 
 __all__ = ["pool", "pools"]
+pytestmark = pytest.mark.timeout(240)
 
 
 class Interrupted(CpuMemory):
@@ -47,11 +48,13 @@ class Worker:
 
     def meet(self, name: str) -> None:
         """Reads until it is read from the node's memory."""
-        deadline, before = time.monotonic() + 20, self.store.stats.blocks_near
-        while self.store.stats.blocks_near == before:
-            assert time.monotonic() < deadline
+        before = self.store.stats.blocks_near
+
+        def is_met() -> bool:
             assert self.get(name) == [True] * COUNT
-            time.sleep(0.05)
+            return self.store.stats.blocks_near > before
+
+        until(is_met)
 
 
 OVERWRITE = f"""
@@ -83,13 +86,6 @@ def run_peer(code: str, *arguments: str) -> None:
 
 def mapped() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:baton-kv")
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -235,7 +231,7 @@ def test_a_killed_node_is_unmapped_and_its_successor_is_met(pool: Pool, worker: 
     assert not dead.exists()
     pool.wait(lambda seen: len(seen.segments) == 1)
     worker.memory.fill(1)
-    until(lambda: all(worker.store.put(keys("b"), worker.memory.blocks)))
+    until_all(lambda: worker.store.put(keys("b"), worker.memory.blocks))
     worker.meet("b")
     assert worker.memory.bytes.raw == content
 
@@ -274,14 +270,7 @@ def test_after_a_restart_of_the_master_nothing_old_is_read(pool: Pool, worker: W
     assert not any(seen)
     worker.copies.then = int
     content = worker.memory.fill(50)
-
-    def saved() -> bool:
-        try:
-            return all(worker.store.put(keys("b"), worker.memory.blocks))
-        except StoreError:
-            return False
-
-    until(saved)
+    until_all(lambda: worker.store.put(keys("b"), worker.memory.blocks))
     worker.meet("b")
     assert worker.memory.bytes.raw == content
 
@@ -298,7 +287,7 @@ def test_a_stopped_node_is_read_on_and_a_stopped_master_is_noticed(pool: Pool, w
     started = time.monotonic()
     with pytest.raises(StoreError, match="mooncake_master"):
         worker.get("a")
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 8
     pool.signal_mooncake_master(signal.SIGCONT)
 
 
@@ -310,7 +299,7 @@ def test_a_node_that_leaves_hands_its_blocks_over_and_its_memory_back(pool: Pool
     pool.wait(lambda seen: len(seen.segments) == 2)
     until(lambda: len(list(pool.near.iterdir())) == 2)
     pool.processes["node0"].terminate()
-    assert pool.processes["node0"].wait(30) == 0
+    assert pool.processes["node0"].wait(60) == 0
     until(lambda: mapped() == 0)
     assert len(list(pool.near.iterdir())) == 1
     worker.meet("a")  # from the other

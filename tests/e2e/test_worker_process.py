@@ -5,7 +5,10 @@ import dataclasses
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -16,9 +19,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from baton.cluster.machine import free_port
 from baton.errors import Draining
 from baton.rpc import convert
+from baton.rpc.channel import Channels
 from baton.rpc.v1 import decode_pb2, decode_pb2_grpc
 from baton.types import SamplingParams
 from tests.workers import failure, prompt
+
+pytestmark = pytest.mark.timeout(240)
+START_S = 120
+NUM_TOKENS = 300
 
 
 class Process:
@@ -45,31 +53,48 @@ class Process:
         return self._process.returncode, said
 
 
+def generate(name: str) -> decode_pb2.GenerateRequest:
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    return decode_pb2.GenerateRequest(sequence=convert.request_to_proto(dataclasses.replace(prompt(8, name=name), sampling=sampling)))
+
+
+@asynccontextmanager
+async def narrow(process: Process) -> AsyncIterator[Any]:
+    """A stream of which the worker can send little ahead: it has the request until somebody reads on, however fast it computes."""
+    channels = Channels(60)
+    try:
+        yield decode_pb2_grpc.DecodeStub(channels.narrow(process.address)).Generate(generate("under way"))
+    finally:
+        await channels.close()
+
+
 async def test_a_process_that_is_told_to_stop_finishes_first(tiny_model: Path) -> None:
     with Process(tiny_model) as process:
         async with grpc.aio.insecure_channel(process.address) as channel:
-            await asyncio.wait_for(channel.channel_ready(), 60)
+            await asyncio.wait_for(channel.channel_ready(), START_S)
             health, stub = health_pb2_grpc.HealthStub(channel), decode_pb2_grpc.DecodeStub(channel)
             while (await health.Check(health_pb2.HealthCheckRequest())).status != health_pb2.HealthCheckResponse.SERVING:
                 await asyncio.sleep(0.01)
-            request = dataclasses.replace(prompt(8, max_tokens=300), sampling=SamplingParams(max_tokens=300, ignore_eos=True))
-            stream = aiter(stub.Generate(decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request))))
-            outputs = [await anext(stream)]
-            process.signal(signal.SIGTERM)
-            while (await health.Check(health_pb2.HealthCheckRequest())).status != health_pb2.HealthCheckResponse.NOT_SERVING:
-                await asyncio.sleep(0.01)
-            new = dataclasses.replace(request, request_id="new")
-            assert isinstance(await failure(stub.Generate(decode_pb2.GenerateRequest(sequence=convert.request_to_proto(new)))), Draining)
-            outputs += [message async for message in stream]
-            assert sum(len(message.output.tokens) for message in outputs) == 300
-        assert (await process.ended(10))[0] == 0
+            async with narrow(process) as stream:
+                outputs = [await stream.read()]
+                process.signal(signal.SIGTERM)
+                while (await health.Check(health_pb2.HealthCheckRequest())).status != health_pb2.HealthCheckResponse.NOT_SERVING:
+                    await asyncio.sleep(0.01)
+                assert isinstance(await failure(stub.Generate(generate("new"))), Draining)
+                while (message := await stream.read()) is not grpc.aio.EOF:
+                    outputs.append(message)
+                assert sum(len(message.output.tokens) for message in outputs) == NUM_TOKENS
+        assert (await process.ended(60))[0] == 0
 
 
 async def test_a_process_that_is_not_in_etcd_is_alive_and_not_ready(tiny_model: Path) -> None:
     port = free_port()
     with Process(tiny_model, f"server.metrics_port={port}", f"cluster.etcd=http://127.0.0.1:{free_port()}") as process:
-        async with grpc.aio.insecure_channel(process.address) as channel, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
-            await asyncio.wait_for(channel.channel_ready(), 60)
+        async with (
+            grpc.aio.insecure_channel(process.address) as channel,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http,
+        ):
+            await asyncio.wait_for(channel.channel_ready(), START_S)
             assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [200, 503]
             answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -78,14 +103,13 @@ async def test_a_process_that_is_not_in_etcd_is_alive_and_not_ready(tiny_model: 
 async def test_a_second_signal_ends_it_at_once(tiny_model: Path) -> None:
     with Process(tiny_model) as process:
         async with grpc.aio.insecure_channel(process.address) as channel:
-            await asyncio.wait_for(channel.channel_ready(), 60)
-            request = dataclasses.replace(prompt(8), sampling=SamplingParams(max_tokens=900, ignore_eos=True))
-            stream = decode_pb2_grpc.DecodeStub(channel).Generate(decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request)))
+            await asyncio.wait_for(channel.channel_ready(), START_S)
+        async with narrow(process) as stream:
             await stream.read()
             process.signal(signal.SIGTERM)
             await asyncio.sleep(0.2)
             process.signal(signal.SIGINT)
-            assert (await process.ended(5))[0] == 1
+            assert (await process.ended(15))[0] == 1  # half its grace
 
 
 def test_a_stuck_engine_ends_its_process() -> None:
@@ -108,7 +132,7 @@ async def main():
 
 asyncio.run(main())
 """
-    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=30)
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=100)
     assert ended.returncode == 70
     assert "stuck in a step" in ended.stderr
 
@@ -123,7 +147,7 @@ asyncio.run(main())
 )
 async def test_what_cannot_start_says_why_in_one_line(tiny_model: Path, settings: list[str], says: str) -> None:
     with Process(tiny_model, *settings) as process:
-        code, said = await process.ended(60)
+        code, said = await process.ended(START_S)
         assert code == 2
         assert said.splitlines()[-1].startswith(says)
         assert "Traceback" not in said

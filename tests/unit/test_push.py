@@ -4,7 +4,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
 
@@ -19,8 +20,10 @@ from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
 from baton.kv.push import Copy, Offer, PushResult, PushStatus, choose, merge
 from baton.kv.store import Buffer
 from baton.types import PushShard
+from tests.unit.clock import Clock
 
 REGION = Buffer(4096, 1 << 20)
+LIMIT_S = 5.0
 
 
 def test_neighbours_on_both_sides_become_one() -> None:
@@ -113,8 +116,16 @@ def described(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def sender(described: dict[str, dict[str, Any]]) -> Iterator[MooncakeSender]:
-    made = MooncakeSender(REGION, host="h", protocol="tcp", limit_s=0.3)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What senders go by."""
+    made = Clock()
+    monkeypatch.setattr(mooncake_push, "time", SimpleNamespace(monotonic=made, sleep=time.sleep))
+    return made
+
+
+@pytest.fixture
+def sender(described: dict[str, dict[str, Any]], clock: Clock) -> Iterator[MooncakeSender]:
+    made = MooncakeSender(REGION, host="h", protocol="tcp", limit_s=LIMIT_S)
     yield made
     made.close()
 
@@ -126,7 +137,14 @@ class Push:
         sender.push(session, lambda: copies, self.results.put, self.settled.set)
 
     def result(self) -> PushResult:
-        return self.results.get(timeout=5)
+        return self.results.get(timeout=30)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_a_receiver_of_another_protocol_is_not_written_to(sender, described) -> None:
@@ -149,35 +167,35 @@ def test_a_new_process_behind_an_old_session_is_noticed(sender, described) -> No
     assert FakeEngine.made[1].writes == ["d:1"]
 
 
-def test_sources_stay_fenced_until_the_engine_has_ended(sender, described) -> None:
+def test_sources_stay_fenced_until_the_engine_has_ended(sender, described, clock) -> None:
     """Which waits for the pushes to others that go through the same engine; new ones use the next."""
     described["stuck:1"] = described["slow:1"] = described["d:1"] = {"protocol": "tcp"}
     FakeEngine.ending = {"stuck:1": 0, "slow:1": 0}
     stuck = Push(sender, "stuck:1")
-    threading.Event().wait(0.2)
+    clock.now += LIMIT_S / 2
     slow = Push(sender, "slow:1")
+    until(lambda: sorted(FakeEngine.made[0].writes) == ["slow:1", "stuck:1"])
+    clock.now += LIMIT_S / 2
     result = stuck.result()
-    assert (result.status, result.reason) == (PushStatus.UNKNOWN, "not ended after 0.3 s")
+    assert (result.status, result.reason) == (PushStatus.UNKNOWN, "not ended after 5 s")
     assert not stuck.settled.is_set()
     assert Push(sender, "d:1").result().status is PushStatus.GOOD
     assert FakeEngine.made[1].writes == ["d:1"]
     FakeEngine.ending["slow:1"] = 1
     assert slow.result().status is PushStatus.GOOD
-    assert stuck.settled.wait(5)
+    assert stuck.settled.wait(30)
     assert [engine.closed for engine in FakeEngine.made] == [True, False]
 
 
-def test_a_push_that_waited_too_long_is_not_begun(sender, described) -> None:
+def test_a_push_that_waited_too_long_is_not_begun(sender, described, clock) -> None:
     described["stuck:1"] = {"protocol": "tcp"}
     FakeEngine.ending["stuck:1"] = 0
-    first = Push(sender, "stuck:1")
-    while not any(engine.writes for engine in FakeEngine.made):
-        time.sleep(0.001)
-    sender._limit_s = 0.01  # it is over long before the first one's
-    second = Push(sender, "stuck:1")
+    first, second = Push(sender, "stuck:1"), Push(sender, "stuck:1")
+    until(lambda: FakeEngine.made[0].writes)
+    clock.now += LIMIT_S
     assert first.result().status is PushStatus.UNKNOWN
     result = second.result()
-    assert (result.status, result.seconds < 5) == (PushStatus.FAILED, True)
+    assert (result.status, result.reason.startswith("no time left"), result.seconds) == (PushStatus.FAILED, True, LIMIT_S)
     assert sum(len(engine.writes) for engine in FakeEngine.made) == 1
 
 
@@ -193,7 +211,7 @@ def test_which_way_it_goes_is_told_once_and_by_a_push_alone(
         for _ in range(2):
             settled = threading.Event()
             direct.push(there, lambda: [Copy(4096, 0, 10)], lambda result: None, settled.set)
-            assert settled.wait(5)
+            assert settled.wait(30)
     assert [record.message for record in caplog.records] == ["push to m: tcp (the best that either offers)"]
 
 
@@ -238,12 +256,11 @@ class FakeStream(FakeEngine):
 
 
 @pytest.fixture
-def stream(described: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Iterator[MooncakeSender]:
+def stream(described: dict[str, dict[str, Any]], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[MooncakeSender]:
     FakeStream.copied, FakeStream.refused, FakeStream.failing = math.inf, frozenset(), frozenset()
     monkeypatch.setattr(mooncake_push, "Engine", FakeStream)
-    monkeypatch.setattr(mooncake_push, "CLOSE_S", 0.2)
     described["d:1"] = {"protocol": "nvlink_intra"}
-    made = MooncakeSender(REGION, host="h", protocol="nvlink_intra", limit_s=30)
+    made = MooncakeSender(REGION, host="h", protocol="nvlink_intra", limit_s=LIMIT_S)
     yield made
     made.close()
 
@@ -258,30 +275,37 @@ def engine() -> FakeStream:
     return made
 
 
+def late(stream: MooncakeSender, clock: Clock, count: int) -> tuple[Push, PushResult]:
+    """A push whose time has run out when some of it was handed over."""
+    before, push = len(engine().writes), Push(stream, "d:1", scattered(count))
+    until(lambda: len(engine().writes) > before)
+    clock.now += LIMIT_S
+    return push, push.result()
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3, in_order.BATCH, in_order.BATCH + 1, in_order.BATCH + 2, 5 * in_order.BATCH])
 def test_over_nvlink_every_copy_is_handed_over_once(count: int, stream: MooncakeSender) -> None:
     push = Push(stream, "d:1", scattered(count))
     assert push.result() == PushResult(PushStatus.GOOD, 10 * count, ANY)
-    assert push.settled.wait(5)
+    assert push.settled.wait(30)
     assert engine().handed_over == [copy.source for copy in scattered(count)]
     assert not engine().numbers
 
 
-def test_over_nvlink_a_push_has_settled_when_its_copies_have_ended(stream: MooncakeSender) -> None:
+def test_over_nvlink_a_push_has_settled_when_its_copies_have_ended(stream: MooncakeSender, clock: Clock) -> None:
     """Not when its engine has: whose end would not end them."""
-    FakeStream.copied, stream._limit_s = 10, 0.3
-    late = Push(stream, "d:1", scattered(40))
-    assert late.result() == PushResult(PushStatus.UNKNOWN, 400, ANY, "not ended after 0.3 s")  # and nothing lands when it has settled
-    behind = Push(stream, "d:1", scattered(3))
-    assert behind.result().status is PushStatus.UNKNOWN  # in time, and not before what it waits for
-    assert not late.settled.is_set()
+    FakeStream.copied = 10
+    first, result = late(stream, clock, 40)
+    assert result == PushResult(PushStatus.UNKNOWN, 400, LIMIT_S, "not ended after 5 s")  # and nothing lands when it has settled
+    behind, result = late(stream, clock, 3)
+    assert result == PushResult(PushStatus.UNKNOWN, 30, LIMIT_S, "not ended after 5 s")  # in time, and not before what it waits for
+    assert not first.settled.is_set()
     assert not behind.settled.is_set()
     assert not engine().closed
     FakeStream.copied = math.inf
-    assert late.settled.wait(5)
-    assert behind.settled.wait(5)
+    assert first.settled.wait(30)
+    assert behind.settled.wait(30)
     assert not engine().numbers
-    stream._limit_s = 30
     assert Push(stream, "d:1").result().status is PushStatus.GOOD
     stream.close()
     assert engine().closed
@@ -290,37 +314,45 @@ def test_over_nvlink_a_push_has_settled_when_its_copies_have_ended(stream: Moonc
 @pytest.mark.parametrize("which", [16, 39])  # the first of a batch; the last of all
 @pytest.mark.parametrize(("kind", "reason"), [("refused", "Mooncake did not take a write"), ("failing", "the device refused a copy")])
 def test_over_nvlink_what_was_taken_beside_a_failure_is_waited_for(
-    which: int, kind: str, reason: str, stream: MooncakeSender, monkeypatch: pytest.MonkeyPatch
+    which: int, kind: str, reason: str, stream: MooncakeSender, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeStream.copied = 0
     monkeypatch.setattr(FakeStream, kind, frozenset({which * 20}))
     push = Push(stream, "d:1", scattered(40))
-    while not FakeEngine.made[0].writes:
-        time.sleep(0.001)
+    until(lambda: engine().writes)
     time.sleep(0.05)
     assert push.results.empty()
     FakeStream.copied = math.inf
     assert push.result() == PushResult(PushStatus.FAILED, 400, ANY, reason)
-    assert push.settled.wait(5)
-    FakeStream.copied, stream._limit_s = 0, 0.3
-    push = Push(stream, "d:1", scattered(40))
-    assert push.result().status is PushStatus.UNKNOWN
+    assert push.settled.wait(30)
+    FakeStream.copied = 0
+    push, result = late(stream, clock, 40)
+    assert result.status is PushStatus.UNKNOWN
     assert not push.settled.is_set()
     FakeStream.copied = math.inf
-    assert push.settled.wait(5)
+    assert push.settled.wait(30)
     assert not engine().numbers
 
 
 def test_over_nvlink_a_device_that_hangs_is_told_of_and_keeps_the_sources(
-    stream: MooncakeSender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    stream: MooncakeSender, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mooncake_push, "HANGS_S", 0.0)
-    FakeStream.copied, stream._limit_s = 0, 0.3
-    push = Push(stream, "d:1", scattered(40))
-    assert push.result().status is PushStatus.UNKNOWN
-    while "its blocks wait on" not in caplog.text.lower():
-        time.sleep(0.001)
-    stream.close()
+    FakeStream.copied = 0
+    push, result = late(stream, clock, 40)
+    assert result.status is PushStatus.UNKNOWN
+
+    def is_told() -> bool:
+        clock.now += 1
+        return "its blocks wait on" in caplog.text.lower()
+
+    until(is_told)
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    until(lambda: stream._closed)
+    closing.join(0.05)
+    assert closing.is_alive()
+    clock.now += mooncake_push.CLOSE_S + 1
+    closing.join(30)
     assert not push.settled.is_set()
     assert not engine().closed
     assert [record.levelname for record in caplog.records] == ["CRITICAL", "CRITICAL"]
@@ -334,20 +366,20 @@ def test_a_call_that_hangs_does_not_hold_up_the_end(
 
     def hang(*_: object) -> int:
         begun.set()
-        over.wait(10)
+        over.wait(60)
         return 0
 
+    monkeypatch.setattr(mooncake_push, "CLOSE_S", 0.2)
     monkeypatch.setattr(FakeStream, "submit", hang)
     push = Push(stream, "d:1")
-    assert begun.wait(5)
+    assert begun.wait(30)
     stream.close()
     assert "a call of Mooncake's hangs" in caplog.text
     assert not push.settled.is_set()
     assert not engine().closed
     over.set()
-    assert push.settled.wait(5)
-    while not engine().closed:
-        time.sleep(0.001)
+    assert push.settled.wait(30)
+    until(lambda: engine().closed)
 
 
 def test_copies_are_spelled_out_on_the_senders_thread(sender: MooncakeSender, described: dict[str, dict[str, Any]]) -> None:
@@ -364,8 +396,8 @@ def test_copies_are_spelled_out_on_the_senders_thread(sender: MooncakeSender, de
     for status in (PushStatus.GOOD, PushStatus.FAILED):
         settled = threading.Event()
         sender.push("d:1", copies, statuses.put, settled.set)
-        assert statuses.get(timeout=5).status is status
-        assert settled.wait(5)
+        assert statuses.get(timeout=30).status is status
+        assert settled.wait(30)
     assert asked.get() == asked.get() == "push-d:1"
 
 

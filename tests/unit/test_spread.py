@@ -26,7 +26,7 @@ from baton.types import PushTarget
 from tests.unit.test_transfer import Answers, BreakableStore
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=4, head_dim=2, block_size=4, dtype="float32")
-LIMIT_S = 0.5
+LIMIT_S = 10.0
 
 
 class Ranks(Solo):
@@ -52,7 +52,7 @@ class Ranks(Solo):
         answers: queue.SimpleQueue[tuple[Any, BatonError | None]] = queue.SimpleQueue()
         self.call(1, name, arguments, lambda value, error: answers.put((value, error)))
         try:
-            value, error = answers.get(timeout=within_s)
+            value, error = answers.get(timeout=0 if self.stopped else within_s)  # nobody need wait here for what will not come
         except queue.Empty:
             raise InternalError("rank 1 has not answered") from None
         if error is not None:
@@ -120,8 +120,8 @@ def test_a_rank_that_says_nothing_of_a_flush_costs_its_own_part_alone() -> None:
     opens = threading.Timer(0.2, own.gate.set)
     opens.start()
     with pytest.raises(InternalError, match="rank 1"):
-        team.flush(1.0)
-    assert others.within_s < 2.0
+        team.flush(10)
+    assert others.within_s < 11  # what rank 0 has left of its time, and a second
     assert own.contains([ranks[0].key(bytes(16))]) == [True]
     opens.join()
     others.stopped = False
@@ -134,7 +134,7 @@ def open_sessions(receiver: TeamReceiver) -> list[str]:
 
 def _is_open(session: str) -> bool:
     try:
-        return bool(describe(session, 1.0))
+        return bool(describe(session, 10))
     except TransferError:
         return False
 
@@ -174,7 +174,7 @@ def test_a_push_of_which_a_rank_says_nothing_ends_all_the_same(stopped: bool) ->
     ranks = [kv(rank, sends=True) for rank in range(2)]
     team = Ranks(ranks[1])
     assert ranks[0].sender is not None
-    sender = TeamSender(ranks[0].sender, team, LIMIT_S)
+    sender = TeamSender(ranks[0].sender, team, 0.5 if stopped else LIMIT_S)
     try:
         with receiving() as (receiver, theirs):
             team.stopped = stopped
@@ -182,7 +182,7 @@ def test_a_push_of_which_a_rank_says_nothing_ends_all_the_same(stopped: bool) ->
             for number, rank in enumerate(ranks):
                 rank.pool.tensor[:2] = number + 1
             sender.push(PushTarget(lease="a", first_block=0, shards=shards), 0, [0, 1], told.put, lambda: told.put("settled"))
-            result = told.get(timeout=10)
+            result = told.get(timeout=30)
             assert isinstance(result, PushResult)
             if stopped:
                 assert (result.status, result.lands_late) == (PushStatus.UNKNOWN, True)
@@ -194,7 +194,7 @@ def test_a_push_of_which_a_rank_says_nothing_ends_all_the_same(stopped: bool) ->
                 assert [rank.pool.tensor[1:3].unique().tolist() for rank in theirs] == [[1], [2]]
             team.stopped = False
             team.go_on()
-            assert told.get(timeout=10) == "settled"
+            assert told.get(timeout=30) == "settled"
             assert sender.values["push_bytes"] == 2 * LAYOUT.block_bytes
     finally:
         sender.close()

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from baton.errors import StoreError
 from baton.kv import transfer as module
 from baton.kv.store import Buffer, MemoryStore
-from baton.kv.transfer import KVTransfer
+from baton.kv.transfer import DOUBT_S, FIRST_BACKOFF_S, STALLED_S, KVTransfer
+from tests.unit.clock import Clock
 
 BLOCK = 32
 KEYS = ["a", "b", "c"]
@@ -94,11 +96,11 @@ def transfer(store: BreakableStore) -> Iterator[KVTransfer]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Back-offs of a test's length."""
-    monkeypatch.setattr(module, "FIRST_BACKOFF_S", 0.1)
-    monkeypatch.setattr(module, "MAX_BACKOFF_S", 0.4)
-    monkeypatch.setattr(module, "STALLED_S", 0.1)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What the module goes by."""
+    made = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=made))
+    return made
 
 
 def lookup(transfer: KVTransfer) -> int:
@@ -130,9 +132,8 @@ def test_what_was_saved_is_found_and_loaded(transfer: KVTransfer, memory: list[B
     assert (stats.failures, stats.skipped) == (0, 0)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_store_that_fails_is_left_alone_then_probed_by_one_call(
-    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer]
+    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], clock: Clock
 ) -> None:
     store.put(KEYS, memory)
     store.calls = 0
@@ -142,7 +143,8 @@ def test_a_store_that_fails_is_left_alone_then_probed_by_one_call(
     assert not transfer.available
     assert [lookup(transfer) for _ in range(5)] == [0] * 5
     assert (store.calls, transfer.stats.failures, transfer.stats.skipped) == (1, 1, 5)
-    until(lambda: transfer.available)
+    clock.now += FIRST_BACKOFF_S
+    assert transfer.available
     assert transfer.doubtful
     store.gate.clear()  # the probe hangs: nobody waits behind it
     probe, others = Answers(), Answers()
@@ -160,15 +162,14 @@ def test_a_store_that_fails_is_left_alone_then_probed_by_one_call(
     assert not transfer.doubtful
 
 
-def test_a_store_that_takes_long_over_a_lookup_is_doubted(
-    transfer: KVTransfer, store: BreakableStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "DOUBT_S", 0.05)
+def test_a_store_that_takes_long_over_a_lookup_is_doubted(transfer: KVTransfer, store: BreakableStore, clock: Clock) -> None:
     store.gate.clear()
     answers = Answers()
     transfer.lookup(KEYS, answers)
+    until(lambda: store.calls == 1)
     assert not transfer.doubtful
-    until(lambda: transfer.doubtful)
+    clock.now += DOUBT_S + 0.1
+    assert transfer.doubtful
     assert transfer.available
     store.gate.set()
     answers.wait(1)
@@ -176,11 +177,10 @@ def test_a_store_that_takes_long_over_a_lookup_is_doubted(
 
 
 def test_a_lookup_that_works_does_not_make_loads_be_tried_again(
-    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], monkeypatch: pytest.MonkeyPatch
+    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The master answers, and the node that holds the blocks is dead."""
     store.put(KEYS, memory)
-    monkeypatch.setattr(module, "FIRST_BACKOFF_S", 0.3)
     monkeypatch.setattr(store, "get", lambda keys, buffers: store.contains(keys) and _raise(StoreError("no node")))
     saved, loaded = Answers(), Answers()
     transfer.load(KEYS, memory, loaded)
@@ -188,7 +188,9 @@ def test_a_lookup_that_works_does_not_make_loads_be_tried_again(
     assert lookup(transfer) == 0
     transfer.save(["d"], memory[:1], saved)  # to another node
     assert saved.wait(1) == [[True]]
-    until(lambda: transfer.available)
+    assert not transfer.available
+    clock.now += FIRST_BACKOFF_S
+    assert transfer.available
     assert lookup(transfer) == 3
     transfer.load(KEYS, memory, loaded)
     assert loaded.wait(2)[1] == [False] * 3
@@ -201,26 +203,28 @@ def _raise(error: Exception) -> list[bool]:
     raise error
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_back_off_doubles_up_to_a_limit(transfer: KVTransfer, store: BreakableStore) -> None:
+def test_the_back_off_doubles_up_to_a_limit(transfer: KVTransfer, store: BreakableStore, clock: Clock) -> None:
     store.failing = StoreError("down")
-    waits = []
-    for _ in range(5):
+    for number, wait_s in enumerate((0.5, 1.0, 2.0, 4.0, 5.0, 5.0), 1):
         assert lookup(transfer) == 0
-        started = time.monotonic()
-        until(lambda: transfer.available)
-        waits.append(time.monotonic() - started)
-    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4], abs=0.09)
+        assert transfer.stats.failures == number
+        clock.now += wait_s - 0.01
+        assert not transfer.available
+        clock.now += 0.02
+        until(lambda: transfer.available)  # when the thread is through with the call
 
 
-@pytest.mark.usefixtures("quick")
-def test_nobody_queues_behind_a_call_that_hangs(transfer: KVTransfer, store: BreakableStore, memory: list[Buffer]) -> None:
+def test_nobody_queues_behind_a_call_that_hangs(transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], clock: Clock) -> None:
     store.gate.clear()
     hanging, behind, saved = Answers(), Answers(), Answers()
     transfer.load(KEYS, memory, hanging)
-    until(lambda: not transfer.available)
+    until(lambda: store.calls == 1)
+    assert transfer.available
+    clock.now += STALLED_S + 0.1
+    assert not transfer.available
     transfer.lookup(KEYS, behind)
-    assert behind.values == [[False] * 3]
+    transfer.load(KEYS, memory, behind)
+    assert behind.values == [[False] * 3] * 2
     transfer.save(KEYS, memory, saved)  # the other thread is not concerned
     assert hanging.values == saved.values == []
     store.gate.set()
@@ -237,7 +241,7 @@ def test_an_unknown_failure_is_a_miss_and_is_told(transfer: KVTransfer, store: B
 
 
 def test_how_long_a_load_will_take_is_learned_from_loads(
-    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], monkeypatch: pytest.MonkeyPatch
+    transfer: KVTransfer, store: BreakableStore, memory: list[Buffer], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put(KEYS, memory)
     answers = Answers()
@@ -245,11 +249,17 @@ def test_how_long_a_load_will_take_is_learned_from_loads(
     answers.wait(1)
     assert transfer.seconds(BLOCK) == 0.0  # a miss tells nothing
     get = store.get
-    monkeypatch.setattr(store, "get", lambda *call: time.sleep(0.1) or get(*call))
+
+    def slow(*call: Any) -> list[bool]:
+        clock.now += 0.3
+        return get(*call)
+
+    monkeypatch.setattr(store, "get", slow)
     transfer.load(KEYS, memory, answers)
     answers.wait(2)
-    assert transfer.seconds(BLOCK) == pytest.approx(transfer.stats.seconds_loading / 3, rel=0.5)
-    assert transfer.seconds(30 * BLOCK) > 0.9
+    assert transfer.stats.seconds_loading == pytest.approx(0.3)
+    assert transfer.seconds(BLOCK) == pytest.approx(0.1, rel=0.2)  # it ages
+    assert transfer.seconds(30 * BLOCK) == pytest.approx(3.0, rel=0.2)
 
 
 def test_a_listener_that_fails_stops_nobody(transfer: KVTransfer, caplog: pytest.LogCaptureFixture) -> None:
