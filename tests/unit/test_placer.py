@@ -1,5 +1,6 @@
 """What is predicted of requests that only want to know, when decode workers stand alone, and what a decision is explained by."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -107,8 +108,9 @@ def test_of_a_step_with_a_prompt_only_what_is_left_is_told() -> None:
 
 
 def test_nobody_who_knows_nothing_is_forecast_anything() -> None:
-    for unknown in (placer(worker("u", Role.UNIFIED, pace=Pace())), placer(worker("u", Role.UNIFIED), policy="least_load"), placer()):
+    for unknown in (placer(worker("u", Role.UNIFIED, pace=Pace())), placer(worker("u", Role.UNIFIED), policy="least_load")):
         assert unknown.forecast(3, NOTHING, 10)() == Forecast()
+    assert placer().forecast(3, NOTHING, 10)() == Forecast(waits_s=math.inf)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
