@@ -8,7 +8,8 @@
 
 There is room while this router has fewer than `max_running` sequences at the workers and the next one would wait there for at most
 `backlog_s` until its own prompt is computed (whoever would be the only one always goes). So queues at the workers, which know no
-priorities, stay short, and who is next is decided here. Nothing configured: there is always room.
+priorities, stay short, and who is next is decided here. Nothing configured: there is always room. While no worker can serve, the queue
+stands still.
 
 How long the queue takes is learned: tokens per second that left it, lately. What workers take is told by the policy (`Forecast`).
 """
@@ -215,6 +216,8 @@ class Admission:
 
     def _room(self, forecast: Callable[[], Forecast]) -> bool:
         config = self._config
+        if self._broken_since is not None:
+            return False
         if config.max_running is not None and self._running >= config.max_running:
             return False
         return config.backlog_s is None or not self._running or forecast().waits_s <= config.backlog_s
@@ -231,10 +234,10 @@ class Admission:
             self._left_at = self._broken_since = None
             return
         self._tick_soon()
-        self._pump()
-        problem = self._problem() if self._queue else None
+        problem = self._problem()
         if problem is None:
             self._broken_since = None
+            self._pump()
         else:
             now = time.monotonic()
             self._broken_since = now if self._broken_since is None else self._broken_since

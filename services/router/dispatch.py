@@ -33,7 +33,8 @@ NO_HEDGING = HedgingConfig()
 
 
 def not_kept(decision: Decision) -> None:
-    """Nobody will ask for it."""
+    """Nobody will ask for it; and its sequence may run for long."""
+    decision.view = ()
 
 
 def nobody_asks(predicted_s: float | None, actual_s: float, predicted_share: float, actual_share: float) -> None:
@@ -55,7 +56,7 @@ class Route:
     hedged: str = ""  # where it was sent to two workers, whether the second one went on with it: won, lost
     moves: list[str] = dataclasses.field(default_factory=list[str])  # why it left each earlier worker
     decisions: list[Decision] = dataclasses.field(default_factory=list[Decision], repr=False)  # of each placement, where they are kept
-    on_decision: Callable[[Decision], None] = dataclasses.field(default=not_kept, repr=False)  # who may keep it
+    on_decision: Callable[[Decision], None] = dataclasses.field(default=not_kept, repr=False)  # keeps its view, or lets it go
     span: Span = dataclasses.field(default=NO_SPAN, repr=False)  # the request's
 
     def sent(self, placement: Placement) -> None:
@@ -143,10 +144,10 @@ class Dispatcher:
                 if output:  # it has its first token
                     facts = dataclasses.replace(facts, ttft_slo_s=None)
                 decision = await self._place(facts, hashes, refused)
-                route.on_decision(decision)
                 name = request.request_id if number == 0 else f"{request.request_id}~{number}"
                 part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
                 attempt = self._attempts.begin(part, route, decision, hashes)
+                route.on_decision(decision)
                 try:
                     if self._hedging is None or output or route.hedged:
                         items = self._attempts.outputs(attempt)

@@ -82,15 +82,19 @@ class Records:
             route.decisions.append(decision)
             record.num_rows += rows
             self._num_rows += rows
+        else:
+            not_kept(decision)
 
     def _forget_oldest(self) -> None:
         self._forget(self._records.popitem(last=False)[1])
 
     def _forget(self, record: Record) -> None:
-        """Also what a request that still runs would go on to hold."""
+        """Also what a request that still runs holds, or would go on to hold."""
         self._num_rows -= record.num_rows
         record.kept, record.num_rows = False, 0
         for route in record.routes:
+            for decision in route.decisions:
+                not_kept(decision)
             route.decisions.clear()
             route.on_decision = not_kept
 

@@ -134,9 +134,10 @@ class Hedging:
         self._allowed -= 1
         reason = f"hedge, no token from {first.decode} after {waited_s:.2f} s; {decision.placement.reason}"
         decision.placement = dataclasses.replace(decision.placement, reason=reason)
-        first.route.on_decision(decision)
         request = dataclasses.replace(first.request, request_id=f"{first.request.request_id}~hedge")  # both may be at one prefill worker
-        return self._attempts.begin(request, first.route.aside(), decision, first.hashes)
+        attempt = self._attempts.begin(request, first.route.aside(), decision, first.hashes)
+        first.route.on_decision(decision)
+        return attempt
 
     def _elsewhere(self, first: Decision, place: Callable[[Sequence[str]], Decision]) -> Decision | None:
         """At another decode worker; with another prefill worker too, if there is one: either may be who is slow. Never at one that is

@@ -59,10 +59,13 @@ class PrefixIndex:
         self._pools: dict[Readers, _Holder] = {}
 
     def reads(self, worker: str, readers: Readers) -> None:
-        """Whose pool a worker reads, once it is known."""
+        """Whose pool a worker reads, once it is known. Pools that nobody reads are remembered until there is another kind of reader: the
+        only worker may be starting again, or a new version may have replaced it."""
         self._holder(worker).readers = readers
         pool = self._pools.get(readers)
         if pool is None:
+            for unread in [key for key, each in self._pools.items() if not each.reading]:
+                self._forget_pool(unread)
             pool = self._pools[readers] = _Holder((0, 1 << _LANES * self._place(readers)))
         pool.reading |= self._last_lane(worker)
 
@@ -207,6 +210,11 @@ class PrefixIndex:
                 pool.blocks[key] = pool.blocks.pop(key)
         self._set(pool, keys, 1, on=stored)
         self._set(pool, list(islice(pool.blocks, max(len(pool.blocks) - MOST_POOL_BLOCKS, 0))), 1, on=False)
+
+    def _forget_pool(self, readers: Readers) -> None:
+        pool = self._pools.pop(readers)
+        self._set(pool, list(pool.blocks), 1, on=False)
+        self._free.append(self._places.pop(readers))
 
     def _holder(self, worker: str) -> _Holder:
         holder = self._holders.get(worker)

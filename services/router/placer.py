@@ -8,6 +8,7 @@ nothing had been promised: whether it is refused then is admission's to say.
 """
 
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ _REMEMBERED = 31  # first tokens
 
 @dataclasses.dataclass(slots=True)
 class Decision:
-    """A placement, and all that the policy knew."""
+    """A placement, and all that the policy knew, as long as it may be asked for: 168 bytes a worker."""
 
     facts: Facts
     view: Sequence[WorkerView]
@@ -133,7 +134,7 @@ class Placer:
             try:
                 placement = self.decide(self.facts(num_prompt_tokens, max_tokens, promised=promised), hashes).placement
             except NoWorkers:
-                return Forecast()
+                return Forecast(waits_s=math.inf)
             return Forecast(ttft_s=placement.ttft_s, waits_s=placement.waits_s or 0.0, itl_s=placement.itl_s)
 
         return now

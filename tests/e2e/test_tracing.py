@@ -104,6 +104,7 @@ async def test_a_request_is_one_tree_of_spans_over_all_processes(demo_model: Pat
     assert 0 < whole["gen_ai.response.time_to_first_chunk"] <= found["text_completion demo-model"].seconds
     assert (route["baton.route.decode"], route["baton.route.prefill"], route["baton.route.candidates"]) == ("d", "p", ["p"])
     assert route["baton.route.reason"]
+    assert route["baton.route.num_workers"] == 2
     assert route["baton.route.outcome"].startswith(route["baton.route.reason"])
     assert found["decode"].values["baton.prefill"] == "p"
     assert found["prefill"].values["baton.kv.computed_tokens"] == 60

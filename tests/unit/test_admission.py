@@ -2,16 +2,22 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from baton.config import AdmissionConfig
 from baton.errors import BatonError, NoWorkers, Overloaded, RateLimited
 from baton.metrics import RouterMetrics
+from baton.types import Role
 from services.router.admission import Admission, Claim, Forecast, Ticket, Work
+from services.router.placer import Placer
+from services.router.policies import POLICIES
 from services.router.tenants import Bucket, Tenant
 from tests.unit.clock import Clock
+from tests.unit.test_placer import NOTHING, Seen, worker
+
+IDLE, BUSY = worker("u", Role.UNIFIED), worker("u", Role.UNIFIED, num_requests=1, num_waiting=1, pending_tokens=4000)
 
 
 class Gate:
@@ -233,18 +239,48 @@ async def test_requests_wait_here_while_they_would_wait_at_the_workers() -> None
     await gate.is_empty()
 
 
-async def test_all_who_wait_are_told_when_the_workers_stay_away() -> None:
-    gone: list[NoWorkers] = []
-    gate = Gate(lambda: gone[0] if gone else None, lease_s=0.1, max_running=1)
+@pytest.mark.parametrize("limit", [{"max_running": 1}, {"backlog_s": 0.5}])
+async def test_all_who_wait_are_told_when_the_workers_stay_away(limit: dict[str, float]) -> None:
+    workers = Seen(BUSY)
+    asked = Placer(cast(Any, workers), POLICIES["predicted"])
+    gate, work = Gate(asked.problem, lease_s=0.2, **limit), {"forecast": asked.forecast(10, NOTHING, 10)}
     for name in ("in", "1", "2"):
-        await gate.come(name)
-    gone.append(NoWorkers("no decode worker is ready; start one"))
+        await gate.come(name, **work)
+    assert gate.inside == ["in"]
+    workers.workers = ()
+    async with asyncio.timeout(5):
+        while gate.admission._broken_since is None:
+            await asyncio.sleep(0.01)
+    await gate.end("in")  # nobody goes in its place, to wait for another lease
     for name in ("1", "2"):
         refused = await failure(gate.tasks[name])
         assert (refused.code, refused.http_status) == ("no_workers", 503)
         assert "start one" in refused.message
     assert gate.refusals() == {("workers", ""): 2.0}
-    await gate.end("in")
+    await gate.is_empty()
+
+
+async def test_the_queue_stands_still_while_no_worker_is_usable_and_keeps_its_order() -> None:
+    workers = Seen(BUSY)
+    asked = Placer(cast(Any, workers), POLICIES["predicted"])
+    gate, work = Gate(asked.problem, backlog_s=0.5), {"forecast": asked.forecast(10, NOTHING, 10)}
+    for name, priority in (("in", 0), ("beside", 0), ("low", 1), ("1", 0), ("2", 0)):
+        workers.workers = (IDLE if name == "beside" else BUSY,)
+        await gate.come(name, Claim(priority=priority), **work)
+    workers.workers = ()
+    await gate.end("in")  # before anybody has looked who is there
+    async with asyncio.timeout(5):
+        while gate.admission._broken_since is None:
+            await asyncio.sleep(0.01)
+    await gate.end("beside")
+    await gate.come("urgent", Claim(priority=-5), **work)
+    assert gate.inside == ["in", "beside"]
+    workers.workers = (IDLE,)
+    async with asyncio.timeout(5):
+        while len(gate.inside) < 6:
+            await asyncio.sleep(0.01)
+    assert gate.inside == ["in", "beside", "urgent", "1", "2", "low"]
+    await gate.end(*gate.ends)
     await gate.is_empty()
 
 

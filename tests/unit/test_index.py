@@ -14,7 +14,7 @@ from baton.types import (
     Digest,
     Tier,
 )
-from services.router.index import OWN_TIERS, PrefixIndex
+from services.router.index import OWN_TIERS, PrefixIndex, Readers
 
 
 def depths(index: PrefixIndex, hashes: list[bytes], workers: list[str]) -> tuple[dict[str, int], dict[str, int]]:
@@ -62,13 +62,17 @@ def test_index_finds_what_looking_at_each_block_of_each_worker_finds(seed: int, 
     monkeypatch.setattr("services.router.index._STRETCH", 4)
     rng, index = random.Random(seed), PrefixIndex()
     prompts = [[bytes([some, number]) for number in range(12)] for some in range(2)]
-    pools = {"a": ("f", 1), "b": ("f", 1), "c": ("f", 2), "d": ("g", 1)}
+    kinds: list[Readers] = [("f", 1), ("f", 2), ("g", 1), ("h", 1)]
+    pools = dict[str, Readers]()  # that each reads
     held: dict[str, dict[Tier, set[bytes]]] = {}
-    pooled = {pool: set[bytes]() for pool in pools.values()}
+    pooled = dict[Readers, set[bytes]]()
     sent, coming = dict[str, dict[str, list[bytes]]](), dict[str, set[bytes]]()
     for step in range(400):
-        name = rng.choice(list(pools))
+        name = rng.choice("abcd")
         if name not in held:
+            pools[name] = rng.choice(kinds)
+            if pools[name] not in pooled:  # then what nobody reads is forgotten
+                pooled = {pool: blocks for pool, blocks in pooled.items() if pool in [pools[each] for each in held]} | {pools[name]: set()}
             held[name], sent[name], coming[name] = {tier: set() for tier in OWN_TIERS}, {}, set()
             index.reads(name, pools[name])
         prompt = rng.choice(prompts)
@@ -103,3 +107,23 @@ def test_index_finds_what_looking_at_each_block_of_each_worker_finds(seed: int, 
             for tier, blocks in tiers.items():
                 assert index.blocks(name, tier) == blocks
                 assert index.digests(name)[tier] == Digest(tier, len(blocks), reduce(xor, map(int.from_bytes, blocks), 0))
+
+
+def test_a_pool_outlives_its_only_reader_but_not_its_version() -> None:
+    index, blocks = PrefixIndex(), [bytes([number]) * 16 for number in range(8)]
+
+    def reachable(name: str) -> float:
+        return index.reaches(blocks, index.places([name]))[-1][0]
+
+    for version in range(50):
+        index.reads("w", (str(version), 1))
+        assert reachable("w") == 0
+        index.apply("w", [BlocksStored(tuple(blocks), Tier.POOL)])
+        index.remove("w")
+        index.reads("w", (str(version), 1))  # it has started again
+        assert reachable("w") == 8
+        index.remove("w")
+    assert len(index._pools) == 1
+    assert len(index._places) + len(index._free) <= 3
+    index.reads("w", ("other", 1))
+    assert index._table == {}

@@ -1,5 +1,6 @@
 """What is predicted of requests that only want to know, when decode workers stand alone, and what a decision is explained by."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from baton.types import Pace, Role
 from services.router.admission import Forecast, Promised
 from services.router.dispatch import Route
 from services.router.explain import Record, Records, explain, ranking
-from services.router.placer import Placer
+from services.router.placer import Decision, Placer
 from services.router.policies import POLICIES
 from services.router.policy import WorkerView
 from services.router.workers import HashesBySize
@@ -107,8 +108,9 @@ def test_of_a_step_with_a_prompt_only_what_is_left_is_told() -> None:
 
 
 def test_nobody_who_knows_nothing_is_forecast_anything() -> None:
-    for unknown in (placer(worker("u", Role.UNIFIED, pace=Pace())), placer(worker("u", Role.UNIFIED), policy="least_load"), placer()):
+    for unknown in (placer(worker("u", Role.UNIFIED, pace=Pace())), placer(worker("u", Role.UNIFIED), policy="least_load")):
         assert unknown.forecast(3, NOTHING, 10)() == Forecast()
+    assert placer().forecast(3, NOTHING, 10)() == Forecast(waits_s=math.inf)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -170,14 +172,15 @@ def test_records_are_bounded_and_each_tenants_own() -> None:
     assert Records(0).start("1", "a").kept is False
     wide, rows = Records(1000), 1000
     asked = placer(*(worker(f"u{i:03}", Role.UNIFIED) for i in range(rows)))
-    decision, routes = asked.decide(asked.facts(10, 1), NOTHING), list[Route]()
+    made, routes, decisions = asked.decide(asked.facts(10, 1), NOTHING), list[Route](), list[Decision]()
 
     def sequence(record: Record, moves: int) -> None:
         route = Route("p")
         wide.add(record, route)
         routes.append(route)
         for _ in range(moves + 1):
-            route.on_decision(decision)
+            decisions.append(replace(made))  # and a sequence that runs holds it
+            route.on_decision(decisions[-1])
 
     for i in range(100):
         sequence(wide.start(str(i), ""), 0)
@@ -185,11 +188,12 @@ def test_records_are_bounded_and_each_tenants_own() -> None:
     many = wide.start("many", "")
     for _ in range(64):
         sequence(many, 3)
-    assert sum(len(route.decisions) for route in routes) * rows <= 65_536  # whoever still holds on to them
+    kept_rows = sum(len(route.decisions) for route in routes) * rows
+    assert sum(len(decision.view) for decision in decisions) == kept_rows <= 65_536  # whoever still holds on to them
     assert [len(route.decisions) for route in many.routes] == [4] * 8
     assert many.copy().num_sequences == 64
     late = routes[0]
-    late.on_decision(decision)  # of one that is forgotten
+    late.on_decision(decisions[-1])  # of one that is forgotten
     assert late.decisions == []
 
 
