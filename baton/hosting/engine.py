@@ -102,6 +102,11 @@ class Engine(Protocol):
         """Grows at least once a second, unless the engine is in a step."""
         ...
 
+    @property
+    def stopped(self) -> bool:
+        """Its thread has ended, as it was told; what is queued may be saved yet."""
+        ...
+
     async def check_integrity(self) -> list[str]:
         """Problems found in the block bookkeeping; empty when every block is accounted for."""
         ...

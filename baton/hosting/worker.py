@@ -131,6 +131,8 @@ async def end_if_stuck(engine: Engine, limit_s: float) -> None:
     tick_s, stuck_s, turns = min(limit_s / 5, 1.0), 0.0, engine.turns  # in ticks, so that a pause of the whole process counts as one
     while stuck_s < limit_s:
         await asyncio.sleep(tick_s)
+        if engine.stopped:  # saving what is queued has a limit of its own
+            return
         before, turns = turns, engine.turns
         stuck_s = stuck_s + tick_s if turns == before else 0.0
     logger.critical("the engine has been stuck in a step for %g s (engine.step_timeout_s); ending this process", limit_s)

@@ -3,14 +3,15 @@
     {root}/baton-kv                  says that this is such a directory; while it is missing, the file system is not there
     {root}/3f/c1…-0of1-9d…           a block: header (magic, length, CRC-32, digest of its key), content. Its name is its key, the block's
                                      hash first; the folder's, two digits of the key's digest
-    {root}/3f/c1…-0of1-9d….77-5.tmp  … being written by process 77; renamed when it is whole
+    {root}/3f/c1…-0of1-9d….8e1b-5.tmp  … being written by a store; renamed when it is whole
 
 Readers never see half a block: a file has its name only when it is complete, and what a crash of the machine left of it is caught by length
 and checksum, counts as a miss and is removed. There is no index beside the files: a new process finds what the last one left by their
 names, and the order of their use by their times, of what is used together the end's the oldest. A process alone keeps a better order in
-memory: a lookup is a use of a whole prompt. Several processes may write the same directory, which each should know (`shared`): else it
-looks for nothing that it has not written or counted itself; then a lookup sets times that are old, and reading none. It counts what is
-there when it has itself written a sixteenth of the budget, so the budget may be passed by so much for each of them.
+memory: a lookup is a use of a whole prompt. Several processes may write the same directory, which each should know (`shared`), or finds out
+by files that it has not written: until then it looks for nothing that it has not written or counted itself; then a lookup sets times that
+are old, and reading none. It counts what is there when it has itself written a sixteenth of the budget, so the budget may be passed by so
+much for each of them.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import hashlib
 import itertools
 import logging
 import os
+import secrets
 import struct
 import threading
 import time
@@ -57,12 +59,13 @@ class FileStore:
         self._holdings = holdings or Holdings(Tier.FILES, "")
         self._files = OrderedDict[str, int]()  # bytes by name, least recently used first
         self._used = self._written = self._evictions = self._damaged = 0
-        self._numbers = itertools.count()
+        self._numbers, self._token = itertools.count(), secrets.token_hex(4)  # of names that are this store's alone
+        self._counted = False
         self._lock = threading.Lock()
         try:
             root.mkdir(parents=True, exist_ok=True)
             marker = root / MARKER
-            if not marker.exists() and any(root.iterdir()):
+            if not marker.exists() and any(not _is_the_file_systems(each.name) for each in root.iterdir()):
                 raise ConfigError(f"files.path={root} holds something else; give a directory that is empty, or that Baton has filled")
             os.close(os.open(marker, os.O_CREAT | os.O_WRONLY, 0o660))
             self._count()
@@ -178,7 +181,7 @@ class FileStore:
         self._make_room(size)
         view = _view(buffer)
         header = _HEADER.pack(_MAGIC, buffer.nbytes, zlib.crc32(view), _digest(key))
-        temporary = f"{path}.{os.getpid()}-{next(self._numbers)}{TEMPORARY}"
+        temporary = f"{path}.{self._token}-{next(self._numbers)}{TEMPORARY}"
         try:
             _write_whole(temporary, path, header, view)
         except OSError as error:
@@ -228,9 +231,13 @@ class FileStore:
                         found.append((status.st_mtime_ns, entry.name, status.st_size))
                     elif not entry.name.endswith(TEMPORARY) or now - status.st_mtime > ABANDONED_S:  # named by another rule
                         os.unlink(entry)
+        if self._counted and not self._shared and any(name not in self._files for _, name, _ in found):
+            logger.info("others write %s, too: it is looked at whatever this process has written", self._root)
+            self._shared = True
+        self._counted = True
         with self._lock:
             known = {} if self._shared else {name: place for place, name in enumerate(self._files)}
-            found.sort(key=lambda file: (known.get(file[1], -1), *file))
+            found.sort(key=lambda file: (known.get(file[1], -1), *file))  # none is known the first time
             self._files = OrderedDict((name, size) for _, name, size in found)
             self._used = sum(self._files.values())
             self._written = 0
@@ -321,6 +328,11 @@ def _fill(file: int, view: memoryview) -> bool:
 
 def _view(buffer: Buffer) -> memoryview:
     return memoryview((ctypes.c_char * buffer.nbytes).from_address(buffer.address)).cast("B")
+
+
+def _is_the_file_systems(name: str) -> bool:
+    """What is in the root of an empty volume: lost+found, .snapshot."""
+    return name == "lost+found" or name.startswith(".")
 
 
 def _digest(key: str) -> bytes:

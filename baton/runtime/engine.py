@@ -167,6 +167,10 @@ class Engine:
             return []
         return await asked(self._post, lambda tell: tell(self._check_integrity()))
 
+    @property
+    def stopped(self) -> bool:
+        return self._stopping and not self._thread.is_alive()
+
     async def stop(self, flush_s: float = 0.0) -> None:
         if self._stopping:
             return

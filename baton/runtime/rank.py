@@ -10,6 +10,7 @@ import argparse
 import gc
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -115,6 +116,8 @@ def main() -> None:
     parser.add_argument("--host", default="", help="that this machine is reached at, if it is not rank 0's")
     arguments = parser.parse_args()
     die_with_parent(int(os.environ["BATON_DIE_WITH_PARENT"]))
+    for number in (signal.SIGTERM, signal.SIGINT):  # of a whole unit: rank 0 drains, and we end with it
+        signal.signal(number, signal.SIG_IGN)
     form = f"%(asctime)s %(levelname)s rank {arguments.rank}[{os.getpid()}] %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
     try:

@@ -166,6 +166,7 @@ class TeamTier:
         self._number, self._kv, self._team = number, kv, team
         self._own: KVTransfer = kv.tiers[number]
         self._numbers, self._asked = itertools.count(), dict[int, float]()  # lookups in hand: when they began
+        self._certain = dict.fromkeys(team.others, True)  # whether another rank's last answer was its store's
         self.name, self.shared, self.direct = self._own.name, self._own.shared, self._own.direct
 
     def seconds(self, nbytes: int) -> float:
@@ -178,7 +179,8 @@ class TeamTier:
     @property
     def doubtful(self) -> bool:
         asked = list(self._asked.values())
-        return self._own.doubtful or bool(asked and time.monotonic() - asked[0] > DOUBT_S)
+        late = bool(asked) and time.monotonic() - asked[0] > DOUBT_S
+        return self._own.doubtful or late or not all(self._certain.values())
 
     def decline(self, num_blocks: int) -> None:
         self._own.decline(num_blocks)
@@ -227,8 +229,13 @@ class TeamTier:
         joint = _Flags(1 + len(self._team.others), done)
         block_ids = [(buffer.address - self._kv.pool.region.address) // buffer.nbytes for buffer in buffers]
         arguments = {"tier": self._number, "what": what, "keys": list(keys), "block_ids": block_ids}
+
+        def heard(rank: int, value: Any, error: BatonError | None) -> None:
+            flags, self._certain[rank] = ([False] * len(keys), False) if error is not None else value
+            joint.add(flags)
+
         for rank in self._team.others:
-            self._team.call(rank, "tier", arguments, lambda value, error: joint.add([False] * len(keys) if error is not None else value))
+            self._team.call(rank, "tier", arguments, partial(heard, rank))
         return joint.add
 
 
@@ -308,11 +315,15 @@ class Handlers:
 
     def _tier(self, answer: Answer, tier: int, what: str, keys: Sequence[str], block_ids: Sequence[int]) -> None:
         transfer, names = self._kv.tiers[tier], [self._kv.key(bytes.fromhex(key)) for key in keys]
+
+        def done(flags: list[bool]) -> None:
+            answer([flags, transfer.available and not transfer.doubtful])
+
         if what == "lookup":
-            transfer.lookup(names, answer)
+            transfer.lookup(names, done)
         else:
             call = transfer.load if what == "load" else transfer.save
-            call(names, [self._kv.pool.buffer(block_id) for block_id in block_ids], answer)
+            call(names, [self._kv.pool.buffer(block_id) for block_id in block_ids], done)
 
 
 def _shard_to_json(shard: PushShard) -> list[Any]:

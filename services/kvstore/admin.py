@@ -66,20 +66,27 @@ class MasterAdmin:
         )
 
     async def drain_segment(self, name: str, grace_s: float) -> bool:
-        """Has a segment's objects moved to the other nodes; False if nobody can take them, or not in time."""
+        """Has a segment's objects moved to the other nodes; False if nobody can take them, or not in time. A master that does not answer
+        may do so yet. Raises StoreError where none did in the end."""
         deadline = asyncio.get_running_loop().time() + grace_s
-        started = False
+        started, problem = False, None
         while asyncio.get_running_loop().time() < deadline:
-            states = {each.name: each.status for each in await self.segments()}
-            mine = states.pop(name, "gone")
-            if mine == "DRAINED":
-                return True
-            if mine == "gone" or "OK" not in states.values():
-                return False
-            if not started:
-                await self._request(await self._leader(), "POST", "/api/v1/drain_jobs", {"segments": [name]})
-                started = True
+            try:
+                states = {each.name: each.status for each in await self.segments()}
+                mine = states.pop(name, "gone")
+                if mine == "DRAINED":
+                    return True
+                if mine == "gone" or "OK" not in states.values():
+                    return False
+                if not started and mine == "OK":  # else it was heard, though its answer was not
+                    await self._request(await self._leader(), "POST", "/api/v1/drain_jobs", {"segments": [name]})
+                    started = True
+                problem = None
+            except StoreError as error:
+                problem = error
             await asyncio.sleep(_POLL_S)
+        if problem is not None:
+            raise problem
         return False
 
     async def _leader(self) -> str:

@@ -72,18 +72,25 @@ class MasterSupervisor:
         while True:
             loop = asyncio.get_running_loop()
             started = loop.time()
-            process = await asyncio.create_subprocess_exec(*self._command, preexec_fn=functools.partial(die_with_parent, os.getpid()))
-            self.pid = process.pid
             try:
-                code = await process.wait()
-            finally:
-                if process.returncode is None:
-                    process.terminate()
-                    try:
-                        await asyncio.wait_for(process.wait(), 3.0)
-                    except TimeoutError:
-                        process.kill()
+                how = f"ended with code {await self._one()}"
+            except OSError as error:  # no more processes for now, or its file is being replaced
+                how = f"cannot be started ({error.strerror})"
             backoff = _MIN_BACKOFF_S if loop.time() - started > 10 else min(backoff * 2, _MAX_BACKOFF_S)
-            logger.warning("mooncake_master ended with code %s; starting it again in %.1f s", code, backoff)
+            logger.warning("mooncake_master %s; starting it again in %.1f s", how, backoff)
             self.num_restarts += 1
             await asyncio.sleep(backoff)
+
+    async def _one(self) -> int:
+        """Its exit code. Raises OSError."""
+        process = await asyncio.create_subprocess_exec(*self._command, preexec_fn=functools.partial(die_with_parent, os.getpid()))
+        self.pid = process.pid
+        try:
+            return await process.wait()
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                try:
+                    await asyncio.wait_for(process.wait(), 3.0)
+                except TimeoutError:
+                    process.kill()

@@ -137,6 +137,25 @@ asyncio.run(main())
     assert "stuck in a step" in ended.stderr
 
 
+def test_an_engine_that_has_stopped_is_not_stuck() -> None:
+    """What it saves yet takes longer than a step may."""
+    code = """
+import asyncio
+from baton.hosting.worker import end_if_stuck
+from baton.types import Role
+from tests.workers import worker
+
+async def main():
+    async with worker(Role.UNIFIED, {}) as made:
+        watchdog = asyncio.create_task(end_if_stuck(made.engine, 1.0))
+        await made.engine.stop()
+        await watchdog
+
+asyncio.run(main())
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

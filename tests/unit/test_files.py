@@ -282,7 +282,24 @@ def test_directories_that_will_not_do_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "home" / MARKER).exists()
 
 
+@pytest.mark.parametrize("name", ["lost+found", ".snapshot"])
+def test_a_new_volume_is_empty(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    assert put(FileStore(tmp_path, 1 << 20), "a") == [True]
+
+
 # -- several processes
+
+
+def test_who_finds_that_others_write_there_does_not_take_theirs_for_old(root: Path) -> None:
+    """The ranks of a worker, say, of whom each writes its share of every block."""
+    ranks = [FileStore(root, 40 * FILE) for _ in range(2)]
+    for number in range(100):
+        for rank, store in enumerate(ranks):
+            assert put(store, f"{number}r{rank}") == [True]
+    lately = [f"{number}r{rank}" for number in range(85, 100) for rank in range(2)]
+    assert [key for key in lately if read(ranks[int(key[-1])], key) is None] == []
+
 
 WRITES_HALF = """
 import os, sys, time

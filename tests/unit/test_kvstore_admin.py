@@ -5,8 +5,10 @@ import asyncio
 import httpx
 import pytest
 
+from baton.config import KVStoreConfig
 from baton.errors import StoreError
 from services.kvstore.admin import MasterAdmin
+from services.kvstore.master import MasterSupervisor
 
 SEGMENT = {"segment_name": "s", "te_endpoint": "e", "status": "OK", "base_address": "0x10"} | {
     "allocator_capacity_bytes": 8,
@@ -48,6 +50,47 @@ def test_the_state_asks_once_who_leads(addresses: tuple[str, ...]) -> None:
 
     asyncio.run(run())
     assert masters.asked == ["a/health", "a/metrics", "a/get_segments_detail"]
+
+
+@pytest.mark.parametrize("lost", ["status", "job"])
+def test_a_drain_goes_on_after_an_answer_that_did_not_come(lost: str) -> None:
+    masters, states = Masters("a"), iter(["OK", "DRAINING", "DRAINING", "DRAINED"])
+    jobs = list[bytes]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            jobs.append(request.content)
+            if lost == "job":
+                raise httpx.ReadTimeout("late")
+            return httpx.Response(200, json={})
+        if lost == "status" and len(jobs) == 1 and not masters.asked:
+            masters.asked.append("late")
+            raise httpx.ReadTimeout("late")
+        other = {**SEGMENT, "segment_name": "t", "te_endpoint": "f"}
+        return httpx.Response(200, json={"segments": [{**SEGMENT, "status": next(states)}, other]})
+
+    async def run() -> bool:
+        admin = MasterAdmin("a")
+        admin._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        try:
+            return await admin.drain_segment("s", 20)
+        finally:
+            await admin.close()
+
+    assert asyncio.run(run())
+    assert len(jobs) == 1
+
+
+async def test_a_master_that_cannot_be_started_is_tried_again() -> None:
+    supervisor = MasterSupervisor(KVStoreConfig(mode="master"))
+    supervisor._command = ("/nowhere/mooncake_master",)
+    supervisor.start()
+    try:
+        async with asyncio.timeout(20):
+            while supervisor.num_restarts < 2:
+                await asyncio.sleep(0.05)
+    finally:
+        await supervisor.stop()
 
 
 def test_nobody_leads() -> None:

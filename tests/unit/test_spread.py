@@ -1,7 +1,10 @@
 """What moves KV on two ranks at once, when one of them fails or says nothing: real Transfer Engines, both ranks in this process."""
 
 import json
+import os
 import queue
+import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from baton.errors import BatonError, InternalError, TransferError
+from baton.errors import BatonError, InternalError, StoreError, TransferError
 from baton.kv.direct import DirectReceiver, DirectSender
 from baton.kv.layout import KVLayout
 from baton.kv.mooncake_push import MooncakeReceiver, MooncakeSender
@@ -19,7 +22,9 @@ from baton.kv.push import PushResult, PushStatus
 from baton.kv.shards import Share, ShareSender
 from baton.kv.transfer import KVTransfer
 from baton.kv.transfer_engine import describe
+from baton.parallel.link import Listener
 from baton.runtime.crew import Solo
+from baton.runtime.launch import TOKEN, start_rank
 from baton.runtime.rank_kv import RankKV
 from baton.runtime.spread import Handlers, TeamReceiver, TeamSender, TeamTier
 from baton.types import PushTarget
@@ -107,6 +112,39 @@ def test_what_is_queued_is_saved_on_every_rank() -> None:
     assert theirs.contains([ranks[1].key(bytes(16))]) == [True]
     opens.join()
     team.close()
+
+
+def test_a_rank_whose_store_fails_says_nothing_of_what_is_there() -> None:
+    """Else routers were told that its blocks are gone."""
+    ranks = [tiered(rank) for rank in range(2)]
+    theirs, key = ranks[1].tiers[0]._store, bytes(16).hex()
+    assert isinstance(theirs, BreakableStore)
+    team, found = TeamTier(0, ranks[0], Ranks(ranks[1])), Answers()
+    team.lookup([key], found)
+    found.wait(1)
+    assert (found.values, team.doubtful) == ([[False]], False)
+    theirs.failing = StoreError("the master does not answer")
+    team.lookup([key], found)
+    found.wait(2)
+    assert (found.values[-1], team.doubtful) == ([False], True)
+    team.close()
+
+
+def test_a_rank_goes_on_when_its_whole_unit_is_told_to_end() -> None:
+    listener = Listener("127.0.0.1")
+    rank = start_rank(1, listener.address, {**os.environ, TOKEN: listener.token})
+    try:
+        links = listener.accept({(1, "steps"), (1, "calls")}, lambda: None, 100)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            rank.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(1)
+        for link in links.values():
+            link.close()
+    finally:
+        rank.kill()
+        rank.wait()
+        listener.close()
 
 
 def test_a_rank_that_says_nothing_of_a_flush_costs_its_own_part_alone() -> None:
