@@ -15,7 +15,8 @@ class Runner(Protocol):
         ...
 
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Starts the step; the answer waits for its end. Steps are computed in the order of their submission."""
+        """Starts the step; the answer waits for its end. Steps are computed in the order of their submission. Where it raises, nothing of
+        the step is computed any more."""
         ...
 
 

@@ -61,9 +61,17 @@ class ModelRunner:
     def depth(self) -> int:
         return 1 if self._is_cuda else 0
 
-    @torch.inference_mode()
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Starts a step: its tokens' KV gets written, and tokens are drawn for the requests that sample."""
+        try:
+            return self._launch(plan)
+        except Exception:
+            if self._is_cuda:  # what was launched before it writes into blocks that are others' soon
+                torch.cuda.synchronize()
+            raise
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         arrays = self._inputs.arrays(plan, self._rows)
         items = [item for item in plan.scheduled if item.samples]
         graphed = self._graphs.fit(plan)
