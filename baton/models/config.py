@@ -67,7 +67,7 @@ def common_fields(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "rope_scaling": scaling,
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "dtype": "float32" if dtype == "float32" else "bfloat16",
-        "eos_token_ids": _eos(config, folder),
+        "eos_token_ids": _eos(config, folder) & frozenset(range(_need(config, "vocab_size", folder))),
     }
 
 
@@ -99,7 +99,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _eos(config: Mapping[str, Any], folder: Path) -> frozenset[int]:
-    """generation_config.json wins: that is where chat models name their end-of-turn ids."""
+    """generation_config.json wins: that is where chat models name their end-of-turn ids. Some name ids that they can't produce."""
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.exists() else None
     if eos is None:

@@ -28,7 +28,7 @@ from baton.kv.store import Buffer
 from baton.runtime.census import Census
 from baton.runtime.entry import Entry
 from baton.runtime.feed import Feed
-from baton.runtime.flights import Flights, Runner
+from baton.runtime.flights import DeviceLost, Flights, Runner
 from baton.runtime.leases import EngineLeases, asked
 from baton.runtime.loading import Loader
 from baton.runtime.outputs import Outputs
@@ -260,7 +260,8 @@ class Engine:
         self._inbox.put(action)
 
     def _run(self) -> None:
-        """A bug outside of a step leaves nothing to trust: every request must move to another worker, and `on_crash` is called."""
+        """A bug outside of a step, or a lost device, leaves nothing to trust: every request must move to another worker, and `on_crash` is
+        called."""
         try:
             with self._publisher.lock:
                 while self._work_inbox():
@@ -337,6 +338,8 @@ class Engine:
         try:
             with self._publisher.elsewhere():
                 result = self.runner.submit(plan)
+        except DeviceLost:
+            raise
         except Exception as error:
             self._step_failed(plan, error)
             return
@@ -350,6 +353,8 @@ class Engine:
         try:
             with self._publisher.elsewhere():
                 result = flight.result()
+        except DeviceLost:
+            raise
         except Exception as error:
             self._step_failed(plan, error)
         else:

@@ -8,6 +8,10 @@ from typing import Protocol
 from baton.scheduling.plan import StepPlan, StepResult
 
 
+class DeviceLost(Exception):
+    """A runner's device computes nothing any more."""
+
+
 class Runner(Protocol):
     @property
     def depth(self) -> int:
@@ -15,8 +19,8 @@ class Runner(Protocol):
         ...
 
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Starts the step; the answer waits for its end. Steps are computed in the order of their submission. Where it raises, nothing of
-        the step is computed any more."""
+        """Starts the step; the answer waits for its end. Steps are computed in the order of their submission. Where either
+        raises, nothing of the step is computed any more; DeviceLost, and no step will be."""
         ...
 
 

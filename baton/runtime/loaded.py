@@ -46,8 +46,8 @@ def load(model: Path, settings: EngineConfig, team: Team | None = None) -> Loade
     team, kind = team or Solo(), device_kind(settings.device)
     wanted = (settings.block_size, settings.max_num_batched_tokens, settings.max_num_seqs)
     block_size, budget, seqs = (given or default for given, default in zip(wanted, _DEFAULTS[kind], strict=True))
-    if kind == "cuda" and (block_size < 16 or block_size & (block_size - 1)):
-        raise ConfigError(f"engine.block_size={block_size}: on CUDA it must be a power of two, 16 at least")
+    if block_size & (block_size - 1) or (kind == "cuda" and block_size < 16):
+        raise ConfigError(f"engine.block_size={block_size}: it must be a power of two, and 16 at least on CUDA")
     config = read_config(model)
     device = torch.device(kind)
     group = team.join(device)

@@ -18,6 +18,7 @@ from baton.kv.pool import KVPool
 from baton.models.decoder import Decoder
 from baton.runtime import sampler
 from baton.runtime.crew import Team
+from baton.runtime.flights import DeviceLost
 from baton.runtime.graphs import DecodeGraphs, Graphs, NoGraphs
 from baton.runtime.inputs import InputBuilder, wanted_positions
 from baton.runtime.piecewise import PiecewiseGraphs
@@ -65,9 +66,8 @@ class ModelRunner:
         """Starts a step: its tokens' KV gets written, and tokens are drawn for the requests that sample."""
         try:
             return self._launch(plan)
-        except Exception:
-            if self._is_cuda:  # what was launched before it writes into blocks that are others' soon
-                torch.cuda.synchronize()
+        except Exception as error:
+            self._settle(error)
             raise
 
     @torch.inference_mode()
@@ -96,7 +96,25 @@ class ModelRunner:
             tokens = {item.request.request_id: token for item, token in zip(items, draw.tokens(), strict=True)}
             return StepResult(tokens, {name: score() for name, score in scores.items()})
 
-        return result
+        return self._settling(result)
+
+    def _settling(self, result: Callable[[], StepResult]) -> Callable[[], StepResult]:
+        def settling() -> StepResult:
+            try:
+                return result()
+            except Exception as error:
+                self._settle(error)
+                raise
+
+        return settling
+
+    def _settle(self, error: Exception) -> None:
+        """What was launched before it has ended: it writes into blocks that are others' soon. Raises DeviceLost."""
+        if self._is_cuda:
+            try:
+                torch.cuda.synchronize()
+            except Exception as lost:  # no CUDA call of this process succeeds after that
+                raise DeviceLost(str(lost)) from error
 
     @torch.inference_mode()
     def compute(self, arrays: Mapping[str, np.ndarray], graphed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -120,7 +138,7 @@ class ModelRunner:
                 ended.synchronize()
             return StepResult({}, {name: score() for name, score in scores.items()})
 
-        return result
+        return self._settling(result)
 
 
 def _row(item: ScheduledRequest) -> sampler.Row:

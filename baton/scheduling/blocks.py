@@ -9,7 +9,7 @@ A block is held (ref > 0), or free. A free block that carries a hash still cache
 Knows nothing of requests. Only the engine's thread calls it.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from baton.scheduling.journal import Journal, xor_of
@@ -48,6 +48,11 @@ class BlockPool:
     def num_free_of(self, block_ids: Iterable[int]) -> int:
         """How many of these blocks are free, so that reusing them costs free blocks."""
         return sum(self._refs[block_id] == 0 for block_id in block_ids)
+
+    def num_held_by(self, holders: Iterable[Sequence[int]]) -> int:
+        """How many blocks would be free without these references."""
+        counts = Counter(block_id for block_ids in holders for block_id in block_ids)
+        return sum(self._refs[block_id] == count for block_id, count in counts.items())
 
     def take(self, count: int) -> list[int]:
         """`count` blocks, each with one reference and no hash; evicts what they cached. The caller has checked `num_free`."""

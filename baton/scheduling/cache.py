@@ -108,6 +108,13 @@ class KVCache:
         return [*self._pins.values(), *([block_id] for block_id, _ in self._tails.values())]
 
     def _make_room(self, count: int) -> bool:
+        """Breaks pins as far as needed; none where even all of them are too few."""
+        missing = count - self.pool.num_free
+        if missing <= 0:
+            return True
+        pinned = self.pinned()
+        if sum(map(len, pinned)) < missing or self.pool.num_held_by(pinned) < missing:
+            return False
         for request_id in [*reversed(self._pins), *reversed(self._tails)]:
             if self.pool.num_free >= count:
                 break

@@ -43,19 +43,23 @@ class Scheduler:
         self.cache.free(request)
 
     def schedule(self) -> StepPlan:
-        """The next step. Requests that miss one token go first, so that a long prompt never holds up those that are generating."""
+        """The next step. Requests that miss one token go first, so that a long prompt never holds up those that are generating. Memory for
+        who came earlier is taken from who came last; who came last itself waits with what it has, of which a part may be in flight."""
         budget = self.max_num_batched_tokens
         scheduled: dict[Request, int] = {}
-        preempted = False
+        short = False
         for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed_tokens > 1):
             count = min(request.num_tokens - request.num_computed_tokens, budget)
             while request.status is RequestStatus.RUNNING and count and not self.cache.extend(request, request.num_computed_tokens + count):
-                budget += scheduled.pop(self._preempt_latest(), 0)
-                preempted = True
+                short = True
+                if self.running[-1] is request:
+                    count = 0
+                else:
+                    budget += scheduled.pop(self._preempt_latest(), 0)
             if request.status is RequestStatus.RUNNING and count:
                 scheduled[request] = count
                 budget -= count
-        while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
+        while self.waiting and budget and not short and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if not self.cache.admit(request, budget):
                 break

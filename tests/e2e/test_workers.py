@@ -4,14 +4,16 @@ taken."""
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
-from baton.errors import Draining, InternalError, InvalidRequest, TransferError
+from baton.errors import Draining, InternalError, InvalidRequest, TransferError, WorkerLost
 from baton.rpc import convert
 from baton.rpc.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
+from baton.runtime.flights import DeviceLost
+from baton.scheduling.plan import StepPlan, StepResult
 from baton.types import FinishReason, GenerateOutput, GenerateRequest, MemberState, OutputToken, PushShard, PushTarget, Role
 from tests.properties.toy import BLOCK_SIZE, reference
 from tests.workers import LEASE_S, Pool, PromptTransfer, Script, call, drained, failure, generate, prompt, scripted, worker
@@ -346,3 +348,19 @@ async def test_the_state_stream_starts_with_a_snapshot_and_is_never_silent() -> 
             assert (update.sequence, update.snapshot) == (last.sequence + 1, False)
             last = update
         stream.cancel()
+
+
+async def test_a_lost_device_ends_the_worker_and_its_requests_move() -> None:
+    """Every later step would fail, too."""
+    async with worker(Role.UNIFIED, {}) as w:
+        crashed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        w.engine.on_crash = lambda: loop.call_soon_threadsafe(crashed.set)
+        await anext(aiter(call(w, prompt(8, name="before", max_tokens=3))))
+
+        def lost(plan: StepPlan) -> Callable[[], StepResult]:
+            raise DeviceLost("an illegal memory access")
+
+        w.runner.submit = lost  # type: ignore[method-assign]
+        assert isinstance(await failure(call(w, prompt(8))), WorkerLost)
+        await asyncio.wait_for(crashed.wait(), 10)

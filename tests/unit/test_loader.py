@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from baton.config import EngineConfig
 from baton.errors import BrokenCheckpoint, ConfigError, ModelError, UnsupportedModel
 from baton.models.create import create_model
 from baton.models.loader import load_model, weights_fingerprint
 from baton.models.registry import read_config
+from baton.runtime import loaded
 from baton.tokenizer import Tokenizer
 
 
@@ -48,6 +50,19 @@ def test_what_is_not_supported_is_named(folder: Path, changes: dict[str, object]
     edit(folder, **changes)
     with pytest.raises(UnsupportedModel, match=says):
         read_config(folder)
+
+
+def test_an_end_that_the_model_cannot_say_is_none(folder: Path) -> None:
+    """It would ban another request's token until that has its fewest."""
+    edit(folder, eos_token_id=[1, 10**6, -1])
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert read_config(folder).eos_token_ids == {1}
+
+
+@pytest.mark.parametrize("block_size", [24, 48])
+def test_a_block_size_that_kernels_refuse_is_no_setting(folder: Path, block_size: int) -> None:
+    with pytest.raises(ConfigError, match="power of two"):
+        loaded.load(folder, EngineConfig(block_size=block_size))
 
 
 def test_weights_of_somebody_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

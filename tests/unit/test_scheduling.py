@@ -118,6 +118,44 @@ def test_the_latest_request_is_preempted_and_comes_back() -> None:
     assert scheduler.cache.pool.num_free == 4
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_long_prompt_that_does_not_fit_beside_older_requests_is_computed_once(depth: int) -> None:
+    """It waits with what it has; a chunk of it may be in flight then, as steps are on a GPU."""
+    scheduler = make_scheduler(num_blocks=30, budget=33)
+    first, second = make_request("first", 40, max_tokens=40), make_request("second", 80, max_tokens=1, first=100)
+    for request in (first, second):
+        scheduler.add(request)
+    flying: list[StepPlan] = []
+    computed = 0
+    for _ in range(200):
+        plan = scheduler.schedule()
+        computed += counts(plan).get("second", 0)
+        scheduler.advance(plan)
+        flying.append(plan)
+        while len(flying) > (depth if plan.scheduled else 0):
+            done = flying.pop(0)
+            tokens = {item.request.request_id: OutputToken(7) for item in done.scheduled if item.samples}
+            scheduler.update(done, StepResult(tokens))
+        if not scheduler.has_work and not flying:
+            break
+    assert [request.finish_reason for request in (first, second)] == [FinishReason.LENGTH] * 2
+    assert 80 <= computed <= 80 + 33, "once, but for what an older one's growth has cost"
+
+
+def test_pins_stay_where_even_all_of_them_would_be_too_few() -> None:
+    scheduler = make_scheduler(num_blocks=10)
+    pool, cache = scheduler.cache.pool, scheduler.cache
+    scheduler.add(make_request("runs", 20, max_tokens=50))
+    step(scheduler)
+    pushed = pool.take(3)
+    pool.register(pushed, block_hashes(range(100, 112), 4))
+    cache.pin("waits for its turn", pushed)
+    scheduler.add(make_request("large", 36, first=500))
+    step(scheduler)
+    assert pushed in cache.pinned()
+    assert "large" not in counts(step(scheduler))
+
+
 def test_pins_are_broken_when_a_running_request_needs_the_memory() -> None:
     scheduler = make_scheduler(num_blocks=4)
     pool, cache = scheduler.cache.pool, scheduler.cache
