@@ -231,5 +231,6 @@ def test_broken_json_and_huge_bodies(http: httpx.Client) -> None:
 def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="empty"):
-        client.completions.create(model="demo-model", prompt=[])
+    with pytest.raises(openai.BadRequestError, match="empty") as caught:
+        client.completions.create(model="demo-model", prompt=[], extra_headers={"x-request-id": "mine"})
+    assert caught.value.request_id == "mine"

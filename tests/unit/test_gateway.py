@@ -93,7 +93,7 @@ async def test_what_is_refused_has_an_id_a_line_in_the_log_and_a_count(demo_mode
             answer = await http.post("/v1/completions", content=body, headers={"x-request-id": f"mine-{code}"})
             assert (answer.headers["x-request-id"], answer.json()["error"]["code"]) == (f"mine-{code}", code)
             assert f'failures_total{{code="{code}",model_name="demo-model",worker="router"}} 1.0' in made.metrics.exposition().decode()
-        assert [record.__dict__["request_id"] for record in caplog.records if record.name == "services.router.app"] == [
+        assert [record.__dict__["request_id"] for record in caplog.records if record.name == "services.router.edge"] == [
             "mine-invalid_request_error",
             "mine-model_not_found",
         ]
