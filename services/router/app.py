@@ -126,6 +126,8 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
+        if not name:
+            return await models(request)
         _tenant(request, gateway)
         gateway.check_model(name)
         return _card(gateway, name)

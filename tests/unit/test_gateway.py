@@ -106,11 +106,14 @@ async def test_models_have_cards_that_clients_can_read(demo_model: Path) -> None
         assert card | {"id": "demo-model", "root": "demo-model", "parent": None, "permission": []} == card
         assert card["created"] > 1_700_000_000
         assert (await http.get("/v1/models/demo-model")).json() == card
+        assert (await http.get("/v1/models/")).json()["data"] == [card]
         assert (await http.get("/v1/models/other/one")).json()["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("origins", [(), ("https://chat.example",)])
-async def test_pages_of_other_origins_may_call_where_they_are_named(demo_model: Path, origins: tuple[str, ...]) -> None:
+async def test_pages_of_other_origins_may_call_where_they_are_named(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, origins: tuple[str, ...]
+) -> None:
     made = gateway(demo_model)
     made.allowed_origins = origins
     asks = {"origin": "https://chat.example", "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
