@@ -126,6 +126,9 @@ async def test_pages_of_other_origins_may_call_where_they_are_named(
         assert ("x-request-id" in refused.headers.get("access-control-expose-headers", "")) is bool(origins)
         other = await http.options("/v1/chat/completions", headers={**asks, "origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
+        monkeypatch.setattr(made.tokenizer, "encode", lambda *arguments, **more: 1 / 0)
+        bug = await http.post("/tokenize", json={"prompt": "x"}, headers={"origin": "https://chat.example"})
+        assert (bug.status_code, "access-control-allow-origin" in bug.headers) == (500, bool(origins))
 
 
 async def test_health_tells_but_does_not_depend_on_the_workers(demo_model: Path) -> None:
