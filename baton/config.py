@@ -20,6 +20,7 @@ from baton.errors import ConfigError
 from baton.types import Role
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+")
 
 
 def _parse_size(value: object) -> object:
@@ -280,9 +281,7 @@ class RouterConfig(Strict):
     policy: PolicyName = "predicted"
     local_prefill: bool = True  # predicted: a decode worker may be told to compute a whole prompt where that costs everybody less
     max_body: Size = 16 * 2**20
-    allowed_origins: tuple[
-        str, ...
-    ] = ()  # of pages whose scripts may call the HTTP API (CORS), for example ["https://chat.example"]; ["*"]: all
+    allowed_origins: tuple[str, ...] = ()  # of pages whose scripts may call it (CORS): ["https://chat.example"]; ["*"]: of all
     max_migrations: int = Field(default=3, ge=0)  # per sequence
     drain_grace_s: float = Field(default=30.0, ge=0)
     tenants: tuple[TenantConfig, ...] = ()  # none: everybody may ask for everything
@@ -291,6 +290,13 @@ class RouterConfig(Strict):
     tls: TLSConfig = TLSConfig()
     tracing: TracingConfig = TracingConfig()
     explained: int = Field(default=256, ge=0)  # requests, the latest, that /debug/routes can tell about
+
+    @model_validator(mode="after")
+    def _origins(self) -> "RouterConfig":
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"allowed_origins: browsers send no origin {origin!r}: give scheme://host[:port] alone, or *")
+        return self
 
     @model_validator(mode="after")
     def _told_times(self) -> "RouterConfig":

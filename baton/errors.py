@@ -39,6 +39,8 @@ class BatonError(Exception):
         self.message = message
         self.param = param
         """Name of the request field at fault, where there is one."""
+        self.counted = False
+        """In a metric of this process."""
 
 
 class InvalidRequest(BatonError):

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from baton.errors import BatonError
 from baton.types import Load, PoolState
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ class RouterMetrics(Metrics):
         self._prediction = self.histogram("ttft_prediction_error", "|predicted - actual| / actual time to first token", _ERROR)
         self._cache_prediction = self.histogram("cached_tokens_prediction_error", "|predicted - actual| cached / prompt tokens", _ERROR)
         self._success = self.counter("request_success", "Finished requests", "finished_reason")
-        self._failures = self.counter("request_failures", "Failed requests", "code")
+        self._failures = self.counter("request_failures", "Requests that failed, or asked for what cannot be", "code")
         self.queue_seconds = self.histogram("request_queue_seconds", "Time that requests had to wait in the router's queue, if any")
         self._refused = self.counter("requests_refused", "Requests that were not let in, by reason and tenant", "reason", "tenant")
         self.queued: Callable[[], int] = lambda: 0  # called on any thread; the two below are set now and then by who knows
@@ -254,11 +255,18 @@ class RouterMetrics(Metrics):
     def success(self, reason: str) -> None:
         self.labelled(self._success, finished_reason=reason).inc()
 
-    def refused(self, reason: str, tenant: str) -> None:
-        """`reason`: key, rate, ttft, itl, full, wait or workers."""
+    def refused(self, error: BatonError, reason: str, tenant: str) -> None:
+        """`reason`: key, rate, ttft, itl, full, wait or workers. Such an error is no failure as well."""
         self.labelled(self._refused, reason=reason, tenant=tenant).inc()
+        error.counted = True
 
-    def failure(self, code: str) -> None:
+    def failure(self, error: BatonError) -> None:
+        """Whoever meets an error may call this: each is counted once."""
+        if not error.counted:
+            self.failed(error.code)
+            error.counted = True
+
+    def failed(self, code: str) -> None:
         self.labelled(self._failures, code=code).inc()
 
 

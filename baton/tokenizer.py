@@ -13,7 +13,7 @@ import tokenizers.decoders
 
 from baton.errors import InvalidRequest, ModelError, PromptTooLong
 
-_BEFORE = 4  # tokens of a prompt
+_MOST_CONTEXT = 24  # tokens of a prompt
 
 
 class Tokenizer:
@@ -34,11 +34,6 @@ class Tokenizer:
         decoder: Any = self._tokenizer.decoder
         self._apart = isinstance(decoder, tokenizers.decoders.ByteLevel)  # a text's tokens are its bytes, and nothing else
         self._ascii: dict[int, str | None] = {}
-
-    @property
-    def joined(self) -> bool:
-        """Whether a token's text depends on those before it, beyond the bytes of one character."""
-        return not self._apart
 
     def encode(self, text: str, *, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
         """Other threads run meanwhile. Raises InvalidRequest; PromptTooLong, at once, for a text that cannot be `limit` tokens or fewer."""
@@ -92,13 +87,12 @@ class Detokenizer:
     """Turns a growing sequence of tokens into text, piece by piece; never emits half a character.
 
     Decodes a short window that starts at the last safe border: a token's text may depend on those before it (leading spaces, bytes of
-    one character), and not on more. `prompt`: what comes before, as far as the first token's text depends on it: the first of a text has
-    no leading space.
+    one character), and not on more. `prompt`: what comes before, whose text is not told. The first token of all has no leading space.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._window = list(prompt[-_BEFORE:]) if tokenizer.joined else []
+        self._window = self._context(prompt)
         self._emitted = len(self._window)  # tokens of the window whose text is out
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -108,19 +102,33 @@ class Detokenizer:
             self._emitted = 0
             return text
         self._window += token_ids
-        before = self._decode(self._window[: self._emitted])
-        now = self._decode(self._window)
-        if len(now) <= len(before) or now.endswith("\ufffd"):
+        text = self._new()
+        if not text or text.endswith("\ufffd"):
             return ""
         self._window = self._window[self._emitted :]
         self._emitted = len(self._window)
-        return now[len(before) :]
+        return text
 
     def flush(self) -> str:
         """What was held back, at the end."""
-        text = self._decode(self._window)[len(self._decode(self._window[: self._emitted])) :]
+        text = self._new()
         self._emitted = len(self._window)
         return text
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """As much of a prompt's end as says something and begins with a whole character; nothing where that is not to be found."""
+        for size in range(1, min(len(prompt), _MOST_CONTEXT) + 1):
+            end = list(prompt[-size:])
+            text = self._decode(end).rstrip("\ufffd")
+            if text and "\ufffd" not in text:
+                return end
+        return []
+
+    def _new(self) -> str:
+        """What the window says beyond what is out."""
+        before, now = self._decode(self._window[: self._emitted]), self._decode(self._window)
+        told = before if now.startswith(before) else before.rstrip("\ufffd")  # a character that the prompt began is whole now
+        return now[len(told) :]
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip)

@@ -20,7 +20,9 @@ DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 SOURCES, TARGET = DEPLOY / "monitoring", DEPLOY / "helm/baton/files"
 Tree = dict[str, Any]
 POOL = "app_kubernetes_io_component"  # of the pod, by the chart's PodMonitor
-CLIENTS_FAULT = "|".join(error.code for error in (InvalidRequest, PromptTooLong, ModelNotFound, TooLarge, RequestCancelled))
+CLIENTS_FAULT = "|".join(
+    [*(error.code for error in (InvalidRequest, PromptTooLong, ModelNotFound, TooLarge, RequestCancelled)), "not_found", "http_error"]
+)  # the last two: paths that are not there
 _SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 _METRIC = re.compile(r"(baton:\w+)(?:\{([^}]*)\})?")
 _WIDTH, _HEIGHT, _ACROSS = 8, 7, 3

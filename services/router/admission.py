@@ -168,8 +168,8 @@ class Admission:
         """Raises RateLimited; also worth asking before a request is even read."""
         try:
             tenant.check_rates()
-        except BatonError:
-            self._metrics.refused("rate", tenant.name)
+        except BatonError as error:
+            self._metrics.refused(error, "rate", tenant.name)
             raise
 
     async def _wait(self, queued: _Queued, limit_s: float) -> None:
@@ -248,8 +248,9 @@ class Admission:
         for queued in list(self._queue):
             self._queue.remove(queued)
             if not queued.turn.done():
-                self._metrics.refused("workers", queued.tenant)
-                queued.turn.set_exception(NoWorkers(problem.message))
+                error = NoWorkers(problem.message)
+                self._metrics.refused(error, "workers", queued.tenant)
+                queued.turn.set_exception(error)
 
     # -- times
 
@@ -275,8 +276,9 @@ class Admission:
             raise self._refusal("itl", claim.tenant.name, told, work.num_output_tokens * expected.itl_s)
 
     def _refusal(self, reason: str, tenant: str, told: str, retry_after_s: float) -> Overloaded:
-        self._metrics.refused(reason, tenant)
-        return Overloaded(f"{told}; try again in {max(math.ceil(retry_after_s), 1)} s, or elsewhere", retry_after_s=retry_after_s)
+        error = Overloaded(f"{told}; try again in {max(math.ceil(retry_after_s), 1)} s, or elsewhere", retry_after_s=retry_after_s)
+        self._metrics.refused(error, reason, tenant)
+        return error
 
     def _cost(self) -> float:
         return sum(queued.cost for queued in self._queue)

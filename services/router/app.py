@@ -5,26 +5,22 @@ import dataclasses
 import json
 import logging
 import math
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Route
 
-from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCancelled, TooLarge, Unauthorized, Unavailable
+from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCancelled, TooLarge, Unauthorized
 from baton.metrics import RouterMetrics
 from baton.tokenizer import Tokenizer
 from baton.types import MemberState
-from services.router import console
+from services.router import console, edge
 from services.router.admission import Claim
 from services.router.answers import Answers, error_body, to_json
 from services.router.dispatch import Dispatcher
@@ -40,7 +36,7 @@ from services.router.workers import Workers
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Stream = AsyncGenerator[tuple[Choice, Piece]]
-REQUEST_HEADER, ROUTE_HEADER, TTFT_HEADER, TPOT_HEADER = "x-request-id", "x-baton-route", "x-slo-ttft-ms", "x-slo-tpot-ms"
+TTFT_HEADER, TPOT_HEADER = "x-slo-ttft-ms", "x-slo-tpot-ms"
 _LARGE = 32 * 2**10  # bytes: understood on another thread, since that takes milliseconds
 _GAUGES_S = 1.0
 
@@ -97,8 +93,8 @@ class Gateway:
         """Raises Unauthorized."""
         try:
             return self.tenants.of(authorization)
-        except Unauthorized:
-            self.metrics.refused("key", "")
+        except Unauthorized as error:
+            self.metrics.refused(error, "key", "")
             raise
 
     def check_model(self, name: str | None) -> None:
@@ -107,45 +103,13 @@ class Gateway:
             raise ModelNotFound(f"the model {name!r} is not served here; {served}, or leave `model` out", param="model")
 
     async def understood(self, understand: Callable[[], T], num_bytes: int) -> T:
-        """What a request says. A large one is understood beside the streams, not instead of them. Counts what cannot be."""
-        try:
-            return await asyncio.to_thread(understand) if num_bytes > _LARGE else understand()
-        except InvalidRequest as error:
-            self.metrics.failure(error.code)
-            raise
+        """What a request says. A large one is understood beside the streams, not instead of them."""
+        return await asyncio.to_thread(understand) if num_bytes > _LARGE else understand()
 
 
 def make_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None, openapi_url=None)
-    if gateway.allowed_origins:
-        told = [REQUEST_HEADER, ROUTE_HEADER, "retry-after"]
-        origins = list(gateway.allowed_origins)
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told)
-
-    @app.exception_handler(BatonError)
-    async def on_error(request: Request, error: BatonError) -> JSONResponse:
-        request_id, status = _request_id(request), error.http_status
-        if status not in (429, 499):  # the first are counted, and may be many; the others are nobody's fault
-            told = (request_id, request.method, request.url.path, status, error.code, error.message)
-            level = logging.WARNING if status >= 500 else logging.INFO
-            logger.log(level, "%s: %s %s: %d %s: %s", *told, extra={"request_id": request_id})
-        return error_response(error, request_id)
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        status, message = error.status_code, str(error.detail)
-        if message == HTTPStatus(status).phrase:  # Starlette's own: no route took it
-            paths = sorted({f"{' '.join(route.methods or ())} {route.path}" for route in app.routes if isinstance(route, Route)})
-            message = f"{message}: {request.method} {request.url.path}; there is {', '.join(paths)}"
-        headers = {**(error.headers or {}), REQUEST_HEADER: _request_id(request)}
-        return JSONResponse(error_body(message, "not_found" if status == 404 else "http_error", status), status, headers)
-
-    @app.exception_handler(Exception)
-    async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        request_id = _request_id(request)
-        logger.error("a request failed", exc_info=error, extra={"request_id": request_id})
-        answer = error_body("the router failed on this request; see its log", "internal_error", 500)
-        return JSONResponse(answer, 500, {REQUEST_HEADER: request_id})
+    edge.mount(app, gateway)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -162,6 +126,8 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
+        if not name:
+            return await models(request)
         _tenant(request, gateway)
         gateway.check_model(name)
         return _card(gateway, name)
@@ -351,19 +317,10 @@ def claim_of(request: Request, tenant: Tenant, body: ChatBody | CompletionBody) 
     return Claim(tenant=tenant, priority=body.urgency, ttft_slo_s=seconds(TTFT_HEADER), itl_slo_s=seconds(TPOT_HEADER))
 
 
-def error_response(error: BatonError, request_id: str) -> JSONResponse:
-    headers = {REQUEST_HEADER: request_id}
-    if error.http_status in (429, 503):  # whole seconds
-        headers["retry-after"] = str(max(math.ceil(error.retry_after_s or 0), 1) if isinstance(error, Unavailable) else 1)
-    if isinstance(error, Unauthorized):
-        headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error.message, error.code, error.http_status, error.param), error.http_status, headers)
-
-
 async def _generate(request: Request, gateway: Gateway, cls: type[ChatBody] | type[CompletionBody]) -> Response:
     tenant = _tenant(request, gateway)
     gateway.generator.admission.check_rates(tenant)
-    request_id = _request_id(request, cls.prefix)
+    request_id = request.state.request_id
 
     def understand(sent: object) -> tuple[ChatBody | CompletionBody, list[Ask]]:
         body, limit = parse(cls, sent), gateway.max_model_len
@@ -379,15 +336,15 @@ async def _generate(request: Request, gateway: Gateway, cls: type[ChatBody] | ty
     stream = gateway.generator.run(request_id, asks, claim, request.headers.get("traceparent", ""))
     if not body.stream:
         choices = await until_gone(request.receive, lambda: _collect(stream))
-        return JSONResponse(answers.whole(choices), headers=_headers(request_id, choices))
+        return JSONResponse(answers.whole(choices), headers=_headers(choices))
     try:  # errors before the first token are HTTP statuses
         first = await until_gone(request.receive, lambda: anext(stream))
     except BaseException:
         await stream.aclose()
         raise
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _events(stream, first, answers, include_usage=include_usage)
-    return EventStream(events, _headers(request_id, [first[0]]))
+    events = _events(request, gateway, stream, first, answers, include_usage=include_usage)
+    return EventStream(events, _headers([first[0]]))
 
 
 async def _collect(stream: Stream) -> list[Choice]:
@@ -398,7 +355,9 @@ async def _collect(stream: Stream) -> list[Choice]:
     return list(choices.values())
 
 
-async def _events(stream: Stream, first: tuple[Choice, Piece], answers: Answers, *, include_usage: bool) -> AsyncGenerator[bytes]:
+async def _events(
+    request: Request, gateway: Gateway, stream: Stream, first: tuple[Choice, Piece], answers: Answers, *, include_usage: bool
+) -> AsyncGenerator[bytes]:
     choices: dict[int, Choice] = {}
     async with aclosing(stream):
         try:
@@ -412,6 +371,7 @@ async def _events(stream: Stream, first: tuple[Choice, Piece], answers: Answers,
             if include_usage:
                 yield _event(to_json(answers.usage_chunk(list(choices.values()))))
         except BatonError as error:
+            edge.note_failure(error, gateway.metrics, request.state.request_id, edge.called(request))
             yield _event(to_json(error_body(error.message, error.code, error.http_status, error.param)))
     yield b"data: [DONE]\n\n"
 
@@ -420,15 +380,8 @@ def _event(line: str) -> bytes:
     return f"data: {line}\n\n".encode()
 
 
-def _headers(request_id: str, choices: Sequence[Choice]) -> dict[str, str]:
-    return {REQUEST_HEADER: request_id, ROUTE_HEADER: str(min(choices, key=lambda c: c.index).route)}
-
-
-def _request_id(request: Request, prefix: str = "req") -> str:
-    """The client's own, or a new one; the same for all that is said about a request."""
-    if not hasattr(request.state, "request_id"):
-        request.state.request_id = request.headers.get(REQUEST_HEADER, "")[:128] or f"{prefix}-{secrets.token_hex(8)}"
-    return request.state.request_id
+def _headers(choices: Sequence[Choice]) -> dict[str, str]:
+    return {edge.ROUTE_HEADER: str(min(choices, key=lambda c: c.index).route)}
 
 
 def _card(gateway: Gateway, name: str) -> dict[str, Any]:

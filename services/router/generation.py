@@ -231,7 +231,7 @@ class Generator:
                         break
                     yield choice, piece
         except BatonError as error:
-            self._metrics.failure(error.code)
+            self._metrics.failure(error)
             raise
         except Exception as error:
             logger.error("a request failed", exc_info=error, extra={"request_id": ask.request_id})

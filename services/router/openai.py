@@ -41,7 +41,6 @@ class _Sent(BaseModel):
 class _Body(_Sent):
     kind: ClassVar[str] = "text_completion"  # of the answer
     operation: ClassVar[str] = "text_completion"
-    prefix: ClassVar[str] = "cmpl"  # of its id
 
     model: str | None = None
     stream: bool = False
@@ -183,7 +182,6 @@ class ChatMessage(BaseModel):
 class ChatBody(_Body):
     kind: ClassVar[str] = "chat.completion"
     operation: ClassVar[str] = "chat"
-    prefix: ClassVar[str] = "chatcmpl"
     echo: ClassVar[bool] = False
     silent: ClassVar[bool] = False
     messages: list[ChatMessage] = Field(min_length=1)

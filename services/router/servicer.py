@@ -2,10 +2,10 @@
 
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
-from baton.errors import InvalidRequest
+from baton.errors import BatonError, InvalidRequest
 from baton.hosting.worker import Context, guarded
 from baton.rpc import convert
 from baton.rpc.v1 import router_pb2 as pb
@@ -13,6 +13,7 @@ from baton.rpc.v1 import router_pb2_grpc
 from baton.types import SamplingParams
 from services.router.admission import Claim
 from services.router.app import Gateway
+from services.router.edge import note_failure
 from services.router.generation import Ask, allowance
 from services.router.tenants import Tenant
 
@@ -22,11 +23,12 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
         self._gateway = gateway
 
     async def Generate(self, request: pb.RouterGenerateRequest, context: Context) -> AsyncIterator[pb.RouterGenerateResponse]:
-        async with guarded(context):
+        request.request_id = request.request_id or f"grpc-{secrets.token_hex(8)}"
+        async with guarded(context), noted(self._gateway, request):
             gateway = self._gateway
             tenant = gateway.tenant(_metadata(context, "authorization"))
             gateway.generator.admission.check_rates(tenant)
-            request_id = request.request_id or f"grpc-{secrets.token_hex(8)}"
+            request_id = request.request_id
             ask = await gateway.understood(lambda: self._ask(request, request_id), request.ByteSize())
             async with aclosing(
                 gateway.generator.run(request_id, [ask], _claim(request, context, tenant), _metadata(context, "traceparent") or "")
@@ -86,6 +88,16 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
             top_p=sampling.top_p or 1.0,
             repetition_penalty=sampling.repetition_penalty or 1.0,
         )
+
+
+@asynccontextmanager
+async def noted(gateway: Gateway, request: pb.RouterGenerateRequest) -> AsyncGenerator[None]:
+    """Errors are counted and logged as HTTP's are."""
+    try:
+        yield
+    except BatonError as error:
+        note_failure(error, gateway.metrics, request.request_id, "Router.Generate")
+        raise
 
 
 def _claim(request: pb.RouterGenerateRequest, context: Context, tenant: Tenant) -> Claim:

@@ -82,6 +82,46 @@ def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI) -> None:
     assert len(logprobs.tokens or []) == len(logprobs.token_logprobs) == answer.usage.total_tokens  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"logprobs": 2},
+        {"echo": True},
+        {"echo": True, "logprobs": 2, "n": 2, "temperature": 1.0},
+        {"echo": True, "logprobs": 1, "max_tokens": 0},
+        {"echo": True, "max_tokens": 0, "return_token_ids": True},
+        {"logprobs": 0, "stop": ["e"], "ignore_eos": True},
+        {"prompt": ["The router is", "Workers of a fleet. " * 9], "echo": True, "logprobs": 0},
+    ],
+    ids=str,
+)
+def test_a_stream_joined_is_the_whole_answer(http: httpx.Client, body: dict[str, Any]) -> None:
+    sent = {"prompt": "The router is", "max_tokens": 12, "temperature": 0, "seed": 1, **body}
+    answer = http.post("/v1/completions", json=sent).text  # sequences of other steps may have other last digits
+    whole = json.loads(answer, parse_float=lambda digits: pytest.approx(float(digits), abs=1e-3))
+    streaming = {**sent, "stream": True, "stream_options": {"include_usage": True}}
+    *events, usage, _, _ = http.post("/v1/completions", json=streaming).text.split("\n\n")
+    joined: dict[int, dict[str, Any]] = {}
+    for event in events:
+        (piece,) = json.loads(event.removeprefix("data: "))["choices"]
+        choice = joined.setdefault(piece["index"], piece)
+        if choice is not piece:
+            choice |= {"text": choice["text"] + piece["text"], **{key: piece.get(key) for key in ("finish_reason", "stop_reason")}}
+            for of, more in ((choice, piece), (choice["logprobs"] or {}, piece["logprobs"] or {})):
+                for key in more.keys() & {"token_ids", "tokens", "token_logprobs", "top_logprobs", "text_offset"}:
+                    of[key] += more[key]
+    assert [joined[index] for index in sorted(joined)] == whole["choices"]
+    counts = json.loads(usage.removeprefix("data: "))["usage"]
+    assert [counts[key] for key in ("prompt_tokens", "completion_tokens")] == [
+        whole["usage"][key] for key in ("prompt_tokens", "completion_tokens")
+    ]
+
+
+def test_logprobs_of_the_prompt_are_not_streamed(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "x", "prompt_logprobs": 1, "stream": True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
 def test_stop_strings_and_token_ids(http: httpx.Client) -> None:
     body: dict[str, Any] = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 30, "ignore_eos": True, "return_token_ids": True}
     whole = http.post("/v1/completions", json=body).json()["choices"][0]
@@ -231,5 +271,6 @@ def test_broken_json_and_huge_bodies(http: httpx.Client) -> None:
 def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="empty"):
-        client.completions.create(model="demo-model", prompt=[])
+    with pytest.raises(openai.BadRequestError, match="empty") as caught:
+        client.completions.create(model="demo-model", prompt=[], extra_headers={"x-request-id": "mine"})
+    assert caught.value.request_id == "mine"

@@ -93,7 +93,7 @@ async def test_what_is_refused_has_an_id_a_line_in_the_log_and_a_count(demo_mode
             answer = await http.post("/v1/completions", content=body, headers={"x-request-id": f"mine-{code}"})
             assert (answer.headers["x-request-id"], answer.json()["error"]["code"]) == (f"mine-{code}", code)
             assert f'failures_total{{code="{code}",model_name="demo-model",worker="router"}} 1.0' in made.metrics.exposition().decode()
-        assert [record.__dict__["request_id"] for record in caplog.records if record.name == "services.router.app"] == [
+        assert [record.__dict__["request_id"] for record in caplog.records if record.name == "services.router.edge"] == [
             "mine-invalid_request_error",
             "mine-model_not_found",
         ]
@@ -106,11 +106,14 @@ async def test_models_have_cards_that_clients_can_read(demo_model: Path) -> None
         assert card | {"id": "demo-model", "root": "demo-model", "parent": None, "permission": []} == card
         assert card["created"] > 1_700_000_000
         assert (await http.get("/v1/models/demo-model")).json() == card
+        assert (await http.get("/v1/models/")).json()["data"] == [card]
         assert (await http.get("/v1/models/other/one")).json()["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("origins", [(), ("https://chat.example",)])
-async def test_pages_of_other_origins_may_call_where_they_are_named(demo_model: Path, origins: tuple[str, ...]) -> None:
+async def test_pages_of_other_origins_may_call_where_they_are_named(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, origins: tuple[str, ...]
+) -> None:
     made = gateway(demo_model)
     made.allowed_origins = origins
     asks = {"origin": "https://chat.example", "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
@@ -123,6 +126,9 @@ async def test_pages_of_other_origins_may_call_where_they_are_named(demo_model: 
         assert ("x-request-id" in refused.headers.get("access-control-expose-headers", "")) is bool(origins)
         other = await http.options("/v1/chat/completions", headers={**asks, "origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
+        monkeypatch.setattr(made.tokenizer, "encode", lambda *arguments, **more: 1 / 0)
+        bug = await http.post("/tokenize", json={"prompt": "x"}, headers={"origin": "https://chat.example"})
+        assert (bug.status_code, "access-control-allow-origin" in bug.headers) == (500, bool(origins))
 
 
 async def test_health_tells_but_does_not_depend_on_the_workers(demo_model: Path) -> None:

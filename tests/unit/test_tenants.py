@@ -79,6 +79,9 @@ def test_what_is_wrong_with_tenants_is_said(tmp_path: Path, make: Callable[[Path
         ("tenants=[{name: 'a b'}]", "tenants.0.name"),
         ("admission.max_runing=3", "did you mean max_running?"),
         ("tls.cert=x.pem", "give tls.cert and tls.key"),
+        ("allowed_origins=['https://chat.example/']", "allowed_origins: browsers send no origin 'https://chat.example/'"),
+        ("allowed_origins=[chat.example]", "give scheme://host[:port] alone, or *"),
+        ("allowed_origins=['https://*.example']", "give scheme://host[:port] alone, or *"),
     ],
 )
 def test_what_is_wrong_with_settings_is_said(override: str, says: str) -> None:
@@ -87,3 +90,5 @@ def test_what_is_wrong_with_settings_is_said(override: str, says: str) -> None:
     assert says in caught.value.message
     with pytest.raises(ConfigError, match="needs predicted times"):
         load_config(RouterConfig, None, ["policy=round_robin", "admission.backlog_s=1"], {})
+    origins = ("*", "https://chat.example", "http://127.0.0.1:3000", "chrome-extension://abc")
+    assert load_config(RouterConfig, None, [f"allowed_origins={list(origins)}"], {}).allowed_origins == origins

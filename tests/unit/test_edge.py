@@ -1,0 +1,123 @@
+"""What is known of requests that fail: by which id, how often, and in the log."""
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from baton.errors import WorkerLost
+from baton.types import GenerateOutput, OutputToken, Role
+from services.router.app import Gateway, make_app
+from services.router.tenants import Tenants
+from tests.unit.test_gateway import gateway
+
+HELLO: dict[str, Any] = {"prompt": "hello", "max_tokens": 4}
+
+
+async def ask(made: Gateway, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(made)), base_url="http://router") as client:
+        return await client.request(method, path, headers=headers, **more)
+
+
+def counted(made: Gateway, name: str, label: str) -> dict[str, float]:
+    samples = [sample for family in made.metrics.families() for sample in family.samples if sample.name == f"baton:{name}_total"]
+    return {sample.labels[label]: sample.value for sample in samples}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "more", "status", "code"),
+    [
+        ("POST", "/v1/completions", {"content": b'{"prompt": '}, 400, "invalid_request_error"),
+        ("POST", "/v1/completions", {"json": {**HELLO, "temperature": -1}}, 400, "invalid_request_error"),
+        ("POST", "/v1/completions", {"json": {**HELLO, "max_tokens": 100_000}}, 400, "context_length_exceeded"),
+        ("POST", "/v1/chat/completions", {"json": {"model": "x\ny" * 1000, "messages": []}}, 400, "invalid_request_error"),
+        ("POST", "/v1/completions", {"json": {**HELLO, "model": "x\ny" * 1000}}, 404, "model_not_found"),
+        ("POST", "/v1/completions", {"content": b"x" * (17 << 20)}, 413, "request_too_large"),
+        ("POST", "/tokenize", {"json": {}}, 400, "invalid_request_error"),
+        ("POST", "/v1/nothing%0Ahere", {"json": {}}, 404, "not_found"),
+        ("GET", "/v1/completions", {}, 405, "http_error"),
+        ("POST", "/v1/completions", {"json": HELLO}, 503, "no_workers"),
+        ("POST", "/v1/completions", {"json": {**HELLO, "stream": True}}, 503, "no_workers"),
+    ],
+)
+async def test_what_fails_is_counted_and_logged_once(
+    demo_model: Path, caplog: pytest.LogCaptureFixture, method: str, path: str, more: dict[str, Any], status: int, code: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    made = gateway(demo_model)
+    answer = await ask(made, method, path, {"x-request-id": "mine"}, **more)
+    assert (answer.status_code, answer.json()["error"]["code"], answer.headers["x-request-id"]) == (status, code, "mine")
+    assert counted(made, "request_failures", "code") == {code: 1.0}
+    (record,) = [record for record in caplog.records if record.name.startswith("services.router")]
+    assert record.levelno == (logging.WARNING if status >= 500 else logging.INFO)
+    assert record.__dict__["request_id"] == "mine"
+    line = record.getMessage()
+    assert line.startswith(f"mine: {method} /")
+    assert f": {status} {code}: " in line
+    assert line.isprintable()
+    assert len(line) < 500
+
+
+async def test_who_names_no_request_is_told_one(demo_model: Path) -> None:
+    made = gateway(demo_model)
+    for method, path, prefix in [
+        ("POST", "/v1/completions", "cmpl-"),
+        ("POST", "/v1/chat/completions", "chatcmpl-"),
+        ("GET", "/v1/models", "req-"),
+        ("GET", "/v1/nothing", "req-"),
+    ]:
+        answers = [await ask(made, method, path) for _ in range(2)]
+        names = {answer.headers["x-request-id"] for answer in answers}
+        assert len(names) == 2
+        assert all(name.startswith(prefix) for name in names)
+    long = await ask(made, "GET", "/v1/models", {"x-request-id": "x" * 200})
+    assert (long.status_code, long.headers["x-request-id"]) == (200, "x" * 128)
+
+
+async def test_what_is_refused_is_no_failure_as_well(demo_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    made = gateway(demo_model)
+    made.tenants = Tenants({}, others=None)
+    answer = await ask(made, "POST", "/v1/completions", json=HELLO)
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert counted(made, "requests_refused", "reason") == {"key": 1.0}
+    assert counted(made, "request_failures", "code") == {}
+    assert [record.__dict__.get("request_id") for record in caplog.records if record.name.startswith("services.router")] == [
+        answer.headers["x-request-id"]
+    ]
+
+
+async def test_a_bug_is_one_too_and_leaves_its_trace(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = gateway(demo_model)
+    monkeypatch.setattr(made.tokenizer, "encode", lambda *arguments, **more: 1 / 0)
+    answer = await ask(made, "POST", "/v1/completions", {"x-request-id": "mine"}, json=HELLO)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert counted(made, "request_failures", "code") == {"internal_error": 1.0}
+    (record,) = caplog.records
+    assert (record.levelno, record.__dict__["request_id"], bool(record.exc_info)) == (logging.ERROR, "mine", True)
+
+
+async def test_a_stream_that_breaks_off_is_one_too(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = gateway(demo_model, Role.UNIFIED)
+
+    async def lost(*arguments: Any) -> AsyncGenerator[GenerateOutput]:
+        yield GenerateOutput(tokens=(OutputToken(100),))
+        raise WorkerLost("it is gone")
+
+    monkeypatch.setattr(made.dispatcher, "generate", lost)
+    answer = await ask(made, "POST", "/v1/completions", {"x-request-id": "mine"}, json={**HELLO, "stream": True})
+    *_, error, end = answer.text.removesuffix("\n\n").split("\n\n")
+    assert (answer.status_code, end) == (200, "data: [DONE]")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "worker_lost"
+    assert counted(made, "request_failures", "code") == {"worker_lost": 1.0}
+    (record,) = caplog.records
+    assert (record.levelno, record.__dict__["request_id"]) == (logging.WARNING, "mine")
