@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,15 @@ import psutil
 
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 
-START_TIMEOUT_S = 90
+START_TIMEOUT_S = 180  # as long as `baton up` allows itself
 WORKER_ROLES = ("prefill", "decode", "unified")
+
+
+def until(condition: Callable[[], bool], within_s: float = 30) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @dataclass
@@ -48,16 +55,14 @@ class RunningCluster:
         """Live processes of the cluster by id, as the operating system has them now."""
         found = {}
         for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
+            with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
                 line = child.cmdline()
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
-            if "--config" in line:
-                found[Path(line[line.index("--config") + 1]).stem] = child
-            elif line and Path(line[0]).name == "etcd":
-                found["etcd"] = child
-            elif line and Path(line[0]).name == "mooncake_master":
-                found["mooncake_master" + _config_stem(child.parent()).removeprefix("kvstore-master")] = child
+                if "--config" in line:
+                    found[Path(line[line.index("--config") + 1]).stem] = child
+                elif line and Path(line[0]).name == "etcd":
+                    found["etcd"] = child
+                elif line and Path(line[0]).name == "mooncake_master":
+                    found["mooncake_master" + _config_stem(child.parent()).removeprefix("kvstore-master")] = child
         return found
 
     def describe_etcd(self) -> str:
@@ -71,19 +76,22 @@ class RunningCluster:
     def signal(self, name: str, number: signal.Signals) -> None:
         self.children()[name].send_signal(number)
 
-    def wait_ready(self, timeout_s: float = 60) -> None:
-        """Until every worker is ready and idle again, and each router says so."""
-        expected = {name for name in self.children() if name.split("-")[0] in WORKER_ROLES}
+    def wait_ready(self, timeout_s: float = 120) -> None:
+        """Until every worker that the cluster began with is ready and idle, and each router says so of the process that it is now."""
+        names = [each["id"] for each in json.loads(self.ready_file.read_text())["processes"] if each["role"] in WORKER_ROLES]
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
+            children = self.children()
+            processes = {(name, children[name].pid) for name in names if name in children}
             with suppress(httpx.HTTPError):
-                if all(self._idle(url) >= expected and httpx.get(f"{url}/ready").status_code == 200 for url in self.urls):
+                if len(processes) == len(names) and all(self._is_ready(url, processes) for url in self.urls):
                     return
             time.sleep(0.1)
         raise TimeoutError(f"not ready after {timeout_s} s: {self.workers()}\n{self.tail()}")
 
-    def _idle(self, url: str) -> set[str]:
-        return {w["id"] for w in self.status(url)["workers"] if w["state"] == "ready" and not w["running"] and not w["waiting"]}
+    def _is_ready(self, url: str, processes: set[tuple[str, int]]) -> bool:
+        idle = [w for w in self.status(url)["workers"] if w["state"] == "ready" and not w["running"] and not w["waiting"]]
+        return processes <= {(w["id"], w["pid"]) for w in idle} and httpx.get(f"{url}/ready", timeout=10).status_code == 200
 
     def integrity(self) -> dict[str, tuple[list[str], int, int]]:
         """For each worker: problems, free blocks, all blocks, by its own count."""
@@ -99,7 +107,7 @@ class RunningCluster:
 
         return asyncio.run(ask())
 
-    def assert_clean(self, timeout_s: float = 15) -> None:
+    def assert_clean(self, timeout_s: float = 30) -> None:
         """No worker has a problem, and soon all blocks are free."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -165,7 +173,7 @@ def stop(cluster: RunningCluster) -> None:
         try:
             cluster.process.wait(40)
         finally:
-            _, alive = psutil.wait_procs(everybody, timeout=5)  # orphans stay zombies until init looks
+            _, alive = psutil.wait_procs(everybody, timeout=20)  # orphans stay zombies until init looks
             for orphan in alive:
                 orphan.kill()
             if cluster.process.poll() is None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import dataclasses
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,19 +30,32 @@ from services.decode.servicer import DecodeServicer
 from services.prefill.servicer import PrefillServicer
 from tests.properties.toy import BLOCK_SIZE, VOCAB, ToyRunner, ToyTransfer, reference
 
-LEASE_S = 1.0
+LEASE_S = 1.0  # heartbeats come four times as often
+PATIENT_S = 10.0  # a lease for where nobody falls silent: this process may be kept from running for a while, both ends of a stream with it
 NUM_BLOCKS = 200
 BLOCK_BYTES = 1000  # as spans tell it
 Pool = dict[str, tuple[int | None, ...]]
 Script = Callable[[GenerateRequest], AsyncIterator[GenerateOutput]]
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 class SlowRunner(ToyRunner):
     step_s = 0.0
     num_steps = 0  # begun
 
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.going = threading.Event()
+        self.going.set()
+
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
         self.num_steps += 1
+        self.going.wait()
         time.sleep(self.step_s)
         return super().submit(plan)
 
@@ -71,7 +85,7 @@ class Worker:
     channel: grpc.aio.Channel
     server: grpc.aio.Server
 
-    async def is_idle(self, within_s: float) -> None:
+    async def is_idle(self, within_s: float = 30) -> None:
         """Soon no request is inside, every block is free, and each is accounted for."""
         deadline = time.monotonic() + within_s
         while self.engine._entries or self.intake._inside or self.engine.load.blocks_free < NUM_BLOCKS:
@@ -80,10 +94,31 @@ class Worker:
         assert await self.engine.check_integrity() == []
 
 
+@contextmanager
+def standing(*workers: Worker) -> Iterator[Callable[[Worker], None]]:
+    """Their engines stand still in their next step until they are let go, each by itself, or all at the end."""
+    for each in workers:
+        each.runner.going.clear()
+    try:
+        yield lambda each: each.runner.going.set()
+    finally:
+        for each in workers:
+            each.runner.going.set()
+
+
 @asynccontextmanager
 async def worker(
-    role: Role, pool: Pool, *, fingerprint: str = "f", pool_available: bool = True, name: str = "w", port: int = 0, tracer: Tracer = OFF
+    role: Role,
+    pool: Pool,
+    *,
+    fingerprint: str = "f",
+    pool_available: bool = True,
+    name: str = "w",
+    port: int = 0,
+    tracer: Tracer = OFF,
+    lease_s: float = LEASE_S,
 ) -> AsyncIterator[Worker]:
+    """`lease_s`: how long it waits for who is silent."""
     runner = SlowRunner(NUM_BLOCKS)
     engine = Engine(
         Scheduler(KVCache(NUM_BLOCKS, BLOCK_SIZE), max_num_batched_tokens=16, max_num_seqs=8),
@@ -95,9 +130,9 @@ async def worker(
         eos_token_ids=frozenset(),
         budget_s=1.0,
     )
-    intake, channels = Intake(engine), Channels(LEASE_S)
+    intake, channels = Intake(engine), Channels(lease_s)
     metrics = WorkerMetrics("toy", str(role), lambda: engine.load, dict)
-    server = grpc.aio.server(options=server_options(LEASE_S))
+    server = grpc.aio.server(options=server_options(lease_s))
     address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     worker_pb2_grpc.add_WorkerServicer_to_server(
         WorkerServicer(intake, lambda: Member(id=name, role=role, address=address), lease_s=LEASE_S), server
@@ -113,7 +148,7 @@ async def worker(
             fingerprint,
             channels,
             metrics,
-            lease_s=LEASE_S,
+            lease_s=lease_s,
             max_local_prefill_tokens=8,
             unified=role is Role.UNIFIED,
             pool_available=lambda: pool_available,

@@ -19,10 +19,10 @@ import pytest
 from baton.cluster.machine import free_port
 from baton.rpc.v1 import common_pb2, router_pb2, router_pb2_grpc
 from tests.certificates import certificate
-from tests.cluster import RunningCluster, running_cluster
+from tests.cluster import RunningCluster, running_cluster, until
 from tests.e2e.test_up import BATON, baton
 
-SLOW_S = 2
+SLOW_S = 6  # between requests that the tenant may have; its test sends three in less
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,6 @@ def metric(cluster: RunningCluster, name: str, **labels: str) -> float:
         line for line in httpx.get(f"{cluster.url}/metrics").text.splitlines() if line.startswith((f"baton:{name}{{", f"baton:{name} "))
     ]
     return sum(float(line.rpartition(" ")[2]) for line in lines if all(f'{key}="{value}"' in line for key, value in labels.items()))
-
-
-def until(condition: Callable[[], bool], within_s: float = 20) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Occupied:
@@ -136,13 +129,14 @@ def test_the_command_line_shows_its_key(cluster: RunningCluster, tmp_path: Path)
 
 
 def test_a_tenants_rate_is_kept_and_the_client_comes_again_when_it_is_told(cluster: RunningCluster) -> None:
+    began = time.monotonic()
     with client(cluster, "sk-slow") as made:
         made.completions.create(model="demo-model", prompt="x", max_tokens=1)
         with pytest.raises(openai.RateLimitError) as caught:
             made.completions.create(model="demo-model", prompt="x", max_tokens=1)
     assert caught.value.code == "rate_limit_exceeded"
     assert caught.value.type == "rate_limit_error"
-    assert caught.value.response.headers["retry-after"] == str(SLOW_S)
+    assert SLOW_S - (time.monotonic() - began) <= int(caught.value.response.headers["retry-after"]) <= SLOW_S
     assert "requests_per_s" in caught.value.message
     with client(cluster, "sk-slow", retries=1) as made:
         assert made.completions.create(model="demo-model", prompt="x", max_tokens=1).choices  # waits as long as it was told
@@ -196,7 +190,7 @@ def test_who_goes_away_leaves_the_queue_at_once(cluster: RunningCluster) -> None
     with Occupied(cluster):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{cluster.url}/v1/completions", json={"prompt": "x"}, headers={"authorization": "Bearer sk-two"}, timeout=0.3)
-        until(lambda: metric(cluster, "num_requests_queued") == 0, within_s=2)
+        until(lambda: metric(cluster, "num_requests_queued") == 0, within_s=15)  # long before admission.max_wait_s
     assert post(cluster).status_code == 200
 
 

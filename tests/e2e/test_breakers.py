@@ -1,6 +1,5 @@
 """Workers that are there and fail all the same, over real gRPC: they are left alone for a while, and come back by themselves."""
 
-import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +15,8 @@ from services.router.dispatch import Dispatcher, Route
 from services.router.policy import Policy, least_load
 from services.router.workers import Workers
 from tests.properties.toy import reference
-from tests.workers import BLOCK_SIZE, LEASE_S, Worker, prompt, worker
+from tests.unit.clock import Clock
+from tests.workers import BLOCK_SIZE, PATIENT_S, Worker, prompt, until, worker
 
 
 @asynccontextmanager
@@ -25,17 +25,21 @@ async def dispatcher(
 ) -> AsyncIterator[Dispatcher]:
     """`options`: further ones of the Dispatcher."""
     hub = {name: Member(id=name, role=role, address=w.address, pid=1, fingerprint="f", block_size=BLOCK_SIZE) for name, role, w in members}
-    channels = Channels(LEASE_S)
-    workers = Workers(InMemoryMembership(hub), channels, lease_s=LEASE_S)
+    channels = Channels(PATIENT_S)
+    workers = Workers(InMemoryMembership(hub), channels, lease_s=PATIENT_S)
     workers.start()
     try:
-        async with asyncio.timeout(3 * LEASE_S):
-            while sum(each.usable for each in workers.all()) < len(hub):
-                await asyncio.sleep(0.01)
-        yield Dispatcher(workers, channels, "least_load", policy, lease_s=LEASE_S, max_migrations=max_migrations, **options)
+        await until(lambda: sum(each.usable for each in workers.all()) == len(hub))
+        yield Dispatcher(workers, channels, "least_load", policy, lease_s=PATIENT_S, max_migrations=max_migrations, **options)
     finally:
         await workers.close()
         await channels.close()
+
+
+def set_by_hand(made: Dispatcher) -> Clock:
+    """The clock of its breakers, from now on: whoever is left alone, is so until it is moved."""
+    made.placer.breakers._clock = clock = Clock()
+    return clock
 
 
 def broken(*_: Any, **__: Any) -> Any:
@@ -56,26 +60,27 @@ async def test_a_worker_that_fails_all_its_requests_is_left_alone_until_one_goes
         worker(Role.UNIFIED, {}, name="b") as b,
         dispatcher(("a", Role.UNIFIED, a), ("b", Role.UNIFIED, b)) as made,
     ):
+        clock = set_by_hand(made)
         submit, a.intake.submit = a.intake.submit, broken  # type: ignore[method-assign]
         for i in range(3):
             with pytest.raises(InternalError, match="on fire"):
                 await ask(made, f"bad-{i}")  # of equals, the first
         assert made.placer.breakers.open() == ["a"]
         assert (await ask(made, "elsewhere")).decode == "b"
-        while made.placer.breakers.open():  # one may try, and fails
-            await asyncio.sleep(0.05)
+        clock.now += 1
+        assert made.placer.breakers.open() == []  # one may try, and fails
         with pytest.raises(InternalError):
             await ask(made, "probe")
         assert (await ask(made, "elsewhere again")).decode == "b"
         a.intake.submit = submit  # type: ignore[method-assign]
-        while made.placer.breakers.open():
-            await asyncio.sleep(0.05)
+        clock.now += 2
         assert (await ask(made, "well")).decode == "a"
         assert made.placer.breakers.open() == []
 
 
 async def test_where_all_are_broken_anybody_is_asked() -> None:
     async with worker(Role.UNIFIED, {}, name="a") as a, dispatcher(("a", Role.UNIFIED, a)) as made:
+        set_by_hand(made)
         submit, a.intake.submit = a.intake.submit, broken  # type: ignore[method-assign]
         for i in range(3):
             with pytest.raises(InternalError):
@@ -89,9 +94,10 @@ async def test_where_all_are_broken_anybody_is_asked() -> None:
 async def test_a_prefill_worker_that_fails_is_not_asked_for_each_prompt(caplog: pytest.LogCaptureFixture) -> None:
     async with (
         worker(Role.PREFILL, {}, name="p") as p,
-        worker(Role.DECODE, {}, name="d") as d,
+        worker(Role.DECODE, {}, name="d", lease_s=PATIENT_S) as d,
         dispatcher(("p", Role.PREFILL, p), ("d", Role.DECODE, d)) as made,
     ):
+        clock = set_by_hand(made)
         submit, p.intake.submit = p.intake.submit, broken  # type: ignore[method-assign]
         for i in range(3):
             route = await ask(made, f"bad-{i}")
@@ -102,7 +108,6 @@ async def test_a_prefill_worker_that_fails_is_not_asked_for_each_prompt(caplog: 
         assert "degraded" in (await ask(made, "here")).reason
         assert "p: left alone" in made.placer.degraded()
         p.intake.submit = submit  # type: ignore[method-assign]
-        while made.placer.breakers.open():
-            await asyncio.sleep(0.05)
+        clock.now += 1
         assert (await ask(made, "well")).prefill == "p"
         assert made.placer.breakers.open() == []

@@ -4,9 +4,8 @@ and in a real cluster, where one is stopped."""
 import asyncio
 import dataclasses
 import signal
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +21,13 @@ from services.router.explain import Record, Records, explain
 from services.router.policy import Facts, Placement, least_load
 from services.router.view import WorkerView
 from tests.cluster import running_cluster
-from tests.e2e.test_breakers import broken, dispatcher
+from tests.e2e.test_breakers import broken, dispatcher, set_by_hand
 from tests.faults.traffic import Outcome, make_prompts, run_streams
 from tests.otlp import collector
 from tests.properties.toy import reference
-from tests.workers import LEASE_S, Worker, prompt, worker
+from tests.workers import PATIENT_S, Worker, prompt, standing, until, worker
 
 SOON = HedgingConfig(after=3, at_least_s=0.05)
-
-
-@contextmanager
-def standing(*workers: Worker) -> Iterator[Callable[[Worker], None]]:
-    """Their engines stand still in their first step until they are let go, each by itself, or all at the end."""
-    gates = {id(each): threading.Event() for each in workers}
-
-    def still(gate: threading.Event, submit: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda plan: gate.wait() and submit(plan)
-
-    for each in workers:
-        each.runner.submit = still(gates[id(each)], each.runner.submit)  # type: ignore[method-assign]
-    try:
-        yield lambda each: gates[id(each)].set()
-    finally:
-        for gate in gates.values():
-            gate.set()
 
 
 @dataclasses.dataclass
@@ -55,16 +37,11 @@ class Fleet:
     results: list[str]  # of hedges
     firsts: list[tuple[float | None, float]]  # times to the first token, predicted and actual
 
-    async def until(self, what: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5 * LEASE_S):
-            while not what():
-                await asyncio.sleep(0.01)
-
     async def assert_clean(self) -> None:
         """Nothing is left of any request, here or there."""
-        await asyncio.gather(*(each.is_idle(5) for each in self.workers))
-        await self.until(lambda: not any(each.routed for each in self.made.workers.all()))
-        await self.until(lambda: not self.made._attempts._sessions._sessions)
+        await asyncio.gather(*(each.is_idle() for each in self.workers))
+        await until(lambda: not any(each.routed for each in self.made.workers.all()))
+        await until(lambda: not self.made._attempts._sessions._sessions)
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("first-")]
 
 
@@ -72,7 +49,7 @@ class Fleet:
 async def fleet(*roles: tuple[str, Role], **options: Any) -> AsyncIterator[Fleet]:
     """Of workers by name; of equals, the first name is chosen."""
     async with AsyncExitStack() as stack:
-        workers = [await stack.enter_async_context(worker(role, {}, name=name)) for name, role in roles]
+        workers = [await stack.enter_async_context(worker(role, {}, name=name, lease_s=PATIENT_S)) for name, role in roles]
         results, firsts = list[str](), list[tuple[float | None, float]]()
         members = [(name, role, each) for (name, role), each in zip(roles, workers, strict=True)]
         options = {"hedging": SOON, "on_hedge": results.append, "on_first_token": lambda *told: firsts.append(told[:2]), **options}
@@ -109,7 +86,7 @@ async def test_whoever_is_asked_second_goes_on_where_the_first_is_silent() -> No
             lost, won = (decision.ttft_s for decision in route.decisions)
             assert lost is None
             assert it.firsts == [(None, won)]  # from when the hedge was sent
-            await it.until(lambda: not a.intake._inside)  # cancelled there before it has done anything
+            await until(lambda: not a.intake._inside)  # cancelled there before it has done anything
             let_go(a)
         assert it.results == ["won"]
         await it.assert_clean()
@@ -121,10 +98,10 @@ async def test_the_first_goes_on_where_it_answers_first_after_all() -> None:
         a, b = it.workers
         with standing(a, b) as let_go:
             route, tokens = asked(it.made, request)
-            await it.until(lambda: bool(b.intake._inside))
+            await until(lambda: bool(b.intake._inside))
             let_go(a)
             assert await tokens == reference(request)
-            await it.until(lambda: not b.intake._inside)
+            await until(lambda: not b.intake._inside)
             assert (route.decode, route.hedged, it.results) == ("a", "lost", ["lost"])
             assert route.reason.startswith("least load")
             assert len(it.firsts) == 1
@@ -154,9 +131,12 @@ async def test_a_slow_fleet_is_not_asked_for_everything_twice(monkeypatch: pytes
             request = dataclasses.replace(prompt(60, name=str(number)), salt=str(number))
             with standing(a, b) as let_go:
                 route, tokens = asked(it.made, request)
-                await it.until(lambda: bool(a.intake._inside))
-                await asyncio.sleep(0.2)
-                assert bool(b.intake._inside) == bool(hedged)
+                await until(lambda: bool(a.intake._inside))
+                if hedged:
+                    await until(lambda: bool(b.intake._inside))
+                else:
+                    await asyncio.sleep(0.2)
+                    assert not b.intake._inside
                 let_go(a)
                 assert await tokens == reference(request)
             assert (route.decode, route.hedged) == ("a", hedged)
@@ -173,6 +153,7 @@ async def test_nobody_is_asked_where_nobody_else_is_there_or_well() -> None:
         assert (route.hedged, it.results) == ("", [])
     async with pair() as it:
         a = it.workers[0]
+        set_by_hand(it.made)
         instance = it.made.workers.member("b").instance
         while "b" not in it.made.placer.breakers.open():
             it.made.placer.breakers.failed("b", instance)
@@ -191,7 +172,7 @@ async def test_one_that_fails_leaves_it_to_the_other(caplog: pytest.LogCaptureFi
         a, b = it.workers
         with standing(a, b) as let_go:
             route, tokens = asked(it.made, request)
-            await it.until(lambda: bool(b.intake._inside))
+            await until(lambda: bool(b.intake._inside))
             await a.server.stop(0)
             let_go(b)
             assert await tokens == reference(request)
@@ -203,7 +184,7 @@ async def test_one_that_fails_leaves_it_to_the_other(caplog: pytest.LogCaptureFi
         b.intake.submit = broken  # type: ignore[method-assign]
         with standing(a) as let_go:
             route, tokens = asked(it.made, request)
-            await it.until(lambda: "of which b failed" in caplog.text)
+            await until(lambda: "of which b failed" in caplog.text)
             let_go(a)
             assert await tokens == reference(request)
         assert (route.decode, route.hedged, it.results) == ("a", "lost", ["failed"])
@@ -220,7 +201,7 @@ async def test_where_both_fail_it_is_as_with_the_first_alone(caplog: pytest.LogC
         caplog.clear()
         with standing(a):
             route, tokens = asked(it.made, request)
-            await it.until(lambda: "of which b failed" in caplog.text)
+            await until(lambda: "of which b failed" in caplog.text)
             await a.server.stop(0)
         return route, tokens
 
@@ -232,6 +213,7 @@ async def test_where_both_fail_it_is_as_with_the_first_alone(caplog: pytest.LogC
         await it.assert_clean()
     moved = list[None]()
     async with fleet(*((name, Role.UNIFIED) for name in "abc"), on_migration=lambda: moved.append(None)) as it:
+        set_by_hand(it.made)
         for _ in range(2):  # and b's third opens its breaker
             it.made.placer.breakers.failed("b", it.made.workers.member("b").instance)
         route, tokens = await both_fail(it)
@@ -245,11 +227,11 @@ async def test_a_client_that_leaves_takes_both_away() -> None:
         a, b = it.workers
         with standing(a, b):
             _, tokens = asked(it.made, prompt(60))
-            await it.until(lambda: bool(a.intake._inside and b.intake._inside))
+            await until(lambda: bool(a.intake._inside and b.intake._inside))
             tokens.cancel()
             await asyncio.gather(tokens, return_exceptions=True)
             assert not any(each.routed for each in it.made.workers.all())
-            await it.until(lambda: not (a.intake._inside or b.intake._inside))
+            await until(lambda: not (a.intake._inside or b.intake._inside))
         assert it.results == ["lost"]
         await it.assert_clean()
 
@@ -259,7 +241,7 @@ async def test_off_it_never_happens() -> None:
         a, b = it.workers
         with standing(a) as let_go:
             route, tokens = asked(it.made, prompt(60))
-            await it.until(lambda: bool(a.intake._inside))
+            await until(lambda: bool(a.intake._inside))
             await asyncio.sleep(0.2)
             assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("first-")]
             let_go(a)
@@ -273,7 +255,7 @@ async def test_it_goes_to_another_prefill_worker_too_where_there_is_one(prefills
     async with fleet(*roles) as it:
         with standing(it.workers[0]) as let_go:  # p
             route, tokens = asked(it.made, prompt(60))
-            await it.until(lambda: len(route.decisions) == 2)
+            await until(lambda: len(route.decisions) == 2)
             if other == "p":
                 let_go(it.workers[0])
             assert await tokens == reference(prompt(60))

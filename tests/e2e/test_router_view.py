@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -13,7 +13,7 @@ from baton.rpc.channel import Channels
 from baton.types import Member, Role
 from services.router.workers import Workers
 from tests.relay import FAULTS, relay
-from tests.workers import BLOCK_SIZE, LEASE_S, NUM_BLOCKS, Worker, call, drained, prompt, worker
+from tests.workers import BLOCK_SIZE, NUM_BLOCKS, PATIENT_S, Worker, call, drained, prompt, standing, until, worker
 
 
 def member(name: str, address: str, pid: int = 1) -> Member:
@@ -22,8 +22,8 @@ def member(name: str, address: str, pid: int = 1) -> Member:
 
 @asynccontextmanager
 async def view(hub: dict[str, Member]) -> AsyncIterator[Workers]:
-    channels, membership = Channels(LEASE_S), InMemoryMembership(hub)
-    workers = Workers(membership, channels, lease_s=LEASE_S)
+    channels, membership = Channels(PATIENT_S), InMemoryMembership(hub)
+    workers = Workers(membership, channels, lease_s=PATIENT_S)
     workers.start()
     try:
         yield workers
@@ -34,12 +34,6 @@ async def view(hub: dict[str, Member]) -> AsyncIterator[Workers]:
 
 def usable(workers: Workers) -> list[str]:
     return sorted(each.member.id for each in workers.all() if each.usable)
-
-
-async def until(condition: Callable[[], bool], within_s: float = 3 * LEASE_S) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_a_successor_at_the_same_address_outlives_its_predecessors_lease() -> None:
@@ -67,27 +61,26 @@ async def test_what_was_routed_is_counted_once() -> None:
         hub = {"w": member("w", w.address)}
         async with view(hub) as workers:
             await until(lambda: usable(workers) == ["w"])
-            w.runner.step_s = 2 * LEASE_S
-            stream = call(w, prompt(8, max_tokens=2))
-            while not w.runner.num_steps:
-                await asyncio.sleep(0.01)
-            late = prompt(80, name="late", max_tokens=1)
-            watched = workers._workers["w"]
-            workers.routed("w", "late", 80, 80 * 80 // 2)
-            workers.routed("w", "never comes", 7, 24)
-            second = call(w, late)
-            await until(lambda: "late" not in watched.routed)
-            assert list(watched.routed) == ["never comes"]
-            assert watched.load.num_waiting_tokens >= 80
-            assert watched.load.num_waiting_pairs >= 80 * 80 // 2
-            assert usable(workers) == ["w"]
-            workers.unrouted("w", "never comes")
-            [seen] = workers.view(lambda size: [])
-            assert (seen.num_requests, seen.pending_tokens) == (2, watched.load.num_waiting_tokens)
-            second.cancel()
-            await until(lambda: watched.load.num_waiting_tokens < 80)
-            assert w.runner.num_steps == 1
-            stream.cancel()
+            with standing(w):
+                stream = call(w, prompt(8, max_tokens=2))
+                await until(lambda: w.runner.num_steps > 0)
+                late = prompt(80, name="late", max_tokens=1)
+                watched = workers._workers["w"]
+                workers.routed("w", "late", 80, 80 * 80 // 2)
+                workers.routed("w", "never comes", 7, 24)
+                second = call(w, late)
+                await until(lambda: "late" not in watched.routed)
+                assert list(watched.routed) == ["never comes"]
+                assert watched.load.num_waiting_tokens >= 80
+                assert watched.load.num_waiting_pairs >= 80 * 80 // 2
+                assert usable(workers) == ["w"]
+                workers.unrouted("w", "never comes")
+                [seen] = workers.view(lambda size: [])
+                assert (seen.num_requests, seen.pending_tokens) == (2, watched.load.num_waiting_tokens)
+                second.cancel()
+                await until(lambda: watched.load.num_waiting_tokens < 80)
+                assert w.runner.num_steps == 1
+                stream.cancel()
 
 
 async def test_who_restarts_under_its_name_is_usable_again() -> None:
@@ -104,7 +97,7 @@ async def test_the_record_of_a_process_is_not_used_for_its_successor() -> None:
     async with worker(Role.UNIFIED, {}) as w:
         hub = {"w": dataclasses.replace(member("w", w.address), instance="before")}
         async with view(hub) as workers:
-            await asyncio.sleep(LEASE_S / 2)
+            await asyncio.sleep(0.5)
             assert usable(workers) == []
             hub["w"] = member("w", w.address, pid=2)
             await until(lambda: usable(workers) == ["w"])

@@ -21,15 +21,17 @@ from baton.rpc.channel import Channels
 from baton.rpc.v1 import common_pb2, router_pb2, router_pb2_grpc
 from services.planner.scaling import Drains
 from tests.certificates import Authority, settings
-from tests.cluster import RunningCluster, running_cluster
+from tests.cluster import RunningCluster, running_cluster, until
 from tests.e2e.test_kvstore import free_port
-from tests.e2e.test_membership import LEASE_S, Etcd, member
+from tests.e2e.test_membership import Etcd, member
 from tests.e2e.test_up import baton
 from tests.unit.test_certificates import asked, of
 
 NAME = (("grpc.ssl_target_name_override", "baton.internal"),)
 MOONCAKES = range(12_000, 17_001)  # the ports that it draws, on every interface (docs/security.md)
 PASSWORD = "correct horse"
+PATIENT_S = 20.0  # a lease: who joins has half of it, to agree on keys and to have its password hashed
+OTHERS = {"router", "kvstore-0", "kvstore-master"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def locked(guarded: Guarded, tiny_model: Path) -> Iterator[RunningCluster]:
     told = [*settings(guarded.folder), *(f"cluster.etcd_access.{key}={value}" for key, value in access.items())]
     options = [part for setting in told for part in ("--set", f"all.{setting}")]
     with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=1, etcd=guarded.etcd.url, options=options) as cluster:
+        until(lambda: {other["id"] for other in cluster.status()["others"]} >= OTHERS)  # `baton up` waits for the workers alone
         yield cluster
 
 
@@ -91,7 +94,7 @@ def test_a_request_goes_the_whole_way_with_mtls(locked: RunningCluster) -> None:
     answer = httpx.post(f"{locked.url}/v1/completions", json=prompt, timeout=60).raise_for_status()
     assert answer.json()["usage"]["completion_tokens"] == 8
     assert "prefill=prefill-0" in answer.headers["x-baton-route"]
-    assert {other["id"] for other in locked.status()["others"]} == {"router", "kvstore-0", "kvstore-master"}
+    assert {other["id"] for other in locked.status()["others"]} == OTHERS
 
 
 async def test_nobody_is_let_in_without_a_certificate_of_the_authority(locked: RunningCluster, guarded: Guarded, tmp_path: Path) -> None:
@@ -101,7 +104,7 @@ async def test_nobody_is_let_in_without_a_certificate_of_the_authority(locked: R
     addresses = [each["address"] for each in [*status["workers"], *status["others"]] if each["id"] != "router"]
     assert len(addresses) == 4
     for certificates, welcome in ((of(guarded.folder), True), (of(stranger), False), (None, False)):
-        channels = Channels(LEASE_S, certificates)
+        channels = Channels(PATIENT_S, certificates)
         assert [await asked(channels.get(address)) for address in addresses] == [welcome] * 4
         await channels.close()
 
@@ -147,16 +150,16 @@ async def test_etcd_says_whom_it_refuses(guarded: Guarded, tmp_path: Path) -> No
         (guarded.access(password_file=str(wrong)), "refuses user baton: .*authentication failed.*password_file"),
         (guarded.access(user="", password_file=""), "refuses who gives no user: .*permission denied"),  # it goes by the certificate
     ):
-        membership = EtcdMembership(guarded.etcd.url, "test", lease_s=LEASE_S, access=access)
+        membership = EtcdMembership(guarded.etcd.url, "test", lease_s=PATIENT_S, access=access)
         with pytest.raises(ConfigError, match=said):
             await membership.join(member("w1"))
         await membership.close()
-    elsewhere = EtcdMembership(guarded.etcd.url, "zoo", lease_s=LEASE_S, access=guarded.access())
+    elsewhere = EtcdMembership(guarded.etcd.url, "zoo", lease_s=PATIENT_S, access=guarded.access())
     with pytest.raises(ConfigError, match=r"refuses user baton: .*permission denied"):
         await elsewhere.join(member("w1"))
     await elsewhere.close()
     with pytest.raises(ConfigError, match=r"cluster\.etcd_access\.password_file: .* cannot be read"):
-        EtcdMembership(guarded.etcd.url, "test", lease_s=LEASE_S, access=guarded.access(password_file=str(tmp_path / "none")))
+        EtcdMembership(guarded.etcd.url, "test", lease_s=PATIENT_S, access=guarded.access(password_file=str(tmp_path / "none")))
 
 
 def test_a_service_with_a_wrong_password_ends_and_says_so(guarded: Guarded, tiny_model: Path, tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from baton.rpc.v1 import decode_pb2
 from baton.types import GenerateRequest, Role
 from services.router.sessions import Sessions
 from tests.properties.toy import reference
-from tests.workers import LEASE_S, Worker, prompt, worker
+from tests.workers import PATIENT_S, Worker, prompt, until, worker
 
 
 @asynccontextmanager
-async def sessions() -> AsyncIterator[Sessions]:
-    channels = Channels(LEASE_S)
+async def sessions(lease_s: float = PATIENT_S) -> AsyncIterator[Sessions]:
+    channels = Channels(lease_s)
     try:
-        yield Sessions(channels, lease_s=LEASE_S)
+        yield Sessions(channels, lease_s=lease_s)
     finally:
         await channels.close()
 
@@ -46,7 +46,7 @@ async def test_each_gets_its_own_tokens_and_the_last_ends_the_session() -> None:
             requests = [prompt(10 + i, name=f"r{i}", max_tokens=3 + i) for i in range(6)]
             assert await asyncio.gather(*(tokens(made, w, r) for r in requests)) == [reference(r) for r in requests]
             assert not made._sessions
-        await w.is_idle(2)
+        await w.is_idle()
 
 
 async def test_one_that_fails_fails_alone() -> None:
@@ -55,7 +55,7 @@ async def test_one_that_fails_fails_alone() -> None:
         answers: list[Any] = await asyncio.gather(tokens(made, w, good), tokens(made, w, twin), return_exceptions=True)
         assert answers[0] == reference(good)
         assert isinstance(answers[1], InvalidRequest)
-        await w.is_idle(2)
+        await w.is_idle()
 
 
 async def test_who_leaves_early_frees_what_it_held_and_disturbs_nobody() -> None:
@@ -64,13 +64,13 @@ async def test_who_leaves_early_frees_what_it_held_and_disturbs_nobody() -> None
         some, whole = await asyncio.gather(tokens(made, w, leaving, most=2), tokens(made, w, staying))
         assert some == reference(leaving)[: len(some)]
         assert whole == reference(staying)
-        await w.is_idle(2)
+        await w.is_idle()
         task = asyncio.create_task(tokens(made, w, leaving))
         await asyncio.sleep(0.02)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await w.is_idle(2)
+        await w.is_idle()
 
 
 async def test_a_worker_that_dies_ends_all_of_them() -> None:
@@ -82,14 +82,14 @@ async def test_a_worker_that_dies_ends_all_of_them() -> None:
         for error in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(error, WorkerLost)
         assert not made._sessions
-        await asyncio.sleep(0.2)
-        assert not [task for task in asyncio.all_tasks() if "_consume_request_iterator" in repr(task.get_coro())]
+        await until(lambda: not [task for task in asyncio.all_tasks() if "_consume_request_iterator" in repr(task.get_coro())])
 
 
 async def test_a_step_longer_than_the_lease_is_not_taken_for_a_loss() -> None:
-    async with worker(Role.UNIFIED, {}) as w, sessions() as made:
-        w.runner.step_s = 1.5 * LEASE_S
-        request = prompt(8, max_tokens=2)
+    lease_s = 3.5
+    async with worker(Role.UNIFIED, {}) as w, sessions(lease_s) as made:
+        w.runner.step_s = 1.2 * lease_s
+        request = prompt(8, max_tokens=1)
         assert await tokens(made, w, request) == reference(request)
 
 
@@ -107,7 +107,7 @@ async def test_what_came_while_nobody_read_is_one_response() -> None:
     async with worker(Role.UNIFIED, {}) as w, sessions() as made:
         stream = made.generate("w", w.address, message)
         first = await anext(stream)
-        await w.is_idle(5)  # all has been given away
+        await w.is_idle()  # all has been given away
         await asyncio.sleep(0.2)
         rest = [response async for response in stream]
     assert len(rest) < 10

@@ -3,12 +3,11 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
-from tests.cluster import RunningCluster, running_cluster
+from tests.cluster import RunningCluster, running_cluster, until
 from tests.e2e.test_up import restarts_after
 
 PROMPT = "All that a worker has computed of this prompt is there again when it comes back. " * 4
@@ -37,13 +36,6 @@ def metric(cluster: RunningCluster, worker: str, name: str, tier: str) -> float:
         if line.startswith(f"baton:kv_tier_{name}{{") and f'tier="{tier}"' in line:
             return float(line.rpartition(" ")[2])
     raise AssertionError(f"{name} of {tier} is not exported")
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_a_worker_that_was_killed_has_its_cached_tokens_again(tiny_model: Path, tmp_path: Path) -> None:

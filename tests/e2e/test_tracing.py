@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from baton.cluster.membership import InMemoryMembership
-from baton.config import RouterConfig, TracingConfig
+from baton.config import ClusterConfig, RouterConfig, TracingConfig
 from baton.rpc.channel import Channels
 from baton.tracing import OFF, Tracer, make_tracer
 from baton.types import Member, Role
@@ -23,7 +23,7 @@ from services.router.workers import Workers
 from tests.cluster import running_cluster
 from tests.otlp import Told, collector
 from tests.properties.toy import BLOCK_SIZE
-from tests.workers import BLOCK_BYTES, LEASE_S, NUM_BLOCKS, Pool, Worker, worker
+from tests.workers import BLOCK_BYTES, NUM_BLOCKS, PATIENT_S, Pool, Worker, until, worker
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 BODY = {"model": "demo-model", "prompt": [(7 * i) % 50 for i in range(60)], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
@@ -36,14 +36,15 @@ async def client(demo_model: Path, tracer: Tracer, *members: tuple[str, Role, Wo
         name: Member(id=name, role=role, address=w.address, fingerprint="f", block_size=BLOCK_SIZE, max_model_len=NUM_BLOCKS * BLOCK_SIZE)
         for name, role, w in members
     }
-    channels = Channels(LEASE_S)
-    workers = Workers(InMemoryMembership(hub), channels, lease_s=LEASE_S)
+    channels = Channels(PATIENT_S)
+    workers = Workers(InMemoryMembership(hub), channels, lease_s=PATIENT_S)
     workers.start()
-    gateway = build(RouterConfig(model=str(demo_model), served_model_name="demo-model", policy="prefix_aware"), workers, channels, tracer)
+    config = RouterConfig(
+        model=str(demo_model), served_model_name="demo-model", policy="prefix_aware", cluster=ClusterConfig(lease_s=PATIENT_S)
+    )
+    gateway = build(config, workers, channels, tracer)
     try:
-        async with asyncio.timeout(3 * LEASE_S):
-            while sum(each.usable for each in workers.all()) < len(hub):
-                await asyncio.sleep(0.01)
+        await until(lambda: sum(each.usable for each in workers.all()) == len(hub))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(front(make_app(gateway))), base_url="http://router") as made:
             yield made
     finally:
@@ -68,11 +69,14 @@ async def test_a_request_is_one_tree_of_spans_over_all_processes(demo_model: Pat
     pool: Pool = {}
     with collector() as spans:
         made = tracers(spans.url, "router", "decode", "prefill")
-        async with worker(Role.PREFILL, pool, name="p", tracer=made[2]) as p, worker(Role.DECODE, pool, name="d", tracer=made[1]) as d:
+        async with (
+            worker(Role.PREFILL, pool, name="p", tracer=made[2]) as p,
+            worker(Role.DECODE, pool, name="d", tracer=made[1], lease_s=PATIENT_S) as d,
+        ):
             async with client(demo_model, made[0], ("p", Role.PREFILL, p), ("d", Role.DECODE, d)) as http:
                 answer = await http.post("/v1/completions", json=BODY, headers={"traceparent": f"00-{TRACE}-{CALLER}-01"})
                 assert answer.status_code == 200, answer.text
-            await asyncio.gather(p.is_idle(2), d.is_idle(2))
+            await asyncio.gather(p.is_idle(), d.is_idle())
         await closed(made)
         told = spans.wait(7)
         found = by_name(told)

@@ -24,8 +24,11 @@ import yaml
 from baton.cli.cluster import Child, Cluster, Plan
 from baton.cluster.machine import free_port
 from baton.errors import ConfigError
-from baton.rpc.v1 import common_pb2, router_pb2, router_pb2_grpc
-from tests.cluster import RunningCluster, running_cluster, stop
+from baton.rpc import convert
+from baton.rpc.channel import _NARROW_OPTIONS
+from baton.rpc.v1 import common_pb2, decode_pb2, decode_pb2_grpc, router_pb2, router_pb2_grpc
+from baton.types import GenerateRequest, SamplingParams
+from tests.cluster import RunningCluster, running_cluster, stop, until
 from tests.e2e.test_membership import Etcd
 
 BATON = [sys.executable, "-c", "from baton.cli import main; main()"]
@@ -52,10 +55,7 @@ def complete(cluster: RunningCluster, prompt: str = "hello", **fields: object) -
 def restarts_after(cluster: RunningCluster, name: str, number: signal.Signals) -> None:
     before = cluster.children()[name].pid
     cluster.signal(name, number)
-    deadline = time.monotonic() + 30
-    while (child := cluster.children().get(name)) is None or child.pid == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: (child := cluster.children().get(name)) is not None and child.pid != before)
 
 
 def test_a_unified_worker_without_etcd_serves(unified: RunningCluster) -> None:
@@ -113,8 +113,8 @@ def test_replay_sends_a_traces_prompts(unified: RunningCluster, tmp_path: Path) 
     """Equal ids are equal tokens: the second prompt finds two blocks of 64 tokens, the third none."""
     line = {"input_length": 1100, "output_length": 64}
     trace, out = tmp_path / "trace.jsonl", tmp_path / "replay.json"
-    ids = ([7, 8, 9], [7, 8, 10], [11, 12, 13])
-    trace.write_text("\n".join(json.dumps({**line, "timestamp": 9000 * at, "hash_ids": each}) for at, each in enumerate(ids)))
+    requests = ((0, [7, 8, 9]), (27_000, [7, 8, 10]), (27_000, [11, 12, 13]))  # at a load of 9, the first has 3 s to be computed
+    trace.write_text("\n".join(json.dumps({**line, "timestamp": at, "hash_ids": ids}) for at, ids in requests))
     settings = ("--length-scale", "0.125", "--seconds", "0", "--load", "9", "--ttft-slo-ms", "60000")
     ran = baton("replay", str(trace), "--url", unified.url, *settings, "--json", str(out))
     assert ran.returncode == 0, ran.stderr
@@ -145,7 +145,7 @@ def test_an_etcd_that_panics_is_started_again_and_sigint_leaves_nothing(tiny_mod
         everybody = psutil.Process(cluster.process.pid).children(recursive=True)
         cluster.process.send_signal(signal.SIGINT)
         cluster.process.wait(30)
-        gone, alive = psutil.wait_procs(everybody, timeout=1)
+        gone, alive = psutil.wait_procs(everybody, timeout=20)
         assert not alive
         assert len(gone) == 3
         assert not cluster.ready_file.exists()
@@ -179,7 +179,7 @@ def test_workers_are_spread_over_the_gpus_and_no_orphan_survives_a_killed_superv
         assert len(everybody) == 7  # etcd, master supervisor, master, node, prefill, decode, router
         cluster.process.kill()
         cluster.process.wait()
-        _, alive = psutil.wait_procs(everybody, timeout=5)
+        _, alive = psutil.wait_procs(everybody, timeout=20)
         assert not alive
         stop(cluster)
 
@@ -200,13 +200,20 @@ def test_drain_lets_streams_finish(tiny_model: Path) -> None:
 def test_a_second_signal_stops_at_once(tiny_model: Path) -> None:
     with running_cluster(model=tiny_model, unified=1, kvstore=0, etcd="none") as cluster:
         everybody = psutil.Process(cluster.process.pid).children(recursive=True)
-        cluster.signal("unified-0", signal.SIGSTOP)  # it cannot end by itself
-        cluster.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        assert cluster.process.poll() is None
-        cluster.process.send_signal(signal.SIGINT)
-        cluster.process.wait(timeout=10)
-        _, alive = psutil.wait_procs(everybody, timeout=5)
+        (worker,) = cluster.workers()
+        sampling = SamplingParams(max_tokens=900, ignore_eos=True)
+        request = GenerateRequest(request_id="unread", prompt_token_ids=(20, 21, 22), sampling=sampling)
+        message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request))
+        with grpc.insecure_channel(worker["address"], options=_NARROW_OPTIONS) as channel:
+            stream = decode_pb2_grpc.DecodeStub(channel).Generate(message)
+            next(stream)  # and no further: the worker waits until the rest is read
+            cluster.process.send_signal(signal.SIGINT)
+            until(lambda: "a second Ctrl-C stops at once" in (cluster.logs / "up.log").read_text())  # or the two signals may be one
+            time.sleep(0.5)
+            assert cluster.process.poll() is None
+            cluster.process.send_signal(signal.SIGINT)
+            cluster.process.wait(timeout=10)
+        _, alive = psutil.wait_procs(everybody, timeout=20)
         assert not alive
 
 

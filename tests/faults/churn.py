@@ -150,7 +150,11 @@ class Churn:
             own = await own_blocks(worker["address"].replace("127.0.0.2", "127.0.0.1"))
             compared.update({tier: len(blocks) for tier, blocks in own.items()})
             for url in self._cluster.urls:
-                known = (await client.get(f"{url}/debug/index/{worker['id']}")).json()
+                answer = await client.get(f"{url}/debug/index/{worker['id']}")
+                if answer.status_code == 404:  # it was started again, and is nobody's member for a moment
+                    found.append(f"{time.strftime('%X')} {url} does not know {worker['id']}")
+                    continue
+                known = answer.json()
                 self._count(url, worker["id"], known)
                 for tier, blocks in own.items():
                     more, less = set(known["block_hashes"][tier]) - blocks, blocks - set(known["block_hashes"][tier])
