@@ -1,7 +1,7 @@
 """Whose turn it is at the router."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.router.fairqueue import FairQueue, Waiting
@@ -25,7 +25,6 @@ def served(queue: FairQueue[Waiting]) -> list[Waiting]:
     return order
 
 
-@settings(deadline=None)
 @given(st.lists(NEWCOMERS, max_size=40))
 def test_priority_then_deadline_of_each_tenant_then_arrival_and_nobody_is_lost(newcomers: list[Waiting]) -> None:
     queue = FairQueue[Waiting]()
@@ -42,7 +41,6 @@ def test_priority_then_deadline_of_each_tenant_then_arrival_and_nobody_is_lost(n
             assert own == sorted(own)
 
 
-@settings(deadline=None)
 @given(st.lists(COSTS, min_size=25, max_size=25), st.lists(COSTS, min_size=25, max_size=25), st.lists(COSTS, min_size=25, max_size=25))
 def test_who_always_waits_is_served_by_weight(a: list[float], b: list[float], c: list[float]) -> None:
     """No tenant that has something waiting is ever further behind another than one request of each, whatever the requests cost."""
@@ -85,7 +83,6 @@ def test_what_was_taken_and_cost_less_is_given_back() -> None:
     assert queue.first().tenant == "a"  # type: ignore[union-attr]
 
 
-@settings(deadline=None)
 @given(st.lists(NEWCOMERS, min_size=1, max_size=40), NEWCOMERS)
 def test_who_has_to_go_is_never_more_urgent_than_who_comes(waiting: list[Waiting], newcomer: Waiting) -> None:
     queue = FairQueue[Waiting]()
@@ -100,7 +97,6 @@ def test_who_has_to_go_is_never_more_urgent_than_who_comes(waiting: list[Waiting
     assert last.key == max(each.key for each in rivals if each.tenant == last.tenant)
 
 
-@settings(deadline=None)
 @given(st.lists(NEWCOMERS, max_size=30), NEWCOMERS)
 def test_what_is_ahead_is_what_is_served_before_but_for_one_request_of_each(waiting: list[Waiting], newcomer: Waiting) -> None:
     queue = FairQueue[Waiting]()
@@ -113,7 +109,6 @@ def test_what_is_ahead_is_what_is_served_before_but_for_one_request_of_each(wait
     assert abs(told - before) <= sum(max((each.cost for each in order if each.tenant == name), default=0.0) for name in WEIGHTS) * 5
 
 
-@settings(deadline=None)
 @given(st.lists(NEWCOMERS, min_size=1, max_size=20), st.data())
 def test_who_leaves_is_gone_and_nobody_else(waiting: list[Waiting], data: st.DataObject) -> None:
     queue = FairQueue[Waiting]()

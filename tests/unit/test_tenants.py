@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.config import RouterConfig, TenantConfig, load_config
@@ -13,7 +13,6 @@ from services.router.tenants import Bucket, Tenants
 from tests.unit.clock import Clock
 
 
-@settings(deadline=None)
 @given(st.floats(0.1, 50), st.floats(1, 100), st.lists(st.tuples(st.floats(0, 5), st.floats(1, 200)), max_size=50))
 def test_a_bucket_gives_no_more_than_its_rate_and_says_exactly_when_there_is_more(
     rate: float, capacity: float, asks: list[tuple[float, float]]
