@@ -19,7 +19,11 @@ from baton.metrics import catalogue
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 SOURCES, TARGET = DEPLOY / "monitoring", DEPLOY / "helm/baton/files"
 Tree = dict[str, Any]
-POOL = "app_kubernetes_io_component"  # of the pod, by the chart's PodMonitor
+OF_PODS = {
+    "POOL": "app_kubernetes_io_component",
+    "RELEASE": "app_kubernetes_io_instance",
+    "MODEL": "baton_model",
+}  # by the chart's PodMonitor
 CLIENTS_FAULT = "|".join(
     [*(error.code for error in (InvalidRequest, PromptTooLong, ModelNotFound, TooLarge, RequestCancelled)), "not_found", "http_error"]
 )  # the last two: paths that are not there
@@ -47,7 +51,7 @@ def quantiles(name: str) -> dict[str, str]:
 def panel(title: str, unit: str, lines: Mapping[str, str], description: str = "") -> Tree:
     source = {"type": "prometheus", "uid": "${datasource}"}
     targets = [
-        {"refId": chr(65 + i), "expr": _here(expression), "legendFormat": legend.replace("POOL", POOL), "datasource": source}
+        {"refId": chr(65 + i), "expr": _here(expression), "legendFormat": _labelled(legend), "datasource": source}
         for i, (legend, expression) in enumerate(lines.items())
     ]
     return {
@@ -63,7 +67,12 @@ def panel(title: str, unit: str, lines: Mapping[str, str], description: str = ""
 
 def _here(expression: str) -> str:
     """Of the chosen namespaces."""
-    return _METRIC.sub(lambda m: f'{m[1]}{{{m[2] + "," if m[2] else ""}namespace=~"$namespace"}}', expression.replace("POOL", POOL))
+    return _METRIC.sub(lambda m: f'{m[1]}{{{m[2] + "," if m[2] else ""}namespace=~"$namespace"}}', _labelled(expression))
+
+
+def _labelled(text: str) -> str:
+    """With labels for what stands for them."""
+    return re.sub(rf"\b({'|'.join(OF_PODS)})\b", lambda match: OF_PODS[match[1]], text)
 
 
 def overview() -> Iterator[tuple[str, list[Tree]]]:
@@ -124,7 +133,7 @@ def _variables() -> Sequence[Tree]:
 
 
 def rules() -> Tree:
-    text = (SOURCES / "alerts.yaml").read_text().replace("POOL", POOL).replace("CLIENTS_FAULT", CLIENTS_FAULT)
+    text = _labelled((SOURCES / "alerts.yaml").read_text()).replace("CLIENTS_FAULT", CLIENTS_FAULT)
     made = [
         {
             "alert": each["alert"],

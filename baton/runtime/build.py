@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.cluster.machine import these_cores
-from baton.config import WorkerConfig, member_id, served_names
+from baton.config import WorkerConfig, served_names
 from baton.errors import EXIT_SOFTWARE, ConfigError
 from baton.kv.holdings import Holdings
 from baton.kv.layout import block_key
@@ -40,8 +40,9 @@ class BuiltWorker:
     block_bytes: int  # of a block's KV, on all ranks together
 
 
-def build_worker(config: WorkerConfig) -> BuiltWorker:
-    """Raises ModelError for a folder that can't be served, ConfigError for settings that don't fit it, or this machine."""
+def build_worker(config: WorkerConfig, name: str) -> BuiltWorker:
+    """`name`: who it is in the cluster. Raises ModelError for a folder that can't be served, ConfigError for settings that don't fit it,
+    or this machine."""
     if not config.model:
         raise ConfigError("model is not set: give a Hugging Face model folder, model=/path/to/model")
     if config.role is Role.DECODE and not config.engine.prefix_caching:
@@ -77,12 +78,12 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
         checksums=TeamChecksums(kv, team) if config.push.verify else None,
         holdings=[tier.holdings for tier in tiers if tier.holdings is not None],
     )
-    name = served_names(config)[0]
+    model_name = served_names(config)[0]
     member = Member(
-        id=member_id(config.server, config.role),
+        id=name,
         role=config.role,
         address="",
-        model=name,
+        model=model_name,
         fingerprint=loaded.fingerprint,
         block_size=loaded.pool.layout.block_size,
         num_blocks=loaded.pool.num_blocks,
@@ -94,7 +95,7 @@ def build_worker(config: WorkerConfig) -> BuiltWorker:
     )
     pool_stats = next((tier.stats for tier in tiers if tier.name == "pool"), TransferStats())
     metrics = WorkerMetrics(
-        name, member.id, lambda: engine.load, pool_stats.values, lambda: engine.reservations.values if sender is None else sender.values
+        model_name, name, lambda: engine.load, pool_stats.values, lambda: engine.reservations.values if sender is None else sender.values
     )
     metrics.tiers({tier.name: tier.values for tier in tiers})
     engine.on_crash = lambda: os._exit(EXIT_SOFTWARE)  # peers see broken streams at once, and a supervisor starts the worker again

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from baton.config import WorkerConfig
+from baton.config import WorkerConfig, member_id
 from baton.errors import ConfigError
 from baton.hosting.process import certificates_of, run_service
 from baton.hosting.server import Host
@@ -20,8 +20,9 @@ async def serve(config: WorkerConfig) -> None:
     if config.role not in (Role.DECODE, Role.UNIFIED):
         raise ConfigError(f"role={config.role} is not for this service; use decode or unified")
     certificates = certificates_of(config.security)
-    built = build_worker(config)
-    tracer = make_tracer(config.tracing, str(config.role), built.member.id)
+    name = member_id(config.server, config.role)
+    tracer = make_tracer(config.tracing, str(config.role), name)  # what it lacks is told before weights are loaded
+    built = build_worker(config, name)
     channels = Channels(config.cluster.lease_s, certificates)
     leases = Leases(built.engine.leases, channels, lease_s=config.cluster.lease_s)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from baton.config import WorkerConfig
+from baton.config import WorkerConfig, member_id
 from baton.hosting.process import certificates_of, run_service
 from baton.hosting.server import Host
 from baton.hosting.worker import Intake, host_worker
@@ -15,8 +15,9 @@ from services.prefill.servicer import PrefillServicer
 
 async def serve(config: WorkerConfig) -> None:
     certificates = certificates_of(config.security)
-    built = build_worker(config.model_copy(update={"role": Role.PREFILL}))
-    tracer = make_tracer(config.tracing, "prefill", built.member.id)
+    name = member_id(config.server, Role.PREFILL)
+    tracer = make_tracer(config.tracing, "prefill", name)  # what it lacks is told before weights are loaded
+    built = build_worker(config.model_copy(update={"role": Role.PREFILL}), name)
 
     def add_services(host: Host, intake: Intake) -> list[str]:
         servicer = PrefillServicer(

@@ -173,13 +173,17 @@ class Kubernetes:
 
 
 def _probe(pod: Pod, kind: str) -> bool:
-    probe = pod.container[kind]
+    return passes(pod.container[kind], pod.address, pod.ports)
+
+
+def passes(probe: Object, address: str, ports: Mapping[str, int]) -> bool:
+    """Whether a probe does, of ports by their names."""
     action, timeout = next(probe[key] for key in ("httpGet", "tcpSocket") if key in probe), probe["timeoutSeconds"]
-    port = pod.ports.get(action["port"], action["port"])
+    port = ports.get(action["port"], action["port"])
     try:
         if "httpGet" in probe:
-            return httpx.get(f"http://{pod.address}:{port}{action['path']}", timeout=timeout).status_code < 400
-        socket.create_connection((pod.address, port), timeout).close()
+            return httpx.get(f"http://{address}:{port}{action['path']}", timeout=timeout).status_code < 400
+        socket.create_connection((address, port), timeout).close()
         return True
     except (OSError, httpx.HTTPError):
         return False

@@ -37,10 +37,10 @@ def helm3(*arguments: str) -> str:
     return done.stdout
 
 
-def render(values: Path, *sets: str, release: str = RELEASE) -> list[Object]:
+def render(values: Path, *sets: str, release: str = RELEASE, chart: Path = CHART) -> list[Object]:
     """By Helm 3; tests and hooks included."""
     options = [part for one in sets for part in ("--set", one)]
-    text = helm3("template", release, str(CHART), "-n", NAMESPACE, "-f", str(values), "--kube-version", "1.31.0", *options)
+    text = helm3("template", release, str(chart), "-n", NAMESPACE, "-f", str(values), "--kube-version", "1.31.0", *options)
     return [thing for thing in yaml.safe_load_all(text) if thing]
 
 
@@ -53,6 +53,13 @@ def render4(values: Path) -> tuple[list[Object], list[str]]:
     texts = [text for name, text in answer["files"].items() if name.endswith(".yaml")]
     complaints = [message["error"] for message in answer["lint"]["messages"] if message["severity"] > 1] + answer["lint"]["errors"]
     return [thing for text in texts for thing in yaml.safe_load_all(text) if thing], complaints
+
+
+def both(tmp_path: Path, values: Object) -> list[dict[tuple[str, str], Object]]:
+    """What Helm 3 and 4 make of it."""
+    path = tmp_path / "values.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return [by_key(render(path)), by_key(render4(path)[0])]
 
 
 def invalid(objects: Sequence[Object]) -> list[str]:

@@ -17,13 +17,13 @@ from tests.chart.rendering import (
     NAMES,
     Object,
     Refused,
+    both,
     by_key,
     config_of,
     container_of,
     example,
     pod_of,
     render,
-    render4,
     rendered,
     workloads,
 )  # fmt: skip
@@ -229,25 +229,6 @@ def test_rdma_without_root_where_memory_may_be_locked() -> None:
     assert container_of(decode)["resources"]["limits"]["rdma/hca_shared_devices_a"] == 1
 
 
-def test_a_pool_that_somebody_else_scales_has_no_number_of_its_own() -> None:
-    for by, kind in (("hpa", "HorizontalPodAutoscaler"), ("keda", "ScaledObject"), ("external", None)):
-        objects = by_key(render(example("cpu-demo"), f"decode.autoscaling.by={by}", "monitoring.podMonitor.enabled=true"))
-        assert "replicas" not in objects["Deployment", "rel-demo-decode"]["spec"]
-        assert objects["Deployment", "rel-demo-prefill"]["spec"]["replicas"] == 1
-        assert kind is None or objects[kind, "rel-demo-decode"]["spec"]["scaleTargetRef"]["name"] == "rel-demo-decode"
-
-
-def test_keda_asks_for_the_pods_of_one_pool() -> None:
-    objects = by_key(rendered("keda"))
-    (trigger,) = objects["ScaledObject", "rel-qwen3-8b-prefill"]["spec"]["triggers"]
-    assert trigger["metadata"]["query"] == 'sum(baton:num_requests_waiting{namespace="prod",worker=~"rel-qwen3-8b-prefill-.*"} or ' + (
-        'baton:num_requests_queued{namespace="prod",model_name="qwen3-8b"})'
-    ), "a router that holds requests back leaves none waiting at the workers"
-    assert trigger["metadata"]["threshold"] == "2"
-    (trigger,) = objects["ScaledObject", "rel-qwen3-8b-decode"]["spec"]["triggers"]
-    assert trigger["metadata"]["query"] == 'sum(baton:kv_cache_usage_perc{namespace="prod",worker=~"rel-qwen3-8b-decode-.*"})'
-
-
 @pytest.mark.parametrize(("given", "names"), [("a", ["a"]), ("{a,b}", ["a", "b"]), ("", ["qwen3-8b"])])
 def test_routers_and_workers_call_a_model_by_the_same_names(given: str, names: list[str]) -> None:
     objects = render(example("keda"), f"models.qwen3-8b.servedName={given}")
@@ -341,18 +322,6 @@ def test_the_planner_shows_a_certificate_to_workers_that_it_drains() -> None:
     assert "volumeMounts" not in container_of(workloads(render(example("one-gpu-node"), *told))["rel-qwen3-8b-planner"])
 
 
-def test_an_etcd_of_another_gets_what_it_asks_for() -> None:
-    secrets = ("authoritySecret.name=ca", "certificateSecret=ours", "user=baton", "passwordSecret.name=password", "name=etcd.infra")
-    told = ["etcd.endpoints={https://etcd.infra:2379}", *(f"etcd.access.{secret}" for secret in secrets), "kvstore.master.replicas=1"]
-    objects = render(example("external-etcd"), *told)
-    (volume,) = [each for each in pod_of(workloads(objects)["rel-qwen3-8b-router"])["volumes"] if each["name"] == "etcd-access"]
-    files = {item["path"]: source["secret"]["name"] for source in volume["projected"]["sources"] for item in source["secret"]["items"]}
-    assert files == {"ca.crt": "ca", "tls.crt": "ours", "tls.key": "ours", "password": "password"}
-    access = config_of(objects, "rel-qwen3-8b-router")["cluster"]["etcd_access"]
-    assert {Path(access[setting]).name for setting in ("authority", "cert", "key", "password_file")} == files.keys()
-    assert (access["user"], access["name"]) == ("baton", "etcd.infra")
-
-
 def test_a_node_with_a_disk_has_a_claim_that_goes_with_it() -> None:
     name = "rel-qwen3-32b-kvstore-node"
     objects = rendered("rdma-fleet")
@@ -374,24 +343,6 @@ def test_a_node_with_a_disk_has_a_claim_that_goes_with_it() -> None:
     etcd = workloads(objects)["rel-etcd"]["spec"]
     assert etcd["volumeClaimTemplates"]
     assert "persistentVolumeClaimRetentionPolicy" not in etcd, "its members' data stay"
-
-
-def test_weights_come_by_a_job_and_workers_wait_for_them() -> None:
-    objects = render(example("one-gpu-node"), "models.qwen3-8b.fetch.tokenSecret.name=hugging-face")
-    (job,) = [thing for thing in objects if thing["kind"] == "Job"]
-    environment = {entry["name"]: entry for entry in pod_of(job)["containers"][0]["env"]}
-    assert environment["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "hugging-face", "key": "token"}}
-    for workload in workloads(objects).values():
-        waits = bool(pod_of(workload).get("initContainers"))
-        assert waits == (container_of(workload)["name"] in ("router", "prefill", "decode"))
-
-
-def test_an_etcd_that_is_there_is_used() -> None:
-    objects = rendered("external-etcd")
-    assert ("StatefulSet", "rel-etcd") not in by_key(objects)
-    assert config_of(objects, "rel-qwen3-8b-router")["cluster"]["etcd"].count("http://") == 3
-    masters = render(example("external-etcd"), "security.tls.secret=certs", "kvstore.master.replicas=2")
-    assert config_of(masters, "rel-qwen3-8b-kvstore-master")["cluster"]["etcd_access"] == {}, "certificates of services are not shown to it"
 
 
 @pytest.mark.parametrize(
@@ -435,13 +386,6 @@ def test_what_is_wrong_is_refused_with_its_name(setting: str, said: str) -> None
         render(example("cpu-demo"), setting)
 
 
-def both(tmp_path: Path, values: Object) -> list[dict[tuple[str, str], Object]]:
-    """What Helm 3 and 4 make of it."""
-    path = tmp_path / "values.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return [by_key(render(path)), by_key(render4(path)[0])]
-
-
 def test_a_layer_can_take_a_budget_a_resource_and_a_setting_away(tmp_path: Path) -> None:
     router = {"disruptionBudget": None, "topologySpread": [], "resources": {"limits": {"memory": None}}}
     decode = {"settings": {"engine": {"max_num_seqs": None}}}
@@ -467,28 +411,3 @@ def test_a_budget_says_one_thing(tmp_path: Path) -> None:
         assert budgets["rel-a-decode"]["minAvailable"] == "50%"
         assert "maxUnavailable" not in budgets["rel-a-decode"], "Kubernetes refuses both"
         assert budgets["rel-a-prefill"]["maxUnavailable"] == 1
-
-
-def test_the_job_gives_the_weights_their_name_when_they_are_whole(tmp_path: Path) -> None:
-    (job,) = [thing for thing in rendered("one-gpu-node") if thing["kind"] == "Job"]
-    (container,) = pod_of(job)["containers"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
-    assert (environment["REPOSITORY"], environment["FOLDER"]) == ("Qwen/Qwen3-8B", "/models/qwen3-8b")
-    folder, stub = tmp_path / "weights", tmp_path / "hf"
-    stub.write_text('#!/bin/sh\necho "$@" >> "$CALLS"\necho {} > "$6/config.json"\n[ ! -e "$BROKEN" ]\n')
-    stub.chmod(0o755)
-    broken = tmp_path / "broken"
-    broken.touch()
-    environment |= {"FOLDER": str(folder), "PATH": f"{tmp_path}:/usr/bin:/bin", "CALLS": str(tmp_path / "calls"), "BROKEN": str(broken)}
-
-    def run() -> int:
-        return subprocess.run(container["command"], env=environment, check=False, timeout=20).returncode
-
-    assert run() != 0
-    assert not folder.exists(), "half of it is not taken for the whole"
-    broken.unlink()
-    assert run() == 0
-    assert (folder / "config.json").is_file()
-    assert run() == 0
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls == [f"download Qwen/Qwen3-8B --revision main --local-dir {folder}.partial"] * 2, "what is there is not fetched again"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from baton.config import KVStoreConfig, RouterConfig, WorkerConfig
 from tests.chart.rendering import ROOT
 
 IMAGES = ROOT / "deploy/images"
@@ -59,11 +60,25 @@ def normal(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", requirement.partition("==")[0]).lower() + "==" + requirement.partition("==")[2].partition("+")[0]
 
 
+def extras(name: str) -> set[str]:
+    """Of the package, that an image installs."""
+    script = (IMAGES / "install.sh").read_text()
+    (branch,) = re.findall(rf"^{name}\)(.*?);;", script, re.MULTILINE | re.DOTALL)
+    return {extra for found in re.findall(r"\$wheel\[(.*?)\]", branch) for extra in found.split(",")}
+
+
+@each
+def test_who_traces_has_what_that_needs(name: str) -> None:
+    configs = {"router": RouterConfig, "worker": WorkerConfig, "kvstore": KVStoreConfig}
+    assert ("otel" in extras(name)) == ("tracing" in configs[name.partition("-")[0]].model_fields)
+
+
 def test_what_images_ask_for_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
+    optional = project["project"]["optional-dependencies"]
     asked = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    asked += [each for extra in ("engine", "mooncake", "gpu", "ray") for each in extras[extra] if not each.startswith("baton[")]
+    installed = {"engine"}.union(*(extras(name) for name in FILES))  # the GPU's has the engine
+    asked += [each for extra in installed for each in optional[extra] if not each.startswith("baton[")]
     names = {normal(re.split(r"[<>=]", each)[0]) for each in asked} - {"triton=="}  # torch says which
     assert not names - {each.partition("==")[0] + "==" for each in pinned()}
 
@@ -100,6 +115,9 @@ def test_an_image_has_what_its_service_needs(variant: str, service: str, torch: 
     installed = [line for line in run(venv / "bin/python", "-m", "pip", "list", "--format=freeze").splitlines() if "==" in line]
     assert any(line.startswith("torch==") for line in installed) is torch
     assert not {normal(line) for line in installed if not line.startswith(("baton==", "pip==", "setuptools=="))} - pinned()
+    if variant != "kvstore":
+        trace = "make_tracer(TracingConfig(endpoint='http://127.0.0.1:9/v1/traces'), 'a', 'b').close()"
+        run(venv / "bin/python", "-c", f"from baton.config import TracingConfig; from baton.tracing import make_tracer; {trace}")
     if variant == "router":
         assert "--revision" in run(venv / "bin/hf", "download", "--help"), "the job that fetches weights needs it"
     if variant != "router":

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from scripts.dashboards import build, exported, unknown
+from scripts.dashboards import OF_PODS, build, exported, unknown
 from scripts.dashboards import main as write_dashboards
-from tests.chart.rendering import CHART, ROOT, by_key, example, in_tools, render, rendered
+from tests.chart.rendering import CHART, ROOT, by_key, example, in_tools, render, rendered, workloads
 
-OF_THE_SCRAPE = {"namespace", "app_kubernetes_io_component"}
+OF_THE_SCRAPE = {"namespace", *OF_PODS.values()}
 LABELS = OF_THE_SCRAPE | {"model_name", "worker", "way", "finished_reason", "code", "tier", "reason", "tenant", "le"}
 STATES = ("num_requests_queued", "degraded", "breakers_open")  # of a router that serves, and not as it should
 
@@ -53,6 +53,13 @@ def test_labels_are_those_that_there_are() -> None:
         assert set(grouped + matched) <= LABELS, text
 
 
+def test_a_pool_that_is_away_is_told_beside_one_that_is_there() -> None:
+    pools = [text for text in expressions() if re.search(r"max by .*baton:kvstore_", text)]
+    assert {"kvstore_up) == 0", "kvstore_leader) == 0"} <= {text.partition("baton:")[2] for text in pools}
+    for text in pools:
+        assert {OF_PODS["RELEASE"], OF_PODS["MODEL"]} < set(re.findall(r"\w+", text.partition("by (")[2].partition(")")[0])), text
+
+
 def test_pools_are_scaled_by_gauges_that_there_are() -> None:
     values: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
     for role in ("prefill", "decode", "unified"):
@@ -77,6 +84,10 @@ def test_the_chart_brings_them() -> None:
     pages = objects["ConfigMap", "rel-dashboards"]["data"]
     assert {json.loads(text)["title"] for text in pages.values()} == {"Baton", "Baton: every metric"}
     monitor = objects["PodMonitor", "rel"]["spec"]
+    copied = {re.sub(r"\W", "_", label) for label in monitor["podTargetLabels"]}
+    assert copied >= set(OF_PODS.values())
+    labels = workloads(list(objects.values()))["rel-qwen3-32b-kvstore-node"]["spec"]["template"]["metadata"]["labels"]
+    assert set(monitor["podTargetLabels"]) - {"baton/version"} <= labels.keys()
     assert monitor["podMetricsEndpoints"] == [{"port": "metrics", "interval": "15s"}]
     (group,) = objects["PrometheusRule", "rel"]["spec"]["groups"]
     assert next(rule["expr"] for rule in group["rules"] if rule["alert"] == "BatonFirstTokenSlow").endswith("> 2")

@@ -157,14 +157,19 @@ async def test_a_collector_that_is_away_costs_a_request_nothing(demo_model: Path
     await closed(made)
 
 
-def test_without_the_packages_there_is_a_clear_error_and_without_an_endpoint_nothing_is_imported(demo_model: Path) -> None:
+def test_without_an_endpoint_nothing_is_traced() -> None:
     assert make_tracer(TracingConfig(), "router", "r") is OFF
+
+
+@pytest.mark.parametrize(("service", "kind"), [("router", "Router"), ("prefill", "Worker"), ("decode", "Worker")])
+def test_without_the_packages_there_is_a_clear_error_before_a_model_is_loaded(service: str, kind: str) -> None:
     program = (
         "import sys; sys.modules['opentelemetry.sdk'] = None\n"
-        "from services.router.__main__ import serve, run_service, RouterConfig\n"
-        "run_service('router', RouterConfig, serve)"
+        f"from services.{service}.__main__ import serve, run_service, {kind}Config\n"
+        f"run_service('{service}', {kind}Config, serve)"
     )
-    settings = [f"model={demo_model}", "http_port=0", "tracing.endpoint=http://127.0.0.1:4318/v1/traces"]
+    settings = ["model=/there/is/none", "tracing.endpoint=http://127.0.0.1:4318/v1/traces"]
+    settings += [f"role={service}"] if kind == "Worker" else ["http_port=0"]
     ended: Any = subprocess.run([sys.executable, "-c", program, *settings], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2, ended.stderr
     assert "pip install 'baton[otel]'" in ended.stderr

@@ -67,7 +67,7 @@ spec:
     - name: wait-for-weights
       image: {{ $w.image }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-      command: [sh, -c, 'until [ -e "$1/config.json" ]; do echo "waiting for $1"; sleep 5; done', sh, {{ $version.path | quote }}]
+      command: [sh, -c, 'trap exit TERM; until [ -e "$1/config.json" ]; do echo "waiting for $1"; sleep 5 & wait $!; done', sh, {{ $version.path | quote }}]
       securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
       resources: {requests: {cpu: 10m, memory: 16Mi}}
       volumeMounts:

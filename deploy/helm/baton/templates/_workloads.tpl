@@ -280,8 +280,9 @@ liveness: {httpGet: {path: /health, port: metrics}}
     - {name: peer, containerPort: 2380}
     - {name: metrics, containerPort: 9101}
   probes:
-    startup: {httpGet: {path: /health, port: metrics}}
-    readiness: {httpGet: {path: /health, port: metrics}}
+    # Without a quorum, or with its quota used up, a member is to stay, so that somebody can help it; full, it still answers what is asked.
+    startup: {tcpSocket: {port: client}}
+    readiness: {httpGet: {path: "/health?exclude=NOSPACE", port: metrics}}
     liveness: {tcpSocket: {port: client}}
   storage: {{ merge (dict "path" "/var/lib/etcd") .Values.etcd.storage | toJson }}
   block: {{ $block }}
