@@ -24,7 +24,10 @@ async def dispatcher(
     *members: tuple[str, Role, Worker], policy: Policy = least_load, max_migrations: int = 3, **options: Any
 ) -> AsyncIterator[Dispatcher]:
     """`options`: further ones of the Dispatcher."""
-    hub = {name: Member(id=name, role=role, address=w.address, pid=1, fingerprint="f", block_size=BLOCK_SIZE) for name, role, w in members}
+    hub = {
+        name: Member(id=name, role=role, address=w.address, pid=1, fingerprint=w.fingerprint, block_size=BLOCK_SIZE)
+        for name, role, w in members
+    }
     channels = Channels(LEASE_S)
     workers = Workers(InMemoryMembership(hub), channels, lease_s=LEASE_S)
     workers.start()

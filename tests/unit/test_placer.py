@@ -137,6 +137,27 @@ def test_open_breakers_are_gone_round_while_there_is_anybody_else() -> None:
     assert two.decide(two.facts(100, 10), NOTHING).placement.decode == "a"
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_version_that_is_asked_for_is_the_only_one_that_is_asked(policy: str) -> None:
+    old = [worker("p1", Role.PREFILL, fingerprint="old"), worker("d1", Role.DECODE, fingerprint="old", num_requests=8)]
+    new = [worker("p0", Role.PREFILL), worker("d0", Role.DECODE)]
+    both = placer(*old, *new, policy=policy)
+
+    def goes(version: str, *refused: str) -> tuple[str, tuple[str, ...]]:
+        placement = both.decide(both.facts(100, 10), NOTHING, refused, version).placement
+        return placement.decode, placement.prefills[:1]
+
+    assert goes("old") == ("d1", ("p1",))
+    assert goes("f") == ("d0", ("p0",))
+    assert goes("old", "p1") == ("d1", ())  # degraded, and not the other one's
+    for _ in range(3):
+        both.breakers.failed("d1", "")
+    assert goes("old") == ("d1", ("p1",))  # left alone where there is anybody else, of this version
+    for nobody in (("old", "d1"), ("none",)):
+        with pytest.raises(NoWorkers):
+            goes(*nobody)
+
+
 def test_an_explanation_ranks_the_choice_and_who_would_have_been_next() -> None:
     busy = {"num_requests": 2, "num_waiting": 2, "pending_tokens": 2000}
     asked = placer(
