@@ -27,15 +27,27 @@ class _Breaker:
 class Breakers:
     """By worker and process: a successor starts anew."""
 
-    def __init__(self, *, failures: int = 3, try_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
-        """`try_s`: how long the one that tries is waited for, before another may."""
-        self._failures, self._try_s, self._clock = failures, try_s, clock
+    def __init__(
+        self,
+        instance: Callable[[str], str | None],
+        *,
+        failures: int = 3,
+        try_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`instance`: of a worker's process as it is now; None: it is gone. `try_s`: how long the one that tries is waited for, before
+        another may."""
+        self._instance, self._failures, self._try_s, self._clock = instance, failures, try_s, clock
         self._breakers: dict[tuple[str, str], _Breaker] = {}  # of those that failed last
 
     def open(self) -> list[str]:
         """Workers not to be asked now."""
         now = self._clock()
-        return [worker for (worker, _), breaker in self._breakers.items() if breaker.open_s and now < breaker.again_at]
+        return [
+            worker
+            for (worker, instance), breaker in self._breakers.items()
+            if breaker.open_s and now < breaker.again_at and instance == self._instance(worker)
+        ]
 
     def asked(self, worker: str, instance: str) -> None:
         """A request goes there. Where the breaker is half open, the others wait for what becomes of it."""
@@ -48,7 +60,10 @@ class Breakers:
             self._breakers.pop((worker, instance), None)
 
     def failed(self, worker: str, instance: str) -> bool:
-        """Whether it is open now. Those that were on their way there when it opened prolong nothing."""
+        """Whether it is open now. Those that were on their way there when it opened prolong nothing, and what a process did that is gone
+        says nothing of its successor."""
+        if instance != self._instance(worker):
+            return False
         now = self._clock()
         for key, old in list(self._breakers.items()):
             if (key[0] == worker and key[1] != instance) or now - old.failed_at > _OLD_S:

@@ -40,7 +40,7 @@ class Decision:
 class Placer:
     def __init__(self, workers: Workers, policy: Policy, *, local_prefill: bool = True) -> None:
         self._workers, self.policy, self._local_prefill = workers, policy, local_prefill
-        self.breakers = Breakers()
+        self.breakers = Breakers(workers.instance)
         self._num_output_tokens = FIRST_GUESS  # of a request, lately
         self._beside = deque[float](maxlen=_REMEMBERED)
         self._beside_s = 0.0

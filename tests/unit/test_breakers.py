@@ -6,7 +6,7 @@ from tests.unit.clock import Clock
 
 def test_a_breaker_opens_tries_once_and_closes() -> None:
     clock = Clock()
-    breakers = Breakers(failures=3, try_s=5.0, clock=clock)
+    breakers = Breakers(lambda worker: "1", failures=3, try_s=5.0, clock=clock)
     for _ in range(2):
         breakers.failed("w", "1")
     breakers.succeeded("w", "1")
@@ -34,11 +34,18 @@ def test_a_breaker_opens_tries_once_and_closes() -> None:
 
 
 def test_a_successor_starts_anew() -> None:
-    breakers = Breakers(failures=1)
+    instances = {"w": "1"}
+    breakers = Breakers(instances.get, failures=1)
     breakers.failed("w", "1")
     assert breakers.open() == ["w"]
-    breakers.succeeded("w", "2")
-    assert breakers.open() == ["w"]
+    del instances["w"]
+    assert breakers.open() == []  # nobody is left alone who is not there
+    instances["w"] = "2"
+    assert breakers.open() == []
+    breakers.failed("w", "1")  # was on its way there
+    assert breakers.open() == []
     breakers.failed("w", "2")
+    breakers.failed("w", "1")
+    assert breakers.open() == ["w"]
     breakers.succeeded("w", "2")
     assert breakers.open() == []

@@ -14,7 +14,7 @@ from baton.config import RouterConfig
 from baton.rpc.channel import Channels
 from baton.types import Load, Member, MemberState, Role, StateUpdate
 from services.router.__main__ import build
-from services.router.app import Gateway, make_app
+from services.router.app import Gateway, describe, make_app
 from services.router.policy import Facts, Placement
 from services.router.view import WorkerView
 from services.router.workers import HashesBySize, Workers
@@ -27,9 +27,13 @@ def gateway(model: Path, *roles: Role) -> Gateway:
     channels = Channels(1.0)
     workers = Workers(InMemoryMembership(), channels, lease_s=1.0)
     for role in roles:
-        worker = workers._fleet.add(Member(id=str(role), role=role, address="", fingerprint="f", block_size=16))
-        workers._fleet.update(worker, StateUpdate(sequence=0, state=MemberState.READY, load=Load(), snapshot=True))
+        join(workers, role)
     return build(RouterConfig(model=str(model)), workers, channels)
+
+
+def join(workers: Workers, role: Role, instance: str = "") -> None:
+    worker = workers._fleet.add(Member(id=str(role), role=role, address="", instance=instance, fingerprint="f", block_size=16))
+    workers._fleet.update(worker, StateUpdate(sequence=0, state=MemberState.READY, load=Load(), snapshot=True))
 
 
 async def test_an_explanation_does_not_hold_up_the_event_loop(demo_model: Path) -> None:
@@ -70,7 +74,7 @@ async def test_gauges_run_none_of_the_routers_code_on_other_threads(demo_model: 
 
     monkeypatch.setattr(made.dispatcher.workers, "view", watched)
     for _ in range(3):
-        made.dispatcher.placer.breakers.failed("decode", "1")
+        made.dispatcher.placer.breakers.failed("decode", "")
     keeping = asyncio.create_task(made.keep_gauges())
     await asyncio.sleep(0)
     page = (await asyncio.to_thread(made.metrics.exposition)).decode()
@@ -78,3 +82,16 @@ async def test_gauges_run_none_of_the_routers_code_on_other_threads(demo_model: 
     values = {line.split("{")[0]: float(line.split()[-1]) for line in page.splitlines() if line.startswith("baton:")}
     assert (values["baton:degraded"], values["baton:breakers_open"], values["baton:num_requests_queued"]) == (1.0, 1.0, 0.0)
     assert threads == {threading.current_thread()}
+
+
+async def test_the_successor_of_a_worker_that_is_left_alone_is_asked_at_once(demo_model: Path) -> None:
+    made = gateway(demo_model, Role.PREFILL, Role.DECODE)
+    placer, workers = made.dispatcher.placer, made.dispatcher.workers
+    for _ in range(3):
+        placer.breakers.failed("prefill", "")
+    assert "prefill: left alone" in placer.degraded()
+    workers._fleet.remove(workers._fleet.workers["prefill"])
+    assert placer.breakers.open() == []
+    join(workers, Role.PREFILL, "successor")
+    assert placer.degraded() == ""
+    assert {worker["breaker"] for worker in describe(made)["workers"]} == {"closed"}

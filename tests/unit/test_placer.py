@@ -30,6 +30,9 @@ class Seen:
     def view(self, hashes: HashesBySize, exclude: Sequence[str] = ()) -> list[WorkerView]:
         return [worker for worker in self.workers if worker.id not in exclude]
 
+    def instance(self, worker_id: str) -> str:
+        return "1"
+
 
 def worker(name: str, role: Role, **changes: Any) -> WorkerView:
     fields = {"fingerprint": "f", "block_size": 16, "num_requests": 0, "pending_tokens": 0, "matched_tokens": 0, "pace": PACE}
@@ -151,7 +154,7 @@ def test_a_version_that_is_asked_for_is_the_only_one_that_is_asked(policy: str) 
     assert goes("f") == ("d0", ("p0",))
     assert goes("old", "p1") == ("d1", ())  # degraded, and not the other one's
     for _ in range(3):
-        both.breakers.failed("d1", "")
+        both.breakers.failed("d1", "1")
     assert goes("old") == ("d1", ("p1",))  # left alone where there is anybody else, of this version
     for nobody in (("old", "d1"), ("none",)):
         with pytest.raises(NoWorkers):
