@@ -4,6 +4,8 @@
                                         ▲                        │ fails
                                         └─ twice as long, ≤ 30 s ┘
 
+One that tries and in the end asks another worker, or is refused because this one is full, leaves it to the next. One whose client left, or
+that was overtaken, does not: the worker may hang, and then one in a while is enough.
 A worker that is gone needs none: its broken stream takes it out (`workers.Workers`). Where all are open, none counts: anybody is asked.
 """
 
@@ -20,7 +22,7 @@ class _Breaker:
     failures: int = 0  # in a row
     open_s: float = 0.0  # 0: closed
     again_at: float = 0.0  # when somebody may try
-    trying: bool = False
+    trying: str = ""  # the request that does
     failed_at: float = 0.0
 
 
@@ -49,11 +51,17 @@ class Breakers:
             if breaker.open_s and now < breaker.again_at and instance == self._instance(worker)
         ]
 
-    def asked(self, worker: str, instance: str) -> None:
+    def asked(self, worker: str, instance: str, request_id: str) -> None:
         """A request goes there. Where the breaker is half open, the others wait for what becomes of it."""
         breaker = self._breakers.get((worker, instance))
         if breaker is not None and breaker.open_s:
-            breaker.again_at, breaker.trying = self._clock() + self._try_s, True
+            breaker.again_at, breaker.trying = self._clock() + self._try_s, request_id
+
+    def released(self, worker: str, instance: str, request_id: str) -> None:
+        """The request went no further, and nothing is known by it. If it was the one that tries, another may at once."""
+        breaker = self._breakers.get((worker, instance))
+        if breaker is not None and breaker.trying == request_id:
+            breaker.again_at, breaker.trying = self._clock(), ""
 
     def succeeded(self, worker: str, instance: str) -> None:
         if self._breakers:
@@ -72,5 +80,5 @@ class Breakers:
         breaker.failures, breaker.failed_at = breaker.failures + 1, now
         if breaker.trying or (not breaker.open_s and breaker.failures >= self._failures):
             breaker.open_s = min(2 * breaker.open_s, _LONGEST_S) or _FIRST_S
-            breaker.again_at, breaker.trying = now + breaker.open_s, False
+            breaker.again_at, breaker.trying = now + breaker.open_s, ""
         return breaker.open_s > 0

@@ -17,17 +17,13 @@ from services.router.admission import Admission, Claim
 from services.router.dispatch import Dispatcher, Route
 from services.router.generation import Ask, Generator
 from services.router.policy import round_robin
-from tests.e2e.test_breakers import ask, dispatcher
+from tests.e2e.test_breakers import ask, dispatcher, full
 from tests.properties.toy import reference
 from tests.workers import LEASE_S, Worker, prompt, worker
 
 PAIRS = {"a": Role.DECODE, "b": Role.DECODE, "c": Role.DECODE, "p": Role.PREFILL, "q": Role.PREFILL}
 UNIFIED = dict.fromkeys("abc", Role.UNIFIED)
 NEW = "bq"  # the others are old
-
-
-def full(*_: Any, **__: Any) -> Any:
-    raise Overloaded("nothing fits in here")
 
 
 @asynccontextmanager
