@@ -61,9 +61,10 @@ class Fleet:
                 await asyncio.sleep(0.01)
 
     async def assert_clean(self) -> None:
-        """Nothing is left of any request, here or there."""
+        """Nothing is left of any request, here or there, and the router knows it: who is idle is told by the next one's placement."""
         await asyncio.gather(*(each.is_idle(5) for each in self.workers))
         await self.until(lambda: not any(each.routed for each in self.made.workers.all()))
+        await self.until(lambda: not any(each.load.num_running + each.load.num_waiting for each in self.made.workers.all() if each.usable))
         await self.until(lambda: not self.made._attempts._sessions._sessions)
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("first-")]
 
