@@ -2,7 +2,7 @@
 
     python -m benchmarks.routing --trace conversation_trace.jsonl --rows FOLDER [--limit-s 110] [--out FILE]
     python -m benchmarks.routing --trace conversation_trace.jsonl --bound
-    python -m benchmarks.routing --decision 1000 [--excluded 1] [--tiers]
+    python -m benchmarks.routing --decision 1000 [--excluded 1] [--versions 2] [--tiers]
 
 Rows that FOLDER has are not computed again; with --limit-s, it stops when so much time has gone by, and goes on in the next call.
 """
@@ -201,10 +201,10 @@ def bound(setting: Setting, asks: Sequence[Ask]) -> float:
     return statistics.mean([seconds for seconds in times if seconds <= setting.ttft_slo_s] or [0.0])
 
 
-def decision(workers: int, excluded: int, *, tiers: bool, blocks: int = 256, rounds: int = 2000) -> None:
+def decision(workers: int, excluded: int, versions: int, *, tiers: bool, blocks: int = 256, rounds: int = 2000) -> None:
     """CPU milliseconds from a prompt's hashes to a placement: the match, the view and the policy, in a fleet whose loads change in
-    between. `excluded`: workers that are left out, as while their breakers are open. `tiers`: each worker holds as much in host memory and
-    files as on its device, and the pool has half of the prompts."""
+    between. `excluded`: workers that are left out, as while their breakers are open. `versions`: of the model, of which one is asked for.
+    `tiers`: each worker holds as much in host memory and files as on its device, and the pool has half of the prompts."""
     rng = random.Random(0)
     fleet, shared = Fleet(), [rng.randbytes(16) for _ in range(blocks // 8)]
     prompts = [[*shared, *(rng.randbytes(16) for _ in range(blocks - len(shared)))] for _ in range(200)]
@@ -212,7 +212,8 @@ def decision(workers: int, excluded: int, *, tiers: bool, blocks: int = 256, rou
     everybody, fetching = list[Worker](), tuple[tuple[Tier, float], ...]()
     for number in range(workers):
         role = Role.PREFILL if number < workers // 2 else Role.DECODE
-        everybody.append(fleet.add(Member(id=f"w{number:05}", role=role, address="", fingerprint="f", block_size=16)))
+        member = Member(id=f"w{number:05}", role=role, address="", fingerprint=f"f{number % versions}", block_size=16)
+        everybody.append(fleet.add(member))
         held = tuple(key for prompt in rng.sample(prompts, 20) for key in prompt[: rng.randrange(blocks)])
         events = [BlocksStored(held)]
         if tiers:
@@ -224,7 +225,8 @@ def decision(workers: int, excluded: int, *, tiers: bool, blocks: int = 256, rou
             fetching = ((Tier.HOST, 1e-6), (Tier.POOL, 1e-5), (Tier.FILES, 2e-5))
         fleet.update(everybody[-1], update(rng, pace, fetching, *events))
     left_out = [worker.member.id for worker in everybody[:excluded]]
-    print(f"| policy, {workers} workers, {excluded} of them left out, {blocks} blocks | p50, ms | p99, ms |\n|---|---|---|")
+    told = f"{workers} workers of {versions} version{'s' if versions > 1 else ''}, {excluded} of them left out"
+    print(f"| policy, {told}, {blocks} blocks | p50, ms | p99, ms |\n|---|---|---|")
     for name, policy in POLICIES.items():
         times: list[float] = []
         for number in range(rounds):
@@ -232,7 +234,7 @@ def decision(workers: int, excluded: int, *, tiers: bool, blocks: int = 256, rou
             fleet.routed(everybody[rng.randrange(workers // 2)].member.id, f"{name}-{number}", 1000, 10**6, prompt)
             fleet.update(rng.choice(everybody), update(rng, pace, fetching))
             begun = time.thread_time()
-            view = fleet.view(lambda size, p=prompt: p, left_out)
+            view = fleet.view(lambda size, p=prompt: p, left_out).version("f0")
             policy(Facts(num_prompt_tokens=16 * blocks + 4, turn=number, num_output_tokens=128), view)
             times.append(time.thread_time() - begun)
         print(f"| {name} | {1e3 * np.percentile(times, 50):.2f} | {1e3 * np.percentile(times, 99):.2f} |", flush=True)
@@ -265,10 +267,11 @@ def main() -> None:
     parser.add_argument("--bound", action="store_true", help="the mean time to the first token without any waiting")
     parser.add_argument("--decision", type=int, metavar="WORKERS")
     parser.add_argument("--excluded", type=int, default=0, metavar="WORKERS", help="of --decision's, left out")
+    parser.add_argument("--versions", type=int, default=1, help="of the model, with --decision: one of them is asked for")
     parser.add_argument("--tiers", action="store_true", help="with --decision: blocks in host memory, files and the pool, too")
     arguments = parser.parse_args()
     if arguments.decision:
-        decision(arguments.decision, arguments.excluded, tiers=arguments.tiers)
+        decision(arguments.decision, arguments.excluded, arguments.versions, tiers=arguments.tiers)
         return
     if arguments.trace is None or (arguments.rows is None and not arguments.bound):
         parser.error("give --trace and --rows, or --bound, or --decision")

@@ -84,6 +84,7 @@ class Worker:
     runner: SlowRunner
     channel: grpc.aio.Channel
     server: grpc.aio.Server
+    fingerprint: str = "f"
 
     async def is_idle(self, within_s: float = 30) -> None:
         """Soon no request is inside, every block is free, and each is accounted for."""
@@ -161,7 +162,7 @@ async def worker(
     await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
         try:
-            yield Worker(address, engine, intake, runner, channel, server)
+            yield Worker(address, engine, intake, runner, channel, server, fingerprint)
         finally:
             await server.stop(0)
             await channels.close()

@@ -37,6 +37,7 @@ class Attempt:
     span: Span
     placed: float  # time.monotonic
     waited_for: tuple[str, ...]  # workers that it is on its way to
+    asked: tuple[tuple[str, str], ...]  # that wait for what becomes of it, if it is the one that tries: worker and process
     error: BatonError | None = None  # what it failed with
     overtaken: bool = False  # by another one
 
@@ -61,13 +62,14 @@ class Attempts:
         message = decode_pb2.GenerateRequest(sequence=convert.request_to_proto(request), prefill_candidates=candidates)
         computes = placement.prefills[0] if placement.prefills else placement.decode
         total, missing = len(request.prompt_token_ids) + len(request.output_token_ids), placement.missing_tokens
-        self._breakers.asked(placement.decode, member.instance)
-        for first in candidates[:1]:
-            self._breakers.asked(first.id, first.instance)
+        asked = ((member.id, member.instance), *((first.id, first.instance) for first in candidates[:1]))
+        for each in asked:
+            self._breakers.asked(*each, request.request_id)
         self._workers.routed(placement.decode, request.request_id, 0, 0)
         blocks = hashes(self._workers.member(computes).block_size)
         self._workers.routed(computes, request.request_id, missing, (total**2 - (total - missing) ** 2) // 2, blocks)
-        return Attempt(request, route, decision, hashes, member, message, span, time.monotonic(), (computes, placement.decode))
+        waited_for = computes, placement.decode
+        return Attempt(request, route, decision, hashes, member, message, span, time.monotonic(), waited_for, asked)
 
     async def outputs(self, attempt: Attempt) -> AsyncGenerator[GenerateOutput]:
         """From the first token to the finish reason. Leaving early cancels the call. Raises WorkerLost, or what the worker says."""
@@ -85,6 +87,7 @@ class Attempts:
                         attempt.route.reason = f"{placement.reason}; {response.prefill.reason}"
                         if (attempt.route.prefill or placement.decode) != computes:
                             self._workers.unrouted(computes, request_id)
+                            breakers.released(computes, instances.get(computes, ""), request_id)
                     output = convert.output_from_proto(response.output)
                     if output.cache is not None:
                         attempt.route.num_cached_tokens = output.cache.num_cached_tokens
@@ -115,6 +118,8 @@ class Attempts:
             self._breakers.failed(attempt.decode, attempt.member.instance)
         if isinstance(error, WorkerLost):
             self._workers.lost(attempt.decode)
+        for each in attempt.asked:  # who is full or draining, or was not asked by one that failed, has not failed
+            self._breakers.released(*each, attempt.request.request_id)
 
     def end(self, attempt: Attempt) -> None:
         """However it went, and though `outputs` may never have been asked."""

@@ -4,7 +4,8 @@
       ▲            │ refused, lost, silent for a lease
       └────────────┘ with the tokens so far
 
-The sequence goes on elsewhere as if nothing had happened, because draws depend on (seed, position) alone. Text is not known here.
+The sequence goes on elsewhere as if nothing had happened, because draws depend on (seed, position) alone, and it stays with one version of
+the model while that has a worker. Text is not known here.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from baton.config import HedgingConfig
 from baton.errors import BatonError, InternalError, NoWorkers, Overloaded, Unavailable, WorkerLost
 from baton.rpc.channel import Channels
 from baton.tracing import NO_SPAN, Span
-from baton.types import GenerateOutput, GenerateRequest
+from baton.types import GenerateOutput, GenerateRequest, MemberState, Role
 from services.router.admission import NOTHING_PROMISED, Promised
 from services.router.attempts import Attempt, Attempts
 from services.router.hedging import Hedging
@@ -90,6 +91,24 @@ class Route:
         return text.encode("ascii", "replace").decode().replace("\n", " ")
 
 
+@dataclasses.dataclass(slots=True)
+class Version:
+    """Of the model: the KV fingerprint that all sequences of a request stay with, from the first that is placed. One that leaves its worker
+    without a token does not count any more."""
+
+    fingerprint: str = ""  # empty: any
+    sequences: set[str] = dataclasses.field(default_factory=set[str])  # that count
+
+    def placed(self, sequence: str, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.sequences.add(sequence)
+
+    def left(self, sequence: str) -> None:
+        self.sequences.discard(sequence)
+        if not self.sequences:
+            self.fingerprint = ""
+
+
 class Dispatcher:
     def __init__(
         self,
@@ -123,16 +142,21 @@ class Dispatcher:
         return Route(self.policy_name)
 
     async def generate(
-        self, request: GenerateRequest, route: Route, hashes: HashesBySize | None = None, promised: Promised = NOTHING_PROMISED
+        self,
+        request: GenerateRequest,
+        route: Route,
+        hashes: HashesBySize | None = None,
+        promised: Promised = NOTHING_PROMISED,
+        version: Version | None = None,
     ) -> AsyncGenerator[GenerateOutput]:
         """Outputs until the one with a finish reason, from as many workers as it takes. Leaving early cancels the call. `hashes`: of the
-        prompt, where its siblings share them.
+        prompt, where its siblings share them; `version`: likewise.
 
         Raises NoWorkers, Overloaded, WorkerLost (too often), or what a worker says of a wrong request.
         """
         output, hashes = list(request.output_token_ids), hashes or HashesBySize(request.prompt_token_ids, request.salt)
         route.num_prompt_tokens = len(request.prompt_token_ids) + len(output)
-        turn, refused = next(self._turns), list[str]()
+        turn, refused, version = next(self._turns), list[str](), version or Version()
         if self._hedging is not None:
             self._hedging.earn()
         try:
@@ -143,16 +167,17 @@ class Dispatcher:
                 facts = self.placer.facts(num_known, left, turn, promised)
                 if output:  # it has its first token
                     facts = dataclasses.replace(facts, ttft_slo_s=None)
-                decision = await self._place(facts, hashes, refused)
+                decision = await self._place(facts, hashes, refused, version)
                 name = request.request_id if number == 0 else f"{request.request_id}~{number}"
                 part = dataclasses.replace(request, request_id=name, output_token_ids=tuple(output))
                 attempt = self._attempts.begin(part, route, decision, hashes)
+                version.placed(request.request_id, attempt.member.fingerprint)
                 route.on_decision(decision)
                 try:
                     if self._hedging is None or output or route.hedged:
                         items = self._attempts.outputs(attempt)
                     else:
-                        place = functools.partial(self._decide_late, facts, promised, hashes, refused)
+                        place = functools.partial(self._decide_late, facts, promised, hashes, refused, attempt.member.fingerprint)
                         attempt, items = await self._hedging.race(attempt, place, functools.partial(self._failed, refused))
                     async with aclosing(items):
                         async for item in items:
@@ -164,7 +189,9 @@ class Dispatcher:
                                 return
                 except (InternalError, Unavailable) as error:
                     self._failed(refused, attempt, error)
-                    full = isinstance(error, Overloaded) and not self._others(facts, hashes, refused)
+                    if not output:
+                        version.left(request.request_id)
+                    full = isinstance(error, Overloaded) and not self._others(facts, hashes, refused, version)
                     if isinstance(error, InternalError) or number >= self._max_migrations or full:
                         raise
                     told = (request.request_id, attempt.decode, len(output), error.message)
@@ -192,28 +219,51 @@ class Dispatcher:
             refused.append(attempt.decode)
 
     def _decide_late(
-        self, facts: Facts, promised: Promised, hashes: HashesBySize, refused: Sequence[str], excluded: Sequence[str]
+        self, facts: Facts, promised: Promised, hashes: HashesBySize, refused: Sequence[str], version: str, excluded: Sequence[str]
     ) -> Decision:
-        """Now, with what is left of what was promised."""
+        """Now, with what is left of what was promised. Never with another version: either may be the one that goes on."""
         facts = dataclasses.replace(facts, ttft_slo_s=promised.left_s())
-        return self.placer.told(self.placer.decide(facts, hashes, [*refused, *excluded]))
+        return self.placer.told(self.placer.decide(facts, hashes, [*refused, *excluded], version))
 
-    async def _place(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> Decision:
+    async def _place(self, facts: Facts, hashes: HashesBySize, refused: list[str], version: Version) -> Decision:
         """Waits up to a lease for a worker that can take it."""
         deadline = asyncio.get_running_loop().time() + self._lease_s
         while True:
+            left = deadline - asyncio.get_running_loop().time()
             try:
-                return self.placer.told(self.placer.decide(facts, hashes, refused))
+                return self.placer.told(self._decide(facts, hashes, refused, version, waits=left > 0))
             except NoWorkers:
-                left = deadline - asyncio.get_running_loop().time()
                 if left <= 0:
                     raise
                 refused.clear()
                 await self.workers.wait_change(min(left, 0.5))
 
-    def _others(self, facts: Facts, hashes: HashesBySize, refused: list[str]) -> bool:
+    def _decide(self, facts: Facts, hashes: HashesBySize, refused: Sequence[str], version: Version, *, waits: bool = True) -> Decision:
+        """With another version only where its own has nobody left. `waits`: a worker that may come back is waited for. Raises NoWorkers."""
+        own = version.fingerprint
         try:
-            self.placer.decide(facts, hashes, refused)
+            return self.placer.decide(facts, hashes, refused, own)
+        except NoWorkers:
+            if not own or (waits and self._has_entrance(own)):
+                raise
+        decision = self.placer.decide(facts, hashes, refused)
+        reason = f"another version of the model, as {own[:8]} has no worker left; {decision.placement.reason}"
+        decision.placement = dataclasses.replace(decision.placement, reason=reason)
+        return decision
+
+    def _has_entrance(self, fingerprint: str) -> bool:
+        """Whether somebody who is asked for sequences of this version is there, or may be again soon."""
+        draining = MemberState.DRAINING
+        return any(
+            each.member.fingerprint == fingerprint
+            and each.member.role is not Role.PREFILL
+            and draining not in (each.state, each.member.state)
+            for each in self.workers.all()
+        )
+
+    def _others(self, facts: Facts, hashes: HashesBySize, refused: Sequence[str], version: Version) -> bool:
+        try:
+            self._decide(facts, hashes, refused, version)
         except NoWorkers:
             return False
         return True

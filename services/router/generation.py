@@ -16,7 +16,7 @@ from baton.tokenizer import Tokenizer
 from baton.tracing import OFF, Span, Tracer
 from baton.types import CacheReport, FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 from services.router.admission import Admission, Claim, Promised, Ticket, Work
-from services.router.dispatch import Dispatcher, Route
+from services.router.dispatch import Dispatcher, Route, Version
 from services.router.explain import Record, Records
 from services.router.spans import request_span
 from services.router.text import Piece, TextStream
@@ -72,6 +72,7 @@ class _Run:
     record: Record
     span: Span
     choices: list[Choice]
+    version: Version
 
 
 def allowance(asked: int | None, num_prompt_tokens: int, max_model_len: int, default: int | None = None) -> int:
@@ -131,7 +132,7 @@ class Generator:
         with request_span(self._tracer, self._model, request_id, asks, traceparent) as (span, choices):
             promised = self.admission.promised(claim)
             async with self.admission.enter(claim, self._work(prompts, promised)) as ticket:
-                run = _Run(ticket, promised, self.records.start(request_id, claim.tenant.name), span, choices)
+                run = _Run(ticket, promised, self.records.start(request_id, claim.tenant.name), span, choices, Version())
                 # Nearly always one: without a task and a queue, which cost a step of 32 half a millisecond.
                 one = len(asks) == 1 and asks[0].n == 1
                 pieces = self._sequence(prompts[0], 0, _drawn(asks[0].seed), run) if one else self._several(prompts, run)
@@ -215,7 +216,7 @@ class Generator:
                 prompt=ask.prompt_token_ids,
             )
             begun = last = run.ticket.arrived
-            async with aclosing(self._dispatcher.generate(request, choice.route, prompt.hashes, run.promised)) as outputs:
+            async with aclosing(self._dispatcher.generate(request, choice.route, prompt.hashes, run.promised, run.version)) as outputs:
                 async for output in outputs:
                     piece = text.push(output)
                     choice.pieces.append(piece)

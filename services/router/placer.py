@@ -41,7 +41,7 @@ class Decision:
 class Placer:
     def __init__(self, workers: Workers, policy: Policy, *, local_prefill: bool = True) -> None:
         self._workers, self.policy, self._local_prefill = workers, policy, local_prefill
-        self.breakers = Breakers()
+        self.breakers = Breakers(workers.instance)
         self._num_output_tokens = FIRST_GUESS  # of a request, lately
         self._beside = deque[float](maxlen=_REMEMBERED)
         self._beside_s = 0.0
@@ -79,18 +79,22 @@ class Placer:
             decision.placement = dataclasses.replace(decision.placement, ttft_s=ttft_s + beside_s, beside_s=beside_s)
         return decision
 
-    def decide(self, facts: Facts, hashes: HashesBySize, refused: Sequence[str] = ()) -> Decision:
-        """Raises NoWorkers."""
+    def decide(self, facts: Facts, hashes: HashesBySize, refused: Sequence[str] = (), version: str = "") -> Decision:
+        """`version`: the KV fingerprint of whoever may be asked; empty: any. Raises NoWorkers."""
         broken = self.breakers.open()
         try:
-            decision = self._decide(facts, self._workers.view(hashes, exclude=[*refused, *broken]))
+            decision = self._decide(facts, self._view(hashes, [*refused, *broken], version))
             if decision.degraded and broken:
                 decision.degraded += f" ({', '.join(broken)}: left alone, having failed request after request)"
             return decision
         except NoWorkers:
             if not broken:
                 raise
-            return self._decide(facts, self._workers.view(hashes, exclude=refused))
+            return self._decide(facts, self._view(hashes, refused, version))
+
+    def _view(self, hashes: HashesBySize, exclude: Sequence[str], version: str) -> Sequence[WorkerView]:
+        view = self._workers.view(hashes, exclude=exclude)
+        return View.of(view).version(version) if version else view
 
     def _decide(self, facts: Facts, view: Sequence[WorkerView]) -> Decision:
         try:

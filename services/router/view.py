@@ -4,7 +4,7 @@ Rows are in the order of the workers' ids, so that the first of equals is the on
 and tests; `View.of` makes columns of rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ class Pool(NamedTuple):
     shares: bool  # some of the prefill workers a device with another worker
 
 
-_KEPT = 8  # layouts without some, of each layout
+_KEPT = 8  # layouts of some of the workers, of each layout
 
 
 class Layout:
@@ -100,7 +100,7 @@ class Layout:
     ) -> None:
         self.ids, self.roles, self.fingerprints, self.devices = tuple(ids), tuple(roles), tuple(fingerprints), tuple(devices)
         self.block_size = np.array(block_sizes, dtype=np.float64)
-        self.block_sizes = frozenset(block_sizes)
+        self.block_sizes, self.versions = frozenset(block_sizes), frozenset(fingerprints)
         self.is_prefill = np.array([role is Role.PREFILL for role in roles], dtype=bool)
         self.is_decode = np.array([role is Role.DECODE for role in roles], dtype=bool)
         self.decodes, self.nothing = ~self.is_prefill, np.zeros(len(self.ids))
@@ -132,7 +132,7 @@ class Layout:
             for name, rows in self._fitting.items()
         )
         self.unified = np.array([row for row in rows if roles[row] is Role.UNIFIED], dtype=np.intp)
-        self._without: dict[frozenset[str], tuple[Layout, Rows]] = {}
+        self._parts: dict[frozenset[str] | str, tuple[Layout, Rows]] = {}
 
     def only(self, rows: Sequence[int], role: Role | None = None) -> "Layout":
         """Those of these rows; all with this role, if it is given."""
@@ -146,12 +146,19 @@ class Layout:
 
     def without(self, names: frozenset[str]) -> "tuple[Layout, Rows]":
         """All others, and which rows they are here."""
-        if names not in self._without:
-            if len(self._without) == _KEPT:
-                self._without.clear()
-            rows = [row for row, name in enumerate(self.ids) if name not in names]
-            self._without[names] = self.only(rows), np.array(rows, dtype=np.intp)
-        return self._without[names]
+        return self._part(names, lambda row: self.ids[row] not in names)
+
+    def version(self, fingerprint: str) -> "tuple[Layout, Rows]":
+        """Those of this KV fingerprint, and which rows they are here."""
+        return self._part(fingerprint, lambda row: self.fingerprints[row] == fingerprint)
+
+    def _part(self, key: frozenset[str] | str, has: Callable[[int], bool]) -> "tuple[Layout, Rows]":
+        if key not in self._parts:
+            if len(self._parts) == _KEPT:
+                self._parts.clear()
+            rows = [row for row in range(len(self.ids)) if has(row)]
+            self._parts[key] = self.only(rows), np.array(rows, dtype=np.intp)
+        return self._parts[key]
 
     @cached_property
     def alone(self) -> "tuple[Layout, Rows]":
@@ -213,6 +220,10 @@ class View(Sequence[WorkerView]):
 
     def only(self, rows: Rows) -> "View":
         return self._of(self.layout.only(rows.tolist()), rows)
+
+    def version(self, fingerprint: str) -> "View":
+        """The workers of this KV fingerprint."""
+        return self if self.layout.versions <= {fingerprint} else self._of(*self.layout.version(fingerprint))
 
     def alone(self) -> "View":
         """The decode workers, taken for unified ones."""

@@ -62,6 +62,11 @@ class Workers:
     def member(self, worker_id: str) -> Member:
         return self._workers[worker_id].member
 
+    def instance(self, worker_id: str) -> str | None:
+        """Of its process; None: nobody has this id."""
+        worker = self._workers.get(worker_id)
+        return None if worker is None else worker.member.instance
+
     def indexed(self, worker: Worker) -> dict[Tier, frozenset[bytes]]:
         """The blocks that it is known to hold."""
         return {tier: self._fleet.index.blocks(worker.member.id, tier) for tier in OWN_TIERS}

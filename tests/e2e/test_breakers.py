@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from baton.cluster.membership import InMemoryMembership
-from baton.errors import InternalError
+from baton.errors import InternalError, Overloaded
 from baton.rpc.channel import Channels
 from baton.types import Member, Role
 from services.router.dispatch import Dispatcher, Route
@@ -24,7 +24,10 @@ async def dispatcher(
     *members: tuple[str, Role, Worker], policy: Policy = least_load, max_migrations: int = 3, **options: Any
 ) -> AsyncIterator[Dispatcher]:
     """`options`: further ones of the Dispatcher."""
-    hub = {name: Member(id=name, role=role, address=w.address, pid=1, fingerprint="f", block_size=BLOCK_SIZE) for name, role, w in members}
+    hub = {
+        name: Member(id=name, role=role, address=w.address, pid=1, fingerprint=w.fingerprint, block_size=BLOCK_SIZE)
+        for name, role, w in members
+    }
     channels = Channels(PATIENT_S)
     workers = Workers(InMemoryMembership(hub), channels, lease_s=PATIENT_S)
     workers.start()
@@ -44,6 +47,10 @@ def set_by_hand(made: Dispatcher) -> Clock:
 
 def broken(*_: Any, **__: Any) -> Any:
     raise RuntimeError("the device is on fire")
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise Overloaded("nothing fits in here")
 
 
 async def ask(made: Dispatcher, name: str) -> Route:
@@ -111,3 +118,46 @@ async def test_a_prefill_worker_that_fails_is_not_asked_for_each_prompt(caplog: 
         clock.now += 1
         assert (await ask(made, "well")).prefill == "p"
         assert made.placer.breakers.open() == []
+
+
+async def test_a_prompt_that_needs_no_prefill_worker_leaves_the_try_to_the_next() -> None:
+    async with (
+        worker(Role.PREFILL, {}, name="p") as p,
+        worker(Role.DECODE, {}, name="d") as d,
+        dispatcher(("p", Role.PREFILL, p), ("d", Role.DECODE, d)) as made,
+    ):
+        submit, p.intake.submit = p.intake.submit, broken  # type: ignore[method-assign]
+        for i in range(3):
+            await ask(made, f"bad-{i}")
+        p.intake.submit = submit  # type: ignore[method-assign]
+        await until(lambda: not made.placer.breakers.open())
+        made.placer.breakers._try_s = 600.0  # nobody but the one that tries gives it back
+        cached = dataclasses.replace(prompt(60, name="cached"), salt="bad-0")
+        route = made.route()
+        async for output in made.generate(cached, route):
+            if output.tokens:
+                assert made.placer.breakers.open() == [], "d has the prompt, and has said so"
+        assert (route.decode, route.prefill) == ("d", "")
+        assert "degraded" not in route.reason
+        assert (await ask(made, "well")).prefill == "p"
+        assert made.placer.breakers._breakers == {}
+
+
+async def test_a_full_worker_is_tried_again_by_the_next() -> None:
+    async with (
+        worker(Role.UNIFIED, {}, name="a") as a,
+        worker(Role.UNIFIED, {}, name="b") as b,
+        dispatcher(("a", Role.UNIFIED, a), ("b", Role.UNIFIED, b)) as made,
+    ):
+        submit, a.intake.submit = a.intake.submit, broken  # type: ignore[method-assign]
+        for i in range(3):
+            with pytest.raises(InternalError):
+                await ask(made, f"bad-{i}")
+        await until(lambda: not made.placer.breakers.open())
+        made.placer.breakers._try_s = 600.0
+        a.intake.submit = full  # type: ignore[method-assign]
+        assert (await ask(made, "full")).decode == "b"
+        a.intake.submit = submit  # type: ignore[method-assign]
+        assert made.placer.breakers.open() == []
+        assert (await ask(made, "well")).decode == "a"
+        assert made.placer.breakers._breakers == {}

@@ -38,18 +38,21 @@ class Fleet:
     firsts: list[tuple[float | None, float]]  # times to the first token, predicted and actual
 
     async def assert_clean(self) -> None:
-        """Nothing is left of any request, here or there."""
+        """Nothing is left of any request, here or there, and the router knows it: who is idle is told by the next one's placement."""
         await asyncio.gather(*(each.is_idle() for each in self.workers))
         await until(lambda: not any(each.routed for each in self.made.workers.all()))
+        await until(lambda: not any(each.load.num_running + each.load.num_waiting for each in self.made.workers.all() if each.usable))
         await until(lambda: not self.made._attempts._sessions._sessions)
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("first-")]
 
 
 @asynccontextmanager
-async def fleet(*roles: tuple[str, Role], **options: Any) -> AsyncIterator[Fleet]:
-    """Of workers by name; of equals, the first name is chosen."""
+async def fleet(*roles: tuple[str, Role], others: str = "", **options: Any) -> AsyncIterator[Fleet]:
+    """Of workers by name; of equals, the first name is chosen. `others`: those that have another version of the model."""
     async with AsyncExitStack() as stack:
-        workers = [await stack.enter_async_context(worker(role, {}, name=name, lease_s=PATIENT_S)) for name, role in roles]
+        prints = {name: "g" if name in others else "f" for name, _ in roles}
+        served = [worker(role, {}, name=name, fingerprint=prints[name], lease_s=PATIENT_S) for name, role in roles]
+        workers = [await stack.enter_async_context(each) for each in served]
         results, firsts = list[str](), list[tuple[float | None, float]]()
         members = [(name, role, each) for (name, role), each in zip(roles, workers, strict=True)]
         options = {"hedging": SOON, "on_hedge": results.append, "on_first_token": lambda *told: firsts.append(told[:2]), **options}
@@ -164,6 +167,21 @@ async def test_nobody_is_asked_where_nobody_else_is_there_or_well() -> None:
             assert await tokens == reference(prompt(60))
         assert (route.hedged, it.results) == ("", [])
         await it.assert_clean()
+
+
+async def test_another_version_of_the_model_is_no_second_worker() -> None:
+    for names, decode in (("abc", "c"), ("ab", "a")):
+        async with fleet(*((name, Role.UNIFIED) for name in names), others="b") as it:
+            a, b, *_ = it.workers
+            with standing(a) as let_go:
+                route, tokens = asked(it.made, prompt(60))
+                if decode == "a":
+                    await asyncio.sleep(0.2)
+                    let_go(a)
+                assert await tokens == reference(prompt(60))
+            assert (route.decode, b.runner.num_steps) == (decode, 0)
+            assert it.results == (["won"] if decode == "c" else [])
+            await it.assert_clean()
 
 
 async def test_one_that_fails_leaves_it_to_the_other(caplog: pytest.LogCaptureFixture) -> None:

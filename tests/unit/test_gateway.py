@@ -15,7 +15,7 @@ from baton.config import RouterConfig
 from baton.rpc.channel import Channels
 from baton.types import Load, Member, MemberState, Role, StateUpdate
 from services.router.__main__ import build
-from services.router.app import Gateway, make_app
+from services.router.app import Gateway, describe, make_app
 from services.router.policy import Facts, Placement
 from services.router.view import WorkerView
 from services.router.workers import HashesBySize, Workers
@@ -28,9 +28,13 @@ def gateway(model: Path, *roles: Role) -> Gateway:
     channels = Channels(1.0)
     workers = Workers(InMemoryMembership(), channels, lease_s=1.0)
     for role in roles:
-        worker = workers._fleet.add(Member(id=str(role), role=role, address="", fingerprint="f", block_size=16))
-        workers._fleet.update(worker, StateUpdate(sequence=0, state=MemberState.READY, load=Load(), snapshot=True))
+        join(workers, role)
     return build(RouterConfig(model=str(model)), workers, channels)
+
+
+def join(workers: Workers, role: Role, instance: str = "") -> None:
+    worker = workers._fleet.add(Member(id=str(role), role=role, address="", instance=instance, fingerprint="f", block_size=16))
+    workers._fleet.update(worker, StateUpdate(sequence=0, state=MemberState.READY, load=Load(), snapshot=True))
 
 
 async def test_an_explanation_does_not_hold_up_the_event_loop(demo_model: Path) -> None:
@@ -71,7 +75,7 @@ async def test_gauges_run_none_of_the_routers_code_on_other_threads(demo_model: 
 
     monkeypatch.setattr(made.dispatcher.workers, "view", watched)
     for _ in range(3):
-        made.dispatcher.placer.breakers.failed("decode", "1")
+        made.dispatcher.placer.breakers.failed("decode", "")
     keeping = asyncio.create_task(made.keep_gauges())
     await asyncio.sleep(0)
     page = (await asyncio.to_thread(made.metrics.exposition)).decode()
@@ -151,3 +155,16 @@ async def test_a_large_body_is_read_beside_the_streams(demo_model: Path, monkeyp
     async with client(made) as http:
         assert (await http.post("/tokenize", json={"prompt": "a" * size})).json()["count"]
     assert [thread is not threading.current_thread() for thread in threads] == [beside]
+
+
+async def test_the_successor_of_a_worker_that_is_left_alone_is_asked_at_once(demo_model: Path) -> None:
+    made = gateway(demo_model, Role.PREFILL, Role.DECODE)
+    placer, workers = made.dispatcher.placer, made.dispatcher.workers
+    for _ in range(3):
+        placer.breakers.failed("prefill", "")
+    assert "prefill: left alone" in placer.degraded()
+    workers._fleet.remove(workers._fleet.workers["prefill"])
+    assert placer.breakers.open() == []
+    join(workers, Role.PREFILL, "successor")
+    assert placer.degraded() == ""
+    assert {worker["breaker"] for worker in describe(made)["workers"]} == {"closed"}

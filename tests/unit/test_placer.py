@@ -31,6 +31,9 @@ class Seen:
     def view(self, hashes: HashesBySize, exclude: Sequence[str] = ()) -> list[WorkerView]:
         return [worker for worker in self.workers if worker.id not in exclude]
 
+    def instance(self, worker_id: str) -> str:
+        return "1"
+
 
 def worker(name: str, role: Role, **changes: Any) -> WorkerView:
     fields = {"fingerprint": "f", "block_size": 16, "num_requests": 0, "pending_tokens": 0, "matched_tokens": 0, "pace": PACE}
@@ -137,6 +140,27 @@ def test_open_breakers_are_gone_round_while_there_is_anybody_else() -> None:
             two.breakers.failed(name, "1")
     assert two.breakers.open() == ["a", "b"]
     assert two.decide(two.facts(100, 10), NOTHING).placement.decode == "a"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_version_that_is_asked_for_is_the_only_one_that_is_asked(policy: str) -> None:
+    old = [worker("p1", Role.PREFILL, fingerprint="old"), worker("d1", Role.DECODE, fingerprint="old", num_requests=8)]
+    new = [worker("p0", Role.PREFILL), worker("d0", Role.DECODE)]
+    both = placer(*old, *new, policy=policy)
+
+    def goes(version: str, *refused: str) -> tuple[str, tuple[str, ...]]:
+        placement = both.decide(both.facts(100, 10), NOTHING, refused, version).placement
+        return placement.decode, placement.prefills[:1]
+
+    assert goes("old") == ("d1", ("p1",))
+    assert goes("f") == ("d0", ("p0",))
+    assert goes("old", "p1") == ("d1", ())  # degraded, and not the other one's
+    for _ in range(3):
+        both.breakers.failed("d1", "1")
+    assert goes("old") == ("d1", ("p1",))  # left alone where there is anybody else, of this version
+    for nobody in (("old", "d1"), ("none",)):
+        with pytest.raises(NoWorkers):
+            goes(*nobody)
 
 
 def test_an_explanation_ranks_the_choice_and_who_would_have_been_next() -> None:

@@ -316,7 +316,20 @@ def test_what_is_laid_out_without_some_is_kept_until_somebody_comes_or_goes() ->
     assert [w.role for w in made.view(lambda size: [])] == [Role.DECODE, Role.PREFILL]
     for number in range(20):
         made.view(lambda size: [], exclude=[f"x{number}"])
-    assert len(made._layout._without) <= 8
+    assert len(made._layout._parts) <= 8
+
+
+def test_a_version_is_laid_out_once_and_the_only_one_is_all() -> None:
+    made, _ = fleet("p0", "d0")
+    whole = made.view(lambda size: [])
+    assert whole.version("f") is whole
+    say(made, made.add(Member(id="u0", role=Role.UNIFIED, address="", fingerprint="g", block_size=10)), 0, num_waiting_tokens=7)
+    parts = [made.view(lambda size: []).version(fingerprint) for fingerprint in ("f", "g", "f", "none")]
+    assert [[(w.id, w.pending_tokens) for w in part] for part in parts] == [[("d0", 0), ("p0", 0)], [("u0", 7)], [("d0", 0), ("p0", 0)], []]
+    assert parts[0].layout is parts[2].layout
+    without = [made.view(lambda size: [], exclude=["p0"]).version("f") for _ in range(2)]
+    assert [w.id for w in without[0]] == ["d0"]
+    assert without[0].layout is without[1].layout
 
 
 def test_columns_of_rows_and_rows_of_columns_are_the_same() -> None:
