@@ -71,6 +71,7 @@ async def test_a_sequence_goes_on_with_its_own_version(roles: dict[str, Role]) -
 @pytest.mark.parametrize("roles", [PAIRS, UNIFIED])
 async def test_it_goes_on_with_another_one_where_its_own_has_nobody_left(roles: dict[str, Role]) -> None:
     async with versions(roles) as (made, workers):
+        made._lease_s = 1.0
         workers["c"].intake.draining = True
         await unusable(made, "c")
         route = await moved(made, workers["a"])  # a may come back: it is waited for
