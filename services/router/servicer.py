@@ -1,5 +1,6 @@
 """The gRPC face for clients: the same generation as HTTP, without OpenAI's shapes."""
 
+import asyncio
 import dataclasses
 import secrets
 from collections.abc import AsyncIterator
@@ -20,8 +21,11 @@ from services.router.tenants import Tenant
 class RouterServicer(router_pb2_grpc.RouterServicer):
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._calls = set[Context]()  # under way
 
     async def Generate(self, request: pb.RouterGenerateRequest, context: Context) -> AsyncIterator[pb.RouterGenerateResponse]:
+        self._calls.add(context)
+        context.add_done_callback(self._calls.discard)
         async with guarded(context):
             gateway = self._gateway
             tenant = gateway.tenant(_metadata(context, "authorization"))
@@ -55,6 +59,11 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
                         answer.usage.cached_tokens = choice.cache.num_cached_tokens if choice.cache else 0
                         answer.route = str(choice.route)
                     yield answer
+
+    async def finished(self) -> None:
+        """Until no call is under way."""
+        while self._calls:
+            await asyncio.sleep(0.02)
 
     def _prompt(self, request: pb.RouterGenerateRequest) -> list[int]:
         tokenizer, kind = self._gateway.tokenizer, request.WhichOneof("input")
