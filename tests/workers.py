@@ -135,9 +135,10 @@ async def worker(
     metrics = WorkerMetrics("toy", str(role), lambda: engine.load, dict)
     server = grpc.aio.server(options=server_options(lease_s))
     address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
-    worker_pb2_grpc.add_WorkerServicer_to_server(
-        WorkerServicer(intake, lambda: Member(id=name, role=role, address=address), lease_s=LEASE_S), server
+    member = Member(
+        id=name, role=role, address=address, fingerprint=fingerprint, block_size=BLOCK_SIZE, max_model_len=NUM_BLOCKS * BLOCK_SIZE
     )
+    worker_pb2_grpc.add_WorkerServicer_to_server(WorkerServicer(intake, lambda: member, lease_s=LEASE_S), server)
     if role is Role.PREFILL:
         own = {"instance": name, "can_push": lambda target: False, "pool_available": lambda: True}
         prefill_pb2_grpc.add_PrefillServicer_to_server(

@@ -103,7 +103,8 @@ async def serve(config: RouterConfig) -> None:
         credentials=credentials,
         max_receive=config.max_body,
     )
-    cast(Any, router_pb2_grpc).add_RouterServicer_to_server(RouterServicer(gateway), host.grpc)
+    servicer = RouterServicer(gateway)
+    cast(Any, router_pb2_grpc).add_RouterServicer_to_server(servicer, host.grpc)
     listener = _listen(config.server.host, config.http_port)
     server = _Server(
         uvicorn.Config(
@@ -120,10 +121,16 @@ async def serve(config: RouterConfig) -> None:
     workers.start()
     http = asyncio.create_task(server.serve([listener]), name="http")
     gauges = asyncio.create_task(gateway.keep_gauges(), name="gauges")
+    tasks = [http, gauges]
 
     async def drain() -> None:
+        """Both faces take nothing new, and finish what they have. Who watches our health, or asks what is served, is not waited for.
+        gRPC refuses by closing its port and its idle connections, so that clients go elsewhere. Calls that it has read and not yet given us
+        it cancels (grpc/grpc#41785)."""
         server.should_exit = True
+        tasks.append(asyncio.create_task(host.grpc.stop(config.drain_grace_s), name="grpc"))
         await http
+        await servicer.finished()
 
     def start_draining() -> None:
         gateway.draining = True
@@ -133,7 +140,7 @@ async def serve(config: RouterConfig) -> None:
     finally:
         server.should_exit = True
         gauges.cancel()
-        await asyncio.gather(http, gauges, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await workers.close()
         await membership.close()
         await channels.close()

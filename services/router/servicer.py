@@ -1,5 +1,6 @@
 """The gRPC face for clients: the same generation as HTTP, without OpenAI's shapes."""
 
+import asyncio
 import dataclasses
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -21,8 +22,11 @@ from services.router.tenants import Tenant
 class RouterServicer(router_pb2_grpc.RouterServicer):
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._calls = set[Context]()  # under way
 
     async def Generate(self, request: pb.RouterGenerateRequest, context: Context) -> AsyncIterator[pb.RouterGenerateResponse]:
+        self._calls.add(context)
+        context.add_done_callback(self._calls.discard)
         request.request_id = request.request_id or f"grpc-{secrets.token_hex(8)}"
         async with guarded(context), noted(self._gateway, request):
             gateway = self._gateway
@@ -47,6 +51,11 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
                         answer.usage.cached_tokens = choice.cache.num_cached_tokens if choice.cache else 0
                         answer.route = str(choice.route)
                     yield answer
+
+    async def finished(self) -> None:
+        """Until no call is under way."""
+        while self._calls:
+            await asyncio.sleep(0.02)
 
     def _ask(self, request: pb.RouterGenerateRequest, request_id: str) -> Ask:
         self._gateway.check_model(request.model or None)

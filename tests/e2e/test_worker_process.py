@@ -30,11 +30,18 @@ NUM_TOKENS = 300
 
 
 class Process:
-    """A unified worker of its own, which nobody else knows."""
+    """A service of its own, which nobody else knows; a unified worker, unless told otherwise."""
 
-    def __init__(self, model: Path, *settings: str) -> None:
+    def __init__(self, model: Path, *settings: str, service: str = "decode") -> None:
         self.address = f"127.0.0.1:{free_port()}"
-        command = [sys.executable, "-m", "services.decode", f"model={model}", f"server.grpc_port={self.address.split(':')[1]}", *settings]
+        command = [
+            sys.executable,
+            "-m",
+            f"services.{service}",
+            f"model={model}",
+            f"server.grpc_port={self.address.split(':')[1]}",
+            *settings,
+        ]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def __enter__(self) -> "Process":
