@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of Helm, Kubernetes and the shell.
+# Of Helm, Kubernetes, etcd and the shell.
 OTHERS = (
     "Additional property",
     "additional properties",
@@ -21,6 +21,7 @@ OTHERS = (
     'secret "…" not found',
     "Startup probe failed",
     "helm test",
+    "database space exceeded",
 )
 
 
