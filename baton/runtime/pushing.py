@@ -227,6 +227,7 @@ class Reservation:
     first: int  # block of the prompt
     block_ids: list[int]
     num_arrived: int = 0
+    fenced: bool = False  # its sessions have ended: nothing writes there but its sender's device, over NVLink
     corrupt: bool = False  # the next block is not what was sent: none from there on is used
 
 
@@ -325,8 +326,10 @@ class Reservations:
                 return index
         return reservation.num_arrived
 
-    def __contains__(self, lease: str) -> bool:
-        return lease in self._by_lease
+    def is_open(self, lease: str) -> bool:
+        """Whether it has blocks, and sessions that no fence has ended."""
+        reservation = self._by_lease.get(lease)
+        return reservation is not None and not reservation.fenced
 
     def settle(self, lease: str) -> None:
         """Nothing of the lease is written any more: what has not arrived is free. Idempotent."""
@@ -334,11 +337,14 @@ class Reservations:
         if reservation is not None:
             self._cache.pool.release(reservation.block_ids[reservation.num_arrived :])
 
-    def settle_old(self) -> None:
-        """Sessions before the present one are fenced: nothing of their leases is written any more."""
+    def end_old(self) -> None:
+        """Sessions before the present one are fenced. Where that ends every write, their leases are settled; else they wait for their
+        senders, but for no other fence."""
         for lease, reservation in list(self._by_lease.items()):
             if self._receiver is None or reservation.doors != self._receiver.doors:
-                self.settle(lease)
+                reservation.fenced = True
+                if self._receiver is None or self._receiver.revocable:
+                    self.settle(lease)
 
     def held(self) -> list[list[int]]:
         return [reservation.block_ids[reservation.num_arrived :] for reservation in self._by_lease.values()]
