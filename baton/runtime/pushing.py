@@ -109,7 +109,7 @@ class Pusher:
         self._checksums = checksums
         self._pool, self._sender, self._size, self._post = pool, sender, block_size, post
         self._shipments: dict[str, Shipment] = {}  # by lease
-        self._over: OrderedDict[str, bool] = OrderedDict()  # with whether they are dirty
+        self._over: OrderedDict[str, LeaseEnd] = OrderedDict()
         self._taken: dict[int, list[int]] = {}
         self._calls = 0
         self._tokens = self._seconds = 0.0  # pushed, and what it took; faded
@@ -161,9 +161,9 @@ class Pusher:
         """Ends the lease: nothing more is sent. Calls `done` when all that was sent has ended."""
         shipment = self._shipments.get(lease)
         if shipment is None:
-            known, dirty = lease in self._over, self._over.get(lease, False)
-            self._remember(lease, dirty)
-            done(LeaseEnd(known=known, clean=not dirty))
+            end = self._over.get(lease, LeaseEnd(known=False, clean=True))
+            self._remember(lease, end)  # who asks again is told the same: to have been asked is not to have known
+            done(end)
             return
         shipment.failed = True
         shipment.waiting.append(done)
@@ -203,12 +203,13 @@ class Pusher:
         lease = shipment.target.lease
         if shipment.num_unsettled == 0 and (shipment.closed or shipment.failed) and self._shipments.get(lease) is shipment:
             del self._shipments[lease]
-            self._remember(lease, shipment.dirty)
+            end = LeaseEnd(known=True, clean=not shipment.dirty)
+            self._remember(lease, end)
             for done in shipment.waiting:
-                done(LeaseEnd(known=True, clean=not shipment.dirty))
+                done(end)
 
-    def _remember(self, lease: str, dirty: bool) -> None:
-        self._over[lease] = dirty
+    def _remember(self, lease: str, end: LeaseEnd) -> None:
+        self._over[lease] = end
         while len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
 

@@ -43,13 +43,16 @@ class Leases:
             self._leases.settle(lease)
             return
         answer, why = await self._answer(lease, address)
+        if answer is None and only_it_can_end:
+            logger.warning("the blocks reserved under lease %s wait until their sender answers or is gone: %s", lease, why)
+            broken = True  # who answers later may be another
+        while answer is None and only_it_can_end and not await _is_gone(address):
+            await asyncio.sleep(self._lease_s)
+            answer, why = await self._answer(lease, address)
         if answer is not None and answer.clean and (answer.known or _is_who_was_asked(answer, sender, broken)):
             self._leases.settle(lease)
             return
         logger.warning("the blocks reserved under lease %s are fenced: %s", lease, why)
-        while answer is None and only_it_can_end and not await _is_gone(address):
-            await asyncio.sleep(self._lease_s)
-            answer, why = await self._answer(lease, address)
         self._dirty.add(lease)
         if self._fence is None or self._fence.done():
             self._fence = asyncio.create_task(self._fence_until_clean(), name="fence")

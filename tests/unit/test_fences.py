@@ -28,9 +28,10 @@ from baton.runtime.leases import EngineLeases
 from baton.runtime.pushing import Pusher, Reservations
 from baton.runtime.rank_kv import RankKV
 from baton.runtime.spread import TeamReceiver
+from baton.scheduling.blocks import BlockPool
 from baton.scheduling.cache import KVCache
 from baton.scheduling.request import Request
-from baton.types import GenerateRequest, PushTarget, SamplingParams
+from baton.types import GenerateRequest, LeaseEnd, PushTarget, SamplingParams
 from services.decode import leases
 
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=2, block_size=4, dtype="float32")
@@ -205,3 +206,31 @@ async def test_what_is_reserved_during_a_fence_takes_the_next_one(protocols: tup
         await until(lambda: here.reserved() == 0)
         assert here.num_fences == 2
         assert not here.is_open(later)
+
+
+@pytest.mark.parametrize(
+    ("known", "answerer", "asked", "num_fences"),
+    [
+        (True, "p", "p", 0),  # the push took as long as the question may
+        (False, "p", "p", 0),  # it was asked, and had never begun
+        (False, "q", "p", 1),  # another process: what the one before sent over TCP may be on its way
+        (False, "q", "", 1),  # perhaps
+    ],
+)
+async def test_a_late_answer_is_worth_what_an_early_one_is(known: bool, answerer: str, asked: str, num_fences: int) -> None:
+    async with decoder(BOTH) as here:
+        target = here.reserve()
+        here.end(target, machine=this_machine(), instance=asked)
+        await until(lambda: here.sender.asked[target.lease] == 2)
+        assert here.reserved() == 1
+        here.sender.answers[target.lease] = prefill_pb2.EndLeaseResponse(known=known, clean=True, instance=answerer)
+        await until(lambda: here.reserved() == 0)
+        assert here.num_fences == num_fences
+
+
+def test_who_knows_nothing_of_a_lease_says_so_whenever_it_is_asked() -> None:
+    """Else the successor of a sender would vouch for it, where its first answer was lost."""
+    pusher, answers = Pusher(BlockPool(1), None, block_size=4, post=lambda action: action()), list[LeaseEnd]()
+    for _ in range(2):
+        pusher.when_over("a", answers.append)
+    assert answers == [LeaseEnd(known=False, clean=True)] * 2
