@@ -54,7 +54,7 @@ class Leases(Protocol):
         ...
 
     async def reserved(self, lease: str) -> bool:
-        """Whether a lease on the receiving side still has blocks."""
+        """Whether a lease on the receiving side still has blocks, and sessions that no fence has ended."""
         ...
 
     def settle(self, lease: str) -> None:
@@ -68,8 +68,8 @@ class Leases(Protocol):
 
     async def fence(self, grace_s: float) -> None:
         """Ends, by force, all writes that can be ended from here, for when nobody can say that a lease is over; others have `grace_s` to
-        end well. Where that is all of them, all leases that there were are settled. One that has failed goes on where it was when it is
-        called again, and ends nothing that began since."""
+        end well. No lease that there was is `reserved` then: where that was all of them they are settled, else they wait for `settle`. One
+        that has failed goes on where it was when it is called again, and ends nothing that began since."""
         ...
 
 

@@ -19,7 +19,7 @@ from baton.errors import BatonError, TransferError
 from baton.kv.in_order import InOrder
 from baton.kv.push import ONE_MACHINE, Copy, PushResult, PushStatus, merge
 from baton.kv.store import Buffer
-from baton.kv.transfer_engine import Engine, describe
+from baton.kv.transfer_engine import Engine, check_held, describe
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class MooncakeReceiver:
 
     def advance(self) -> str:
         with self._lock:
+            check_held()
             self._generations.append(self._make())
             return self.session
 
@@ -102,7 +103,7 @@ class MooncakeSender:
 
     def __init__(self, region: Buffer, *, host: str, protocol: str, limit_s: float = 5.0, devices: str = "") -> None:
         """A push is told about within `limit_s` of its call. Raises ConfigError if the protocol is not to be had, TransferError."""
-        self._make: Callable[[], Engine] = lambda: Engine(host, protocol, [region], devices)
+        self._make: Callable[[], Engine] = lambda: Engine(host, protocol, [region], devices, announced=False)
         self.protocol, self._limit_s = protocol, limit_s
         self._lock = threading.Lock()  # of all below, and of making an engine
         self._present: _Generation | None = _Generation(self._make())

@@ -1,8 +1,8 @@
 """Engine: one Mooncake TransferEngine, from its start to an end that is certain. The only importer of `mooncake.engine`.
 
 What it adds (docs/transfer.md: found by running it): the protocol asked for is the one that is used, or it is an error; `close` leaves no
-socket through which a peer could still write, and takes no second with the GIL held; the ports of a closed engine are used by nobody else
-while this process lives, so a write under an old session meets nobody.
+socket through which a peer could still write, and takes no second with the GIL held; the ports of a closed engine that peers know are used
+by nobody else for long, so a write under an old session meets nobody.
 """
 
 import contextlib
@@ -37,29 +37,34 @@ _DEFAULTS = {
 _GLOG_LEVEL, _GLOG_FATAL = "_ZN3fLI17FLAGS_minloglevelE", 3
 _METADATA = b"\x01"  # a handshake's kind: "describe yourself"
 _MAX_DESCRIPTION = 16 * 2**20
-_MAX_HELD = 1024  # ports kept from being used again; Mooncake takes them from 15000 to 17000, two for each engine
+_MAX_HELD = 128  # ports kept from being used again, two for each engine; all processes of a machine share Mooncake's, 15000 to 17000
+_HELD_S = 120.0  # that they are kept at least; the oldest are let go after that, when there are too many
 
 _environment_lock = threading.Lock()
-_held: deque[int] = deque()
+_held_lock = threading.Lock()
+_held: deque[tuple[float, int]] = deque()  # since when, and the socket; oldest first
 
 
 class Engine:
     """Initialised, verified and registered. Its calls may be made from any thread, but none may be under way when it is closed."""
 
-    def __init__(self, host: str, protocol: str, regions: Sequence[Buffer], devices: str = "") -> None:
-        """`host` is where peers reach this process. Raises ConfigError if Mooncake or the protocol is not to be had here, TransferError if
-        memory cannot be registered."""
+    def __init__(self, host: str, protocol: str, regions: Sequence[Buffer], devices: str = "", *, announced: bool = True) -> None:
+        """`host` is where peers reach this process. `announced`: they are told of the session, and may use it when it has ended. Raises
+        ConfigError if Mooncake or the protocol is not to be had here, TransferError if memory cannot be registered."""
         if protocol not in _CHOOSES:
             raise ConfigError(f"unknown transfer protocol {protocol!r}; there are {', '.join(_CHOOSES)}")
-        self.protocol, self._closed = protocol, False
+        self.protocol, self._closed, self._announced = protocol, False, False
         module = _load()
         with _environment(protocol):
             self._engine: Any = module.TransferEngine()
             code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices)
-        self._ports = [self._engine.get_rpc_port()]
         if code != 0:
-            self.close()
-            raise ConfigError(f"Mooncake cannot transfer over {protocol} here (code {code}); is there a device for it?")
+            self._engine = None  # not asked for its ports, which crashes where it got none: so this may take a second
+            _let_go(most=0)
+            raise ConfigError(
+                f"Mooncake cannot transfer over {protocol} here (code {code}); is there a device for it, and a free port in 15000-17000?"
+            )
+        self._ports, self._kept = [self._engine.get_rpc_port()], list[int]()
         self.session = f"{host}:{self._ports[0]}"
         try:
             for region in regions:
@@ -75,6 +80,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        self._announced = announced
 
     def open(self, session: str, timeout_s: float) -> None:
         """Has Mooncake get to know a session before the first write to it. Raises TransferError if nobody answers in time: Mooncake itself
@@ -121,13 +127,35 @@ class Engine:
         if self._engine is not None:
             if sys.getrefcount(self._engine) > 2:
                 raise InternalError("a Transfer Engine that is in use cannot be closed")
-            _held.extend(_shut(self._ports))
+            self._kept = _shut(self._ports)
             self._engine = None  # the destructor joins the threads and closes the sockets, with the GIL held: see _shut
         if left := [fd for fd, sock in _sockets() if _local_port(sock) in self._ports and _is_live(sock)]:
             raise InternalError(f"a closed Transfer Engine has left sockets {left}")
         self._closed = True
-        while len(_held) > _MAX_HELD:
-            os.close(_held.popleft())
+        if self._announced:
+            with _held_lock:
+                _held.extend((time.monotonic(), fd) for fd in self._kept)
+            _let_go(_MAX_HELD)
+        else:
+            for fd in self._kept:
+                os.close(fd)
+
+
+def check_held() -> None:
+    """Raises TransferError where so many announced engines have ended lately that no other may: its ports, or theirs, could not be kept
+    for long enough."""
+    _let_go(_MAX_HELD - 1)
+    with _held_lock:
+        if len(_held) >= _MAX_HELD:
+            left_s = _HELD_S - (time.monotonic() - _held[0][0])
+            raise TransferError(f"{len(_held)} ports of sessions that have ended are kept from others, for {left_s:.0f} s more")
+
+
+def _let_go(most: int) -> None:
+    """Of the ports that are held, down to so many, those whose time is over."""
+    with _held_lock:
+        while len(_held) > most and time.monotonic() - _held[0][0] > _HELD_S:
+            os.close(_held.popleft()[1])
 
 
 def found_protocols(cuda: bool) -> list[str]:

@@ -45,7 +45,7 @@ class EngineLeases:
             return False
 
         def ask(tell: Callable[[bool], None]) -> None:
-            tell(lease in self._reservations)
+            tell(self._reservations.is_open(lease))
 
         return await asked(self._post, ask)
 
@@ -61,5 +61,4 @@ class EngineLeases:
             await asyncio.to_thread(self._receiver.advance)
             await asyncio.sleep(grace_s)
             await asyncio.to_thread(self._receiver.fence)
-            if self.revocable:
-                self._post(self._reservations.settle_old)
+            await asked(self._post, lambda tell: tell(self._reservations.end_old()))  # before another advance makes more look old

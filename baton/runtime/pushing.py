@@ -109,7 +109,7 @@ class Pusher:
         self._checksums = checksums
         self._pool, self._sender, self._size, self._post = pool, sender, block_size, post
         self._shipments: dict[str, Shipment] = {}  # by lease
-        self._over: OrderedDict[str, bool] = OrderedDict()  # with whether they are dirty
+        self._over: OrderedDict[str, LeaseEnd] = OrderedDict()
         self._taken: dict[int, list[int]] = {}
         self._calls = 0
         self._tokens = self._seconds = 0.0  # pushed, and what it took; faded
@@ -161,9 +161,9 @@ class Pusher:
         """Ends the lease: nothing more is sent. Calls `done` when all that was sent has ended."""
         shipment = self._shipments.get(lease)
         if shipment is None:
-            known, dirty = lease in self._over, self._over.get(lease, False)
-            self._remember(lease, dirty)
-            done(LeaseEnd(known=known, clean=not dirty))
+            end = self._over.get(lease, LeaseEnd(known=False, clean=True))
+            self._remember(lease, end)  # who asks again is told the same: to have been asked is not to have known
+            done(end)
             return
         shipment.failed = True
         shipment.waiting.append(done)
@@ -203,12 +203,13 @@ class Pusher:
         lease = shipment.target.lease
         if shipment.num_unsettled == 0 and (shipment.closed or shipment.failed) and self._shipments.get(lease) is shipment:
             del self._shipments[lease]
-            self._remember(lease, shipment.dirty)
+            end = LeaseEnd(known=True, clean=not shipment.dirty)
+            self._remember(lease, end)
             for done in shipment.waiting:
-                done(LeaseEnd(known=True, clean=not shipment.dirty))
+                done(end)
 
-    def _remember(self, lease: str, dirty: bool) -> None:
-        self._over[lease] = dirty
+    def _remember(self, lease: str, end: LeaseEnd) -> None:
+        self._over[lease] = end
         while len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
 
@@ -227,6 +228,7 @@ class Reservation:
     first: int  # block of the prompt
     block_ids: list[int]
     num_arrived: int = 0
+    fenced: bool = False  # its sessions have ended: nothing writes there but its sender's device, over NVLink
     corrupt: bool = False  # the next block is not what was sent: none from there on is used
 
 
@@ -325,8 +327,10 @@ class Reservations:
                 return index
         return reservation.num_arrived
 
-    def __contains__(self, lease: str) -> bool:
-        return lease in self._by_lease
+    def is_open(self, lease: str) -> bool:
+        """Whether it has blocks, and sessions that no fence has ended."""
+        reservation = self._by_lease.get(lease)
+        return reservation is not None and not reservation.fenced
 
     def settle(self, lease: str) -> None:
         """Nothing of the lease is written any more: what has not arrived is free. Idempotent."""
@@ -334,11 +338,14 @@ class Reservations:
         if reservation is not None:
             self._cache.pool.release(reservation.block_ids[reservation.num_arrived :])
 
-    def settle_old(self) -> None:
-        """Sessions before the present one are fenced: nothing of their leases is written any more."""
+    def end_old(self) -> None:
+        """Sessions before the present one are fenced. Where that ends every write, their leases are settled; else they wait for their
+        senders, but for no other fence."""
         for lease, reservation in list(self._by_lease.items()):
             if self._receiver is None or reservation.doors != self._receiver.doors:
-                self.settle(lease)
+                reservation.fenced = True
+                if self._receiver is None or self._receiver.revocable:
+                    self.settle(lease)
 
     def held(self) -> list[list[int]]:
         return [reservation.block_ids[reservation.num_arrived :] for reservation in self._by_lease.values()]

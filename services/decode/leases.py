@@ -18,13 +18,14 @@ GONE_S = 1.0  # after which nothing is left of a process whose sockets are close
 
 class Leases:
     """A lease that ended well is settled at once. Else its sender is asked; where it can't say that nothing is under way, or is gone,
-    the receiver's sessions are fenced. Where a fence can't end everything (NVLink), the sender must have answered, or be gone, before."""
+    the receiver's sessions are fenced. Where a fence can't end everything (NVLink), the sender must have answered, or be gone, before; a
+    lease whose sessions have ended meanwhile, with those of another, needs no fence of its own."""
 
     def __init__(self, leases: EngineLeases, channels: Channels, *, lease_s: float) -> None:
         self._leases, self._channels, self._lease_s = leases, channels, lease_s
         self._tasks = set[asyncio.Task[None]]()
         self._fence: asyncio.Task[None] | None = None
-        self._dirty = set[str]()  # leases that only a fence can end
+        self._dirty = set[str]()  # leases that a fence alone can end: their senders write nothing more by themselves
 
     def end(self, lease: str, sender: PrefillCandidate, *, well: bool, broken: bool) -> None:
         """`well`: the sender has said that everything arrived. `broken`: its call has failed, so that it may have died meanwhile."""
@@ -36,18 +37,22 @@ class Leases:
         task.add_done_callback(self._tasks.discard)
 
     async def _ask(self, lease: str, sender: PrefillCandidate, broken: bool) -> None:
-        if not await self._leases.reserved(lease):  # a fence has ended it already
-            return
         address = sender.address
+        only_it_can_end = not self._leases.revocable and sender.machine in ("", this_machine())  # NVLink stays on one machine
+        if not only_it_can_end and not await self._leases.reserved(lease):  # a fence has ended it already
+            self._leases.settle(lease)
+            return
         answer, why = await self._answer(lease, address)
+        if answer is None and only_it_can_end:
+            logger.warning("the blocks reserved under lease %s wait until their sender answers or is gone: %s", lease, why)
+            broken = True  # who answers later may be another
+        while answer is None and only_it_can_end and not await _is_gone(address):
+            await asyncio.sleep(self._lease_s)
+            answer, why = await self._answer(lease, address)
         if answer is not None and answer.clean and (answer.known or _is_who_was_asked(answer, sender, broken)):
             self._leases.settle(lease)
             return
         logger.warning("the blocks reserved under lease %s are fenced: %s", lease, why)
-        only_it_can_end = not self._leases.revocable and sender.machine in ("", this_machine())  # NVLink stays on one machine
-        while answer is None and only_it_can_end and not await _is_gone(address):
-            await asyncio.sleep(self._lease_s)
-            answer, why = await self._answer(lease, address)
         self._dirty.add(lease)
         if self._fence is None or self._fence.done():
             self._fence = asyncio.create_task(self._fence_until_clean(), name="fence")
@@ -69,6 +74,7 @@ class Leases:
         while True:
             for lease in tuple(self._dirty):  # it grows meanwhile
                 if not await self._leases.reserved(lease):
+                    self._leases.settle(lease)
                     self._dirty.discard(lease)
             if not self._dirty:
                 return

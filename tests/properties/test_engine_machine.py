@@ -175,7 +175,7 @@ class EngineMachine(RuleBasedStateMachine):
         else:
             self.leases.clear()
             self.receiver.advance()
-            self.engine.reservations.settle_old()
+            self.engine.reservations.end_old()
         self.flush()
 
     @rule()

@@ -156,6 +156,8 @@ class ToySender:
 class ToyReceiver:
     """Addresses are block ids, unless it is told where they lie."""
 
+    revocable = True
+
     def __init__(self, base: int = 0, block_bytes: int = 1) -> None:
         self.generation, self._base, self._bytes = 0, base, block_bytes
 

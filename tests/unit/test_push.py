@@ -80,7 +80,7 @@ class FakeEngine:
     made: list["FakeEngine"]
     ending: dict[str, int]  # by session; 0: never
 
-    def __init__(self, host: str, protocol: str, regions: list[Buffer], devices: str) -> None:
+    def __init__(self, host: str, protocol: str, regions: list[Buffer], devices: str, *, announced: bool = True) -> None:
         self.session, self.closed = f"{host}:{len(self.made)}", False
         self.writes: list[str] = []
         self.made.append(self)
@@ -223,8 +223,8 @@ class FakeStream(FakeEngine):
     refused: frozenset[int]
     failing: frozenset[int]
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.numbers: dict[int, tuple[int, ...]] = {}  # valid ones, with their sources
         self.handed_over: list[int] = []  # sources
 
