@@ -59,6 +59,12 @@ class Row:
     eos_token_ids: frozenset[int]
 
     @cached_property
+    def bias(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [B] int64, and what is added to their logits [B] fp32."""
+        biases = self.params.logit_bias
+        return np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32)
+
+    @cached_property
     def known(self) -> Tally:
         return Tally(self.token_ids, 0)
 
@@ -165,14 +171,18 @@ def _score(logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int])
 
 def _bias(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     """logits [R, vocab_size] with logit_bias added and banned ids at -inf; the same tensor when nothing changes, else a new one in fp32."""
-    size = logits.shape[-1]
-    added = {index * size + token_id: bias for index, row in enumerate(rows) for token_id, bias in row.params.logit_bias.items()}
-    added |= {index * size + token_id: -math.inf for index, row in enumerate(rows) for token_id in row.banned}
-    if not added:
+    size, device = logits.shape[-1], logits.device
+    biased = {index: row.bias for index, row in enumerate(rows) if row.params.logit_bias}
+    banned = [index * size + token_id for index, row in enumerate(rows) for token_id in row.banned]
+    if not biased and not banned:
         return logits
     changed = logits.to(torch.float32, copy=True)
-    places, biases = listed(list(added), torch.int64, logits.device), listed(list(added.values()), torch.float32, logits.device)
-    changed.view(-1)[places] += biases
+    flat = changed.view(-1)
+    if biased:
+        places = _places({index: ids for index, (ids, _) in biased.items()}, size, device)
+        flat[places] += to_device(np.concatenate([values for _, values in biased.values()]), device)
+    if banned:
+        flat.index_fill_(0, listed(banned, torch.int64, device), -math.inf)
     return changed
 
 
