@@ -1,8 +1,9 @@
 """ModelRunner: computes steps on one device.
 
 What belongs here: a plan's tensors, the forward pass, the draw. What never will: requests' life, block bookkeeping, queues, clocks, KV
-transfer. Of a request it keeps its block table, so as not to write it anew each step, and the row of the last step that draws its next
-token; so any plan can be computed by any runner whose KV blocks hold what it says, if none of its tokens is pending.
+transfer. Of a request it keeps its block table and what its tokens are drawn by, so as not to make them anew each step, and the row of the
+last step that draws its next token; so any plan can be computed by any runner whose KV blocks hold what it says, if none of its tokens is
+pending.
 
 Where ranks share the model, rank 0's runner has the plans and draws; `team` tells the others what to `compute`, and theirs do that alone.
 """
@@ -22,7 +23,8 @@ from baton.runtime.flights import DeviceLost
 from baton.runtime.graphs import DecodeGraphs, Graphs, NoGraphs
 from baton.runtime.inputs import InputBuilder, wanted_positions
 from baton.runtime.piecewise import PiecewiseGraphs
-from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
+from baton.scheduling.plan import StepPlan, StepResult
+from baton.scheduling.request import Request
 from baton.types import TokenLogprobs
 
 Scores = dict[str, Callable[[], list[TokenLogprobs]]]
@@ -47,6 +49,7 @@ class ModelRunner:
         self._inputs = InputBuilder(kv, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self._is_cuda = kv.is_cuda
         self._rows: dict[str, int] = {}  # of the last step's draw, by request id
+        self._drawing: dict[Request, sampler.Row] = {}  # by what the last step drew for
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=kv.device)
         self._forward: Callable[[ForwardBatch], torch.Tensor] = model
         self._graphs: Graphs = NoGraphs()
@@ -86,9 +89,11 @@ class ModelRunner:
         if not items:
             return self._ended(scores)
         if all(sampler.is_plain(item.request.sampling) for item in items):
+            self._drawing = {}
             draw = sampler.plain(logits, self._kernels.argmax, greedy)
         else:
-            draw = sampler.launch(logits, [_row(item) for item in items], self._kernels.argmax, greedy)
+            self._drawing = {item.request: self._drawing.get(item.request) or _row(item.request) for item in items}
+            draw = sampler.launch(logits, list(self._drawing.values()), self._kernels.argmax, greedy)
         if draw.ids is not greedy:
             self._drawn[: len(items)].copy_(draw.ids)
 
@@ -141,8 +146,7 @@ class ModelRunner:
         return self._settling(result)
 
 
-def _row(item: ScheduledRequest) -> sampler.Row:
-    request = item.request
+def _row(request: Request) -> sampler.Row:
     return sampler.Row(
         params=request.sampling,
         token_ids=request.token_ids,

@@ -8,13 +8,16 @@ Each stage works on the rows that asked for it, all of them at once, and costs n
 """
 
 import math
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from baton.kernels import torch_ops
-from baton.runtime.staging import listed, to_host
+from baton.runtime.staging import listed, to_device, to_host
 from baton.types import OutputToken, SamplingParams, TokenLogprobs
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -23,14 +26,51 @@ _MASK64 = 2**64 - 1
 _GREEDY = 1e-5  # temperatures below it are greedy: dividing by them would overflow fp32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """The distinct ids of a sequence and how often each occurs. It may grow between two readings: what was counted is not counted again."""
+
+    def __init__(self, token_ids: Sequence[int], start: int) -> None:
+        """Of token_ids[start:]."""
+        self._token_ids, self._end = token_ids, start
+        self._places: dict[int, int] = {}  # by id
+        self._ids, self._counts = array("q"), array("q")
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and counts, [D] int64, in the order in which the ids came. Views, to be dropped before the next reading: arrays can't grow
+        under them."""
+        for token_id in self._token_ids[self._end :]:
+            place = self._places.setdefault(token_id, len(self._ids))
+            if place == len(self._ids):
+                self._ids.append(token_id)
+                self._counts.append(0)
+            self._counts[place] += 1
+        self._end = len(self._token_ids)
+        return np.frombuffer(self._ids, np.int64), np.frombuffer(self._counts, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one row of logits is to be drawn by. The drawn token's position is len(token_ids)."""
+    """What one row of logits is to be drawn by. The drawn token's position is len(token_ids). A row that is kept while its sequence grows
+    computes what is new alone."""
 
     params: SamplingParams
     token_ids: Sequence[int]  # prompt, then output
     num_prompt_tokens: int
     eos_token_ids: frozenset[int]
+
+    @cached_property
+    def bias(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [B] int64, and what is added to their logits [B] fp32."""
+        biases = self.params.logit_bias
+        return np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32)
+
+    @cached_property
+    def known(self) -> Tally:
+        return Tally(self.token_ids, 0)
+
+    @cached_property
+    def output(self) -> Tally:
+        return Tally(self.token_ids, self.num_prompt_tokens)
 
     @property
     def banned(self) -> tuple[int, ...]:
@@ -131,14 +171,18 @@ def _score(logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int])
 
 def _bias(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     """logits [R, vocab_size] with logit_bias added and banned ids at -inf; the same tensor when nothing changes, else a new one in fp32."""
-    size = logits.shape[-1]
-    added = {index * size + token_id: bias for index, row in enumerate(rows) for token_id, bias in row.params.logit_bias.items()}
-    added |= {index * size + token_id: -math.inf for index, row in enumerate(rows) for token_id in row.banned}
-    if not added:
+    size, device = logits.shape[-1], logits.device
+    biased = {index: row.bias for index, row in enumerate(rows) if row.params.logit_bias}
+    banned = [index * size + token_id for index, row in enumerate(rows) for token_id in row.banned]
+    if not biased and not banned:
         return logits
     changed = logits.to(torch.float32, copy=True)
-    places, biases = listed(list(added), torch.int64, logits.device), listed(list(added.values()), torch.float32, logits.device)
-    changed.view(-1)[places] += biases
+    flat = changed.view(-1)
+    if biased:
+        places = _places({index: ids for index, (ids, _) in biased.items()}, size, device)
+        flat[places] += to_device(np.concatenate([values for _, values in biased.values()]), device)
+    if banned:
+        flat.index_fill_(0, listed(banned, torch.int64, device), -math.inf)
     return changed
 
 
@@ -147,29 +191,35 @@ def _penalise(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
 
     vLLM's semantics: repetition (Keskar et al. 2019, CTRL) counts prompt and output, presence and frequency (OpenAI) the output alone.
     """
-    repeating = [index for index, row in enumerate(rows) if row.params.repetition_penalty != 1]
-    counting = [index for index, row in enumerate(rows) if row.params.presence_penalty or row.params.frequency_penalty]
-    if not repeating and not counting:
+    repeated = {index: row.known.read()[0] for index, row in enumerate(rows) if row.params.repetition_penalty != 1}
+    counted = {
+        index: row.output.read()
+        for index, row in enumerate(rows)
+        if (row.params.presence_penalty or row.params.frequency_penalty) and len(row.token_ids) > row.num_prompt_tokens
+    }
+    if not repeated and not counted:
         return logits
     changed = logits.to(torch.float32, copy=True)
-    flat, size = changed.view(-1), logits.shape[-1]
-
-    def entries(histories: dict[int, Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Places in `flat` of the distinct tokens of each row's history, their rows, and how often each occurs."""
-        places = torch.tensor([index * size + token_id for index, history in histories.items() for token_id in history], dtype=torch.long)
-        places, counts = places.to(logits.device).unique(return_counts=True)
-        return places, places // size, counts
-
-    if repeating:
-        places, owners, _ = entries({index: rows[index].token_ids for index in repeating})
-        penalty, values = _column([row.params.repetition_penalty for row in rows], changed)[owners, 0], flat[places]
+    flat, size, device = changed.view(-1), logits.shape[-1], logits.device
+    if repeated:
+        places, lengths = _places(repeated, size, device), [len(ids) for ids in repeated.values()]
+        penalties = np.array([rows[index].params.repetition_penalty for index in repeated], np.float32)
+        penalty, values = to_device(np.repeat(penalties, lengths), device), flat[places]
         flat[places] = torch.where(values > 0, values / penalty, values * penalty)
-    if counting:
-        places, owners, counts = entries({index: rows[index].token_ids[rows[index].num_prompt_tokens :] for index in counting})
-        frequency = _column([row.params.frequency_penalty for row in rows], changed)[owners, 0]
-        presence = _column([row.params.presence_penalty for row in rows], changed)[owners, 0]
-        flat[places] -= frequency * counts + presence
+    if counted:
+        places = _places({index: ids for index, (ids, _) in counted.items()}, size, device)
+        amounts = [
+            np.float32(rows[index].params.frequency_penalty) * counts.astype(np.float32) + np.float32(rows[index].params.presence_penalty)
+            for index, (_, counts) in counted.items()
+        ]
+        flat[places] -= to_device(np.concatenate(amounts), device)
     return changed
+
+
+def _places(ids: Mapping[int, np.ndarray], size: int, device: torch.device) -> torch.Tensor:
+    """Where token ids of rows, by row, are in logits [R, size] taken as one row."""
+    starts = np.repeat(np.array(list(ids), np.int64) * size, [len(part) for part in ids.values()])
+    return to_device(starts + np.concatenate(list(ids.values())), device)
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

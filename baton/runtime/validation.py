@@ -10,6 +10,7 @@ from baton.errors import InvalidRequest, PromptTooLong
 from baton.types import GenerateRequest, SamplingParams
 
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS = 1024, 128  # entries; as in vLLM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,10 @@ def _validate_sampling(sampling: SamplingParams, limits: Limits, num_output: int
     check(0 <= sampling.min_tokens <= sampling.max_tokens, "min_tokens", "from 0 to max_tokens")
     check(sampling.logprobs is None or 0 <= sampling.logprobs <= MAX_LOGPROBS, "logprobs", f"from 0 to {MAX_LOGPROBS}")
     check(sampling.prompt_logprobs is None or 0 <= sampling.prompt_logprobs <= MAX_LOGPROBS, "prompt_logprobs", f"from 0 to {MAX_LOGPROBS}")
+    for name, most in (("logit_bias", MAX_LOGIT_BIAS), ("stop_token_ids", MAX_STOP_TOKEN_IDS)):
+        count = len(getattr(sampling, name))
+        if count > most:
+            raise InvalidRequest(f"{name} has {count} entries; at most {most} are taken: send fewer", param=name)
     known = range(limits.vocab_size)
     check(all(token_id in known for token_id in sampling.logit_bias), "logit_bias", f"about token ids below {limits.vocab_size}")
     check(all(token_id in known for token_id in sampling.stop_token_ids), "stop_token_ids", f"token ids below {limits.vocab_size}")

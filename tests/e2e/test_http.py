@@ -237,6 +237,7 @@ def test_a_client_that_goes_away_frees_everything(cluster: RunningCluster) -> No
         ("/v1/completions", {"prompt": []}, 400, "invalid_request_error", "empty"),
         ("/v1/completions", {"prompt": "x", "max_tokens": "ten"}, 400, "invalid_request_error", "max_tokens"),
         ("/v1/completions", {"prompt": "x", "logit_bias": {"99999": 1}}, 400, "invalid_request_error", "logit_bias"),
+        ("/v1/completions", {"prompt": "x", "logit_bias": dict.fromkeys(range(1025), 1)}, 400, "invalid_request_error", "at most 1024"),
         ("/v1/chat/completions", {"messages": []}, 400, "invalid_request_error", "messages"),
         ("/v1/chat/completions", {"messages": [{"content": "x"}]}, 400, "invalid_request_error", "role"),
         ("/v1/chat/completions", {"messages": USER, "temperature": 9e9, "top_logprobs": 2}, 400, "invalid_request_error", "top_logprobs"),

@@ -136,6 +136,20 @@ async def test_preempted(folder: Path, sampling: SamplingParams) -> None:
     assert results == await expected(folder, sampling)
 
 
+async def test_what_tokens_are_drawn_by_is_made_once_a_request(folder: Path) -> None:
+    """And not taken for that of another request of the same name."""
+    penalised = dataclasses.replace(PENALISED, logit_bias={7: 3.0})
+    wanted = await expected(folder, penalised, [100, 17])
+    async with engine(folder) as built:
+        rows: list[Any] = []
+        built.on_step = lambda plan, seconds: rows.extend(built.runner._drawing.values())
+        for length, tokens in zip((100, 17), wanted, strict=True):
+            rows.clear()
+            assert ids(await collect(built, request(length, penalised, name="same"))) == tokens
+            assert len(rows) == NEW_TOKENS
+            assert len(set(map(id, rows))) == 1
+
+
 @pytest.mark.parametrize("sampling", KINDS)
 @pytest.mark.parametrize("push", [True, False], ids=["first token pushed", "blocks only"])
 async def test_disaggregated(folder: Path, sampling: SamplingParams, push: bool) -> None:

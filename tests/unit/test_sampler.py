@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from baton.runtime.sampler import Row, exponential_noise, logprobs, sample
+from baton.runtime.sampler import Row, _bias, _penalise, exponential_noise, logprobs, sample
 from baton.types import SamplingParams
 
 VOCAB = 97
@@ -245,6 +245,70 @@ def test_noise_never_changes_between_versions():
     noise = exponential_noise([0, 42], 3, torch.device("cpu")).flatten().tolist()
     expected = [2.1482412815, 0.5648032427, 0.0267894249, 1.3531105518, 0.1742467284, 0.3265630901]
     assert noise == pytest.approx(expected, rel=1e-6)
+
+
+# ---- rows that are kept while their sequences grow
+
+
+def adjusted_at_once(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+    """What bias and penalties make of logits [R, vocab], computed from whole histories, in fp32 and in the sampler's order."""
+    values = logits.clone()
+    for at, made in enumerate(rows):
+        p = made.params
+        for token_id, bias in p.logit_bias.items():
+            values[at, token_id] += torch.tensor(bias)
+        values[at, list(made.banned)] = -torch.inf
+        if p.repetition_penalty != 1:
+            seen, penalty = torch.tensor(made.token_ids).unique(), torch.tensor(p.repetition_penalty)
+            values[at, seen] = torch.where(values[at, seen] > 0, values[at, seen] / penalty, values[at, seen] * penalty)
+        output, counts = torch.tensor(made.token_ids[made.num_prompt_tokens :], dtype=torch.int64).unique(return_counts=True)
+        values[at, output] -= torch.tensor(p.frequency_penalty) * counts + torch.tensor(p.presence_penalty)
+    return values
+
+
+def test_rows_that_are_kept_draw_the_same_bits_as_new_ones():
+    """Rows come and go, as requests do that wait, are preempted or end; new ones begin with some output, as moved ones do."""
+    rng = random.Random(17)
+    kept = [random_row(rng) for _ in range(24)]
+    for step in range(60):
+        chosen = rng.sample(kept, rng.randint(1, len(kept)))
+        logits = random_logits(len(chosen), seed=step)
+        fresh = [Row(params=r.params, token_ids=r.token_ids, num_prompt_tokens=r.num_prompt_tokens, eos_token_ids=EOS) for r in chosen]
+        values = _penalise(_bias(logits, chosen), chosen)
+        assert torch.equal(values, adjusted_at_once(logits, chosen))
+        assert torch.equal(values, _penalise(_bias(logits, fresh), fresh))
+        tokens = sample(logits, chosen)
+        assert tokens == sample(logits, fresh)
+        for made, token in zip(chosen, tokens, strict=True):
+            made.token_ids.extend([token.token_id] * rng.choice((1, 1, 3)))
+        kept[rng.randrange(len(kept))] = random_row(rng)
+
+
+class Watched(list[int]):
+    """Counts what is read of it."""
+
+    num_read = 0
+
+    def __iter__(self):
+        self.num_read += len(self)
+        return super().__iter__()
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        self.num_read += len(found) if isinstance(key, slice) else 1
+        return found
+
+
+def test_a_kept_row_reads_each_token_once():
+    made = Row(
+        params=SamplingParams(max_tokens=100, repetition_penalty=1.1, frequency_penalty=0.5),
+        token_ids=Watched(range(50)),
+        num_prompt_tokens=40,
+        eos_token_ids=EOS,
+    )
+    for _ in range(20):
+        made.token_ids.append(sample(random_logits(1), [made])[0].token_id)
+    assert made.token_ids.num_read == 2 * len(made.token_ids) - 40 - 2  # the output for either kind of penalty; the last token not yet
 
 
 # ---- distribution
