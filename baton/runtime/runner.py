@@ -163,7 +163,7 @@ def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> tuple[Scores, torch.
         count, rows = item.request.sampling.prompt_logprobs, len(part) - item.samples
         if count is not None and rows:
             targets = item.request.token_ids[item.start + 1 : item.start + 1 + rows]
-            scores[item.request.request_id] = sampler.score(part[:rows].float(), targets, [count] * rows)
+            scores[item.request.request_id] = sampler.score(part[:rows], targets, [count] * rows)
         if item.samples:
             sampling.append(part[-1])
     return scores, torch.stack(sampling) if sampling else logits[:0]
