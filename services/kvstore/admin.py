@@ -14,6 +14,7 @@ from baton.types import PoolState
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.1
+_SILENCE_S = 3.0  # of the masters, after which a drain is given up
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})? ([-+.eE\d]+)$", re.MULTILINE)
 
 
@@ -67,10 +68,11 @@ class MasterAdmin:
 
     async def drain_segment(self, name: str, grace_s: float) -> bool:
         """Has a segment's objects moved to the other nodes; False if nobody can take them, or not in time. A master that does not answer
-        may do so yet. Raises StoreError where none did in the end."""
-        deadline = asyncio.get_running_loop().time() + grace_s
-        started, problem = False, None
-        while asyncio.get_running_loop().time() < deadline:
+        may do so yet, for a while. Raises StoreError where none does."""
+        clock = asyncio.get_running_loop().time
+        deadline, answered = clock() + grace_s, clock()
+        started = False
+        while clock() < deadline:
             try:
                 states = {each.name: each.status for each in await self.segments()}
                 mine = states.pop(name, "gone")
@@ -81,12 +83,11 @@ class MasterAdmin:
                 if not started and mine == "OK":  # else it was heard, though its answer was not
                     await self._request(await self._leader(), "POST", "/api/v1/drain_jobs", {"segments": [name]})
                     started = True
-                problem = None
-            except StoreError as error:
-                problem = error
+                answered = clock()
+            except StoreError:
+                if clock() - answered > _SILENCE_S:
+                    raise
             await asyncio.sleep(_POLL_S)
-        if problem is not None:
-            raise problem
         return False
 
     async def _leader(self) -> str:
