@@ -21,7 +21,8 @@ class ForwardBatch:
     context_lens: torch.Tensor  # [S] int32
     block_tables: torch.Tensor  # [S, most blocks of any sequence] int32, padded with 0
     logits_rows: torch.Tensor | None  # [R] int64: rows whose logits are wanted; None: all
-    logits_owners: torch.Tensor | None  # [R] int64: the sequences that they belong to; None: of some sequence more than one is wanted
+    logits_owners: torch.Tensor | None  # [R] int64: the sequences that they belong to, one of each at most; None: they are not told
+    scored_rows: torch.Tensor | None = None  # [P] int64: rows whose logits are wanted too, but only to look at, some at a time
     max_query_len: int
     max_context_len: int
     lengths: tuple[tuple[int, int], ...] | None  # S pairs: query and context length; None: they are known on the device alone

@@ -9,7 +9,7 @@ of the MLP, and the vocabulary.
 Knows of no quantization, adapters, sampling or scheduling.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -22,6 +22,14 @@ from baton.layers.linear import Embedding, Linear, PartialLinear
 from baton.layers.norm import RMSNorm
 from baton.models.config import ModelConfig
 from baton.parallel.group import ALONE, Group
+
+SCORED_ROWS = 256  # whose logits exist at once
+Look = Callable[[torch.Tensor], None]
+"""Sees logits [SCORED_ROWS at most, vocab_size]."""
+
+
+def unseen(logits: torch.Tensor) -> None:
+    pass
 
 
 class Attention(nn.Module):
@@ -104,9 +112,10 @@ class Decoder(nn.Module):
         self._cos_sin = rotary.cos_sin_table(num_positions, inverse.to(self.model.norm.weight.device))
         self._whole = None if kernels.decoder is None else self._in_one_call(kernels.decoder)
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits [R, vocab_size] for the rows that the batch asks for; writes the new tokens' KV."""
-        if self._whole is not None:
+    def forward(self, batch: ForwardBatch, look: Look = unseen) -> torch.Tensor:
+        """Logits [R, vocab_size] for the rows that the batch asks for; writes the new tokens' KV. `look` gets the logits of the rows to be
+        scored, in their order."""
+        if self._whole is not None and batch.scored_rows is None:
             return self._whole(
                 batch.token_ids, batch.positions, batch.slots, self._cos_sin, batch.kv, batch.block_tables, batch.query_start,
                 batch.context_lens, batch.logits_rows,
@@ -115,7 +124,7 @@ class Decoder(nn.Module):
         for layer in range(self.config.num_layers - 1):
             q = self.before(layer, residual, batch)
             self.after(layer, self.attend(layer, q, batch), residual)
-        return self.last(self.before(self.config.num_layers - 1, residual, batch), residual, batch)
+        return self.last(self.before(self.config.num_layers - 1, residual, batch), residual, batch, look)
 
     def embed(self, batch: ForwardBatch) -> torch.Tensor:
         """The residual stream [T, H]."""
@@ -137,17 +146,25 @@ class Decoder(nn.Module):
         layer_.self_attn.o_proj.add_to(residual, attended.flatten(1))
         layer_.mlp(self._norm(layer_.post_attention_layernorm, residual), residual)
 
-    def last(self, q: torch.Tensor, residual: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """From the last layer's queries [T, Hq, D] to the logits [R, vocab_size]. All KV is written: only the wanted rows go on."""
-        if batch.logits_owners is not None:
+    def last(self, q: torch.Tensor, residual: torch.Tensor, batch: ForwardBatch, look: Look) -> torch.Tensor:
+        """From the last layer's queries [T, Hq, D] to the logits [R, vocab_size]. All KV is written: only the wanted rows go on, unless
+        some are to be scored."""
+        if batch.logits_owners is not None and batch.scored_rows is None:
             q, residual, batch = q[batch.logits_rows], residual[batch.logits_rows], batch.wanted()
             if not len(q):
                 self.group.meet()  # rank 0 tells that the KV is written once this has ended
                 return residual.new_empty(0, self.config.vocab_size)
         layer = self.config.num_layers - 1
         self.after(layer, self.attend(layer, q, batch), residual)
-        if batch.logits_rows is not None:
-            residual = residual[batch.logits_rows]
+        if batch.scored_rows is not None:
+            for rows in batch.scored_rows.split(SCORED_ROWS):
+                look(self._logits(residual[rows]))
+        return self._logits(residual if batch.logits_rows is None else residual[batch.logits_rows])
+
+    def _logits(self, residual: torch.Tensor) -> torch.Tensor:
+        """[R, H] → [R, vocab_size]."""
+        if not len(residual):
+            return residual.new_empty(0, self.config.vocab_size)
         logits = self.group.all_gather(self.lm_head(self._norm(self.model.norm, residual)))
         return logits if logits.shape[1] == self.config.vocab_size else logits[:, : self.config.vocab_size].contiguous()
 

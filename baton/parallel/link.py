@@ -41,6 +41,7 @@ _ARRAYS: dict[str, tuple[str, int]] = {  # dtype, dimensions
     "block_tables": ("<i4", 2),
     "logits_rows": ("<i8", 1),
     "logits_owners": ("<i8", 1),
+    "scored_rows": ("<i8", 1),
 }
 
 

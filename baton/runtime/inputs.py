@@ -50,7 +50,7 @@ class InputBuilder:
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // self._size))
 
     def arrays(self, plan: StepPlan, drawn: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """What a ForwardBatch is made of, in its words, but for `logits_rows`. A pending token is given as -1 - drawn[request_id], the
+        """What a ForwardBatch is made of, in its words, but for what is `wanted`. A pending token is given as -1 - drawn[request_id], the
         row of the step before that draws it."""
         items = plan.scheduled
         counts = np.fromiter((item.num_new_tokens for item in items), np.int64, len(items))
@@ -80,18 +80,16 @@ class InputBuilder:
         }
 
     def wanted(self, plan: StepPlan, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`logits_rows` and `logits_owners`, where they are not None. Rows wanted: each sampling request's last; all of the prompt where
-        prompt logprobs are asked for. In the plan's order."""
-        rows, owners = list[int](), list[int]()
-        for index, (start, item) in enumerate(zip(arrays["query_start"].tolist(), plan.scheduled, strict=False)):
-            wanted = wanted_positions(item)
-            rows += [start + position - item.start for position in wanted]
-            owners += [index] * len(wanted)
-        all_wanted, one_each = len(rows) == len(arrays["token_ids"]), len(set(owners)) == len(owners)
-        if all_wanted:
+        """`logits_rows`, `logits_owners` and `scored_rows`, where they are not None. Wanted: each sampling request's last row. Scored: all
+        of the prompt where prompt logprobs are asked for. In the plan's order."""
+        query_start = arrays["query_start"]
+        owners = np.array([index for index, item in enumerate(plan.scheduled) if item.samples], np.int64)
+        if len(owners) == len(arrays["token_ids"]):
             return {}
-        found = {"logits_rows": np.array(rows, np.int64)}
-        return {**found, "logits_owners": np.array(owners, np.int64)} if one_each else found
+        found = {"logits_rows": query_start[1:].astype(np.int64)[owners] - 1, "logits_owners": owners}
+        starts = zip(query_start.tolist(), plan.scheduled, strict=False)
+        scored = [start + position - item.start for start, item in starts for position in scored_positions(item)]
+        return {**found, "scored_rows": np.array(scored, np.int64)} if scored else found
 
     def batch(self, arrays: Mapping[str, np.ndarray]) -> ForwardBatch:
         """Of what `arrays` and `wanted` have given."""
@@ -114,10 +112,7 @@ def _tokens(item: ScheduledRequest) -> np.ndarray:
     return np.array(request.token_ids[item.start : item.end], np.int64)
 
 
-def wanted_positions(item: ScheduledRequest) -> list[int]:
-    """Positions whose logits are needed: those that predict a prompt token whose logprob is asked for, then the last known one."""
+def scored_positions(item: ScheduledRequest) -> range:
+    """Those that predict a prompt token whose logprob is asked for."""
     request = item.request
-    if request.sampling.prompt_logprobs is None:
-        return [item.end - 1] if item.samples else []
-    wanted = list(range(item.start, min(item.end, request.num_prompt_tokens - 1)))
-    return [*wanted, item.end - 1] if item.samples else wanted
+    return range(item.start, item.start if request.sampling.prompt_logprobs is None else min(item.end, request.num_prompt_tokens - 1))

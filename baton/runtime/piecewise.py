@@ -5,7 +5,7 @@
 
     piece 0      embed, layer 0 up to its queries          ─▶ attention 0, called
     piece i      layer i - 1 from its attention on, layer i up to its queries          ─▶ attention i, called
-    last layer   called: of the rows that are wanted alone
+    last layer   called: of the rows that are wanted alone, unless some are to be scored
 
 A layer is some nine kernels, which a host takes longer to launch one by one than a GPU to compute for so few tokens; up to 2048 a slow host
 still falls behind in the small ones around attention. Attention's grid follows from what is in the step, so it stays outside. Larger steps
@@ -18,7 +18,7 @@ import time
 import torch
 
 from baton.forward import ForwardBatch
-from baton.models.decoder import Decoder
+from baton.models.decoder import Decoder, Look, unseen
 from baton.runtime.graphs import nothing_collected
 
 logger = logging.getLogger(__name__)
@@ -64,12 +64,12 @@ class PiecewiseGraphs:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
+    def __call__(self, batch: ForwardBatch, look: Look = unseen) -> torch.Tensor:
         """As the model's: logits [R, vocab_size]."""
         count = len(batch.token_ids)
         size = next((size for size in self._sizes if size >= count), None)
         if size is None or (size > _FREELY and (size - count) * _FEW > count):
-            return self._model(batch)
+            return self._model(batch, look)
         for row, values in zip(self._inputs, (batch.token_ids, batch.positions, batch.slots), strict=True):
             row[:count].copy_(values)
         self._inputs[2, count:size].fill_(-1)
@@ -78,7 +78,7 @@ class PiecewiseGraphs:
             if layer:
                 self._model.attend(layer - 1, self._q[:count], batch, self._attended[:count])
             piece.replay()
-        return self._model.last(self._q[:count], residual[:count], batch)
+        return self._model.last(self._q[:count], residual[:count], batch, look)
 
     def _piece(self, layer: int, residual: torch.Tensor | None, batch: ForwardBatch) -> torch.Tensor:
         size = len(batch.token_ids)

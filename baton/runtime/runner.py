@@ -8,7 +8,8 @@ pending.
 Where ranks share the model, rank 0's runner has the plans and draws; `team` tells the others what to `compute`, and theirs do that alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -16,18 +17,38 @@ import torch
 from baton.forward import ForwardBatch
 from baton.kernels.table import Kernels
 from baton.kv.pool import KVPool
-from baton.models.decoder import Decoder
+from baton.models.decoder import Decoder, Look, unseen
 from baton.runtime import sampler
 from baton.runtime.crew import Team
 from baton.runtime.flights import DeviceLost
 from baton.runtime.graphs import DecodeGraphs, Graphs, NoGraphs
-from baton.runtime.inputs import InputBuilder, wanted_positions
+from baton.runtime.inputs import InputBuilder, scored_positions
 from baton.runtime.piecewise import PiecewiseGraphs
-from baton.scheduling.plan import StepPlan, StepResult
+from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import Request
 from baton.types import TokenLogprobs
 
-Scores = dict[str, Callable[[], list[TokenLogprobs]]]
+
+class PromptScores:
+    """Logprobs of a step's prompt tokens, that are being computed."""
+
+    def __init__(self, items: Sequence[ScheduledRequest]) -> None:
+        self._positions = {item.request: positions for item in items if (positions := scored_positions(item))}
+        self._token_ids = [request.token_ids[position + 1] for request, positions in self._positions.items() for position in positions]
+        self._counts = [request.sampling.prompt_logprobs or 0 for request, positions in self._positions.items() for _ in positions]
+        self._scores: list[sampler.Score] = []
+        self._seen = 0
+
+    def look(self, logits: torch.Tensor) -> None:
+        """Of the next scored rows."""
+        rows = slice(self._seen, self._seen + len(logits))
+        self._seen = rows.stop
+        self._scores.append(sampler.score(logits, self._token_ids[rows], self._counts[rows]))
+
+    def result(self) -> dict[str, list[TokenLogprobs]]:
+        """By request id. Waits for them."""
+        found = chain.from_iterable(score() for score in self._scores)
+        return {request.request_id: list(islice(found, len(positions))) for request, positions in self._positions.items()}
 
 
 class ModelRunner:
@@ -51,7 +72,7 @@ class ModelRunner:
         self._rows: dict[str, int] = {}  # of the last step's draw, by request id
         self._drawing: dict[Request, sampler.Row] = {}  # by what the last step drew for
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=kv.device)
-        self._forward: Callable[[ForwardBatch], torch.Tensor] = model
+        self._forward: Callable[[ForwardBatch, Look], torch.Tensor] = model
         self._graphs: Graphs = NoGraphs()
         if graphs:
             captured = DecodeGraphs(model, kernels, kv, self._drawn, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
@@ -80,11 +101,9 @@ class ModelRunner:
         graphed = self._graphs.fit(plan)
         if not graphed:
             arrays |= self._inputs.wanted(plan, arrays)
+        scores = PromptScores(plan.scheduled if "scored_rows" in arrays else ())
         with self._team.step(arrays, graphed):
-            logits, greedy = self.compute(arrays, graphed)
-        scores: Scores = {}
-        if len(items) < len(logits):
-            scores, logits = _score_prompts(plan, logits)
+            logits, greedy = self.compute(arrays, graphed, scores.look)
         self._rows = {item.request.request_id: row for row, item in enumerate(items)} if self._is_cuda else {}
         if not items:
             return self._ended(scores)
@@ -99,7 +118,7 @@ class ModelRunner:
 
         def result() -> StepResult:
             tokens = {item.request.request_id: token for item, token in zip(items, draw.tokens(), strict=True)}
-            return StepResult(tokens, {name: score() for name, score in scores.items()})
+            return StepResult(tokens, scores.result())
 
         return self._settling(result)
 
@@ -122,17 +141,18 @@ class ModelRunner:
                 raise DeviceLost(str(lost)) from error
 
     @torch.inference_mode()
-    def compute(self, arrays: Mapping[str, np.ndarray], graphed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A step's forward pass: the logits wanted [R, vocab_size], and their argmax where it costs nothing more (`graphed`)."""
+    def compute(self, arrays: Mapping[str, np.ndarray], graphed: bool, look: Look = unseen) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A step's forward pass: the logits wanted [R, vocab_size], and their argmax where it costs nothing more (`graphed`). Those to be
+        scored are gone when `look` has seen them: of a long prompt they would take gigabytes."""
         if graphed:
             return self._graphs.run(arrays)
         batch = self._inputs.batch(arrays)
         if self._is_cuda and (arrays["token_ids"] < 0).any():
             self._group.broadcast(self._drawn)
             self._kernels.resolve(batch.token_ids, self._drawn)
-        return self._forward(batch), None
+        return self._forward(batch, look), None
 
-    def _ended(self, scores: Scores) -> Callable[[], StepResult]:
+    def _ended(self, scores: PromptScores) -> Callable[[], StepResult]:
         """Of a step that draws nothing: its blocks may be read once it has ended all the same."""
         ended = torch.cuda.Event() if self._is_cuda else None
         if ended is not None:
@@ -141,7 +161,7 @@ class ModelRunner:
         def result() -> StepResult:
             if ended is not None:
                 ended.synchronize()
-            return StepResult({}, {name: score() for name, score in scores.items()})
+            return StepResult({}, scores.result())
 
         return self._settling(result)
 
@@ -153,17 +173,3 @@ def _row(request: Request) -> sampler.Row:
         num_prompt_tokens=request.num_prompt_tokens,
         eos_token_ids=request.eos_token_ids,
     )
-
-
-def _score_prompts(plan: StepPlan, logits: torch.Tensor) -> tuple[Scores, torch.Tensor]:
-    """Prompt logprobs, and the logits [R, vocab_size] of the rows that sample."""
-    scores: Scores = {}
-    sampling: list[torch.Tensor] = []
-    for item, part in zip(plan.scheduled, logits.split([len(wanted_positions(item)) for item in plan.scheduled]), strict=True):
-        count, rows = item.request.sampling.prompt_logprobs, len(part) - item.samples
-        if count is not None and rows:
-            targets = item.request.token_ids[item.start + 1 : item.start + 1 + rows]
-            scores[item.request.request_id] = sampler.score(part[:rows], targets, [count] * rows)
-        if item.samples:
-            sampling.append(part[-1])
-    return scores, torch.stack(sampling) if sampling else logits[:0]

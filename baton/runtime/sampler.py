@@ -24,7 +24,6 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK64 = 2**64 - 1
 _GREEDY = 1e-5  # temperatures below it are greedy: dividing by them would overflow fp32
-_SCORED_ROWS = 256  # whose logprobs are computed together: at 150,000 ids 0.35 GB
 
 
 class Tally:
@@ -149,11 +148,8 @@ def logprobs(logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[in
 
 
 def score(logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> Score:
-    """Starts to compute what `logprobs` gives. A prompt's rows are many, and each takes several times its logits: some at a time."""
-    targets = listed(token_ids, torch.int64, logits.device)
-    slices = [slice(start, start + _SCORED_ROWS) for start in range(0, len(logits), _SCORED_ROWS)]
-    parts = [_score(logits[rows].float(), targets[rows], counts[rows]) for rows in slices]
-    return lambda: [found for part in parts for found in part()]
+    """Starts to compute what `logprobs` gives."""
+    return _score(logits.float(), listed(token_ids, torch.int64, logits.device), counts)
 
 
 def _score(logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int]) -> Score:

@@ -9,7 +9,7 @@ import torch
 from baton.config import EngineConfig
 from baton.runtime.build import build_engine
 from baton.runtime.loaded import load
-from baton.types import GenerateRequest, SamplingParams
+from baton.types import GenerateOutput, GenerateRequest, SamplingParams
 from tests.parity.models import FAMILIES, Family
 
 pytestmark = pytest.mark.gpu
@@ -22,15 +22,24 @@ def prompt(length: int) -> list[int]:
 
 
 async def generate(folder: Path, requests: list[GenerateRequest], **settings: object) -> list[list[int]]:
+    return list(map(ids, await outputs(folder, requests, **settings)))
+
+
+def ids(outputs: list[GenerateOutput]) -> list[int]:
+    return [token.token_id for output in outputs for token in output.tokens]
+
+
+async def outputs(folder: Path, requests: list[GenerateRequest], **settings: object) -> list[list[GenerateOutput]]:
     loaded = load(folder, EngineConfig.model_validate({"device": "cuda", "num_blocks": 400, "max_num_seqs": 8, **settings}))
     engine = build_engine(loaded, (), budget_s=2)
     engine.start()
 
-    async def tokens(request: GenerateRequest) -> list[int]:
-        return [token.token_id async for output in engine.submit(request) for token in output.tokens]
+    async def told(request: GenerateRequest) -> list[GenerateOutput]:
+        return [output async for output in engine.submit(request)]
 
     try:
-        found = await asyncio.gather(*map(tokens, requests))
+        torch.cuda.reset_peak_memory_stats()
+        found = await asyncio.gather(*map(told, requests))
         assert await engine.check_integrity() == []
         assert engine.load.blocks_free == engine.load.blocks_total
         return found
@@ -70,3 +79,21 @@ async def test_sampled_and_penalised_tokens_are_those_of_the_cpu(tmp_path: Path)
     on_gpu = await generate(tmp_path, requests)
     on_cpu = await generate(tmp_path, requests, device="cpu")
     assert on_gpu == on_cpu
+
+
+@pytest.mark.parametrize("budget", [1024, 4096], ids=["captured between attentions", "called"])
+async def test_prompt_logprobs_are_those_of_the_cpu_and_take_little_memory(budget: int, tmp_path: Path) -> None:
+    Family("wide", "Llama", {"vocab_size": 100_000}).make(tmp_path)
+    requests = [request(length, prompt_logprobs=1) for length in (17, 1900)]
+    before = torch.cuda.memory_allocated()
+    on_gpu = await outputs(tmp_path, requests, max_num_batched_tokens=budget)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 650e6  # model, KV and graphs among it; logits of 1900 rows alone: 760e6
+    for ours, theirs in zip(on_gpu, await outputs(tmp_path, requests, device="cpu"), strict=True):
+        (found,), (wanted,) = ([output.prompt_logprobs for output in each if output.prompt_logprobs] for each in (ours, theirs))
+        assert len(found) == len(wanted)
+        for one, other in zip(found[1:], wanted[1:], strict=True):
+            assert one is not None
+            assert other is not None
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+        assert ids(ours) == ids(theirs)

@@ -1,5 +1,6 @@
 """One rank of test_ranks.py: rank, size, address of the group's store (rank 0: file descriptor of its listener), then models, each
-as folder:load_format:dtype. Rank 0 answers with a line of JSON for each: the logits of a prompt, in two chunks."""
+as folder:load_format:dtype. Rank 0 answers with a line of JSON for each: the logits of a prompt, in two chunks, and what is seen of one
+that is scored."""
 
 import json
 import socket
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 
 from baton.config import EngineConfig
+from baton.models.decoder import Look, unseen
 from baton.parallel.group import Group, TorchGroup
 from baton.runtime.crew import Solo
 from baton.runtime.loaded import LoadedModel, load
 
-PROMPT = [(7 * i + 3) % 250 for i in range(50)]
+LENGTH = 50
 CUT = 35
+SCORED = 300  # tokens of a prompt, which begins like the other
 
 
 class Joined(Solo):
@@ -29,30 +32,41 @@ class Joined(Solo):
 
 def logits(loaded: LoadedModel) -> list[list[float]]:
     """Of all of the prompt's positions from CUT on; the first chunk wants none."""
-    return [row for start, end in ((0, CUT), (CUT, len(PROMPT))) for row in chunk(loaded, start, end).tolist()]
+    none = np.array([], np.int64)
+    first = chunk(loaded, 0, CUT, logits_rows=none, logits_owners=none)
+    return [*first.tolist(), *chunk(loaded, CUT, LENGTH).tolist()]
 
 
-def chunk(loaded: LoadedModel, start: int, end: int) -> torch.Tensor:
+def seen(loaded: LoadedModel) -> list[list[float]]:
+    """Of a long prompt's scored positions, some of them, and of its last."""
+    found: list[torch.Tensor] = []
+    last = chunk(loaded, 0, SCORED, found.append, logits_rows=np.array([SCORED - 1]), scored_rows=np.arange(SCORED - 1))
+    return [*torch.cat(found)[::20].tolist(), *last.tolist()]
+
+
+def chunk(loaded: LoadedModel, start: int, end: int, look: Look = unseen, **rows: np.ndarray) -> torch.Tensor:
     positions = np.arange(start, end)
     arrays: dict[str, Any] = {
-        "token_ids": np.array(PROMPT[start:end]),
+        "token_ids": (7 * positions + 3) % 250,
         "positions": positions,
         "slots": positions + 16,  # from block 1 on
         "query_start": np.array([0, end - start], np.int32),
         "context_lens": np.array([end], np.int32),
         "block_tables": np.arange(1, 2 - (-end // 16), dtype=np.int32)[None],
     }
-    if start == 0:
-        arrays |= {"logits_rows": np.array([], np.int64), "logits_owners": np.array([], np.int64)}
-    found, _ = loaded.runner.compute(arrays, False)
+    found, _ = loaded.runner.compute(arrays | rows, False, look)
     return found
 
 
 def load_named(name: str, size: int, team: Solo | None = None) -> LoadedModel:
     """`name`: folder:load_format:dtype."""
     path, load_format, dtype = name.rsplit(":", 2)
-    values = {"device": "cpu", "num_blocks": 16, "num_threads": 1, "tensor_parallel_size": size}
+    values = {"device": "cpu", "num_blocks": 32, "num_threads": 1, "tensor_parallel_size": size}
     return load(Path(path), EngineConfig.model_validate({**values, "load_format": load_format, "dtype": dtype}), team)
+
+
+def answer(loaded: LoadedModel) -> list[list[float]]:
+    return [*logits(loaded), *seen(loaded)]
 
 
 def main() -> None:
@@ -60,7 +74,7 @@ def main() -> None:
     server = socket.socket(fileno=int(sys.argv[4])) if rank == 0 else None
     group = Joined(TorchGroup(rank, size, address, torch.device("cpu"), server))
     for name in sys.argv[5:]:
-        found = logits(load_named(name, size, group))
+        found = answer(load_named(name, size, group))
         if rank == 0:
             print(json.dumps(found), flush=True)
 

@@ -36,7 +36,7 @@ def run(size: int, names: list[str]) -> list[torch.Tensor]:
 
 
 def alone(name: str) -> torch.Tensor:
-    return torch.tensor(rank_peer.logits(rank_peer.load_named(name, 1)))
+    return torch.tensor(rank_peer.answer(rank_peer.load_named(name, 1)))
 
 
 def test_logits_are_those_of_one_rank(tmp_path: Path) -> None:

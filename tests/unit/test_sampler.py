@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from baton.runtime.sampler import Row, _bias, _penalise, exponential_noise, logprobs, sample
@@ -405,25 +404,3 @@ def test_logprobs_of_given_tokens_with_different_counts():
     found = logprobs(logits, [0, 1, 2], [0, 2, VOCAB + 5])
     assert [len(entry.top) for entry in found] == [0, 2, VOCAB]
     assert found[1].logprob == pytest.approx(float(logits[1].log_softmax(-1)[1]))
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that a tensor has which an operation makes anew."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
-                self.numel = max(self.numel, tensor.numel())
-        return made
-
-
-def test_logprobs_of_a_long_prompt_take_little_memory_at_a_time():
-    logits = random_logits(1000, seed=6).bfloat16()
-    targets, counts = [at % VOCAB for at in range(1000)], [3] * 1000
-    with Largest() as largest:
-        found = logprobs(logits, targets, counts)
-    assert largest.numel <= 256 * VOCAB
-    assert found == [entry for at in range(1000) for entry in logprobs(logits[at : at + 1].float(), targets[at : at + 1], [3])]

@@ -150,6 +150,7 @@ def test_a_step_travels_as_it_is() -> None:
         "context_lens": np.array([2, 10], np.int32),
         "block_tables": np.array([[1, 0, 0], [4, 5, 6]], np.int32)[:, :2],
         "logits_rows": np.array([], np.int64),
+        "scored_rows": np.array([0, 2]),
     }
     for graphed in (False, True):
         found, flag = unpack_step(pack_step(arrays, graphed))
