@@ -34,6 +34,7 @@ from baton.runtime.loading import Loader
 from baton.runtime.outputs import Outputs
 from baton.runtime.pace import PaceLearner, Stopwatch
 from baton.runtime.pushing import Checksums, Pusher, Receiver, Reservations, Sender
+from baton.runtime.refetch import set_aside_lost
 from baton.runtime.sequence import EngineSequence
 from baton.runtime.state import StatePublisher, StateReader
 from baton.runtime.tier import Tier
@@ -318,6 +319,8 @@ class Engine:
     def _step(self) -> bool:
         """Submits the next step, if there is one, and takes in those that are to end first. False where there was nothing to do."""
         plan = self.scheduler.schedule()
+        if self._tiers:
+            plan = set_aside_lost(plan, self.scheduler, self.loader, self._entries)
         if plan.scheduled:
             self._submit(plan)
         elif not self._flights:
@@ -404,7 +407,11 @@ class Engine:
         return feed.num_tokens - feed.num_found * self.scheduler.cache.block_size
 
     def _ready(self, feed: Feed) -> None:
-        self.scheduler.add(feed.request)
+        request = feed.request
+        if request.status is RequestStatus.LOADING:
+            self.scheduler.add(request)
+        elif request.status is RequestStatus.FETCHING:
+            self.scheduler.resume(request, max(feed.num_loaded * self.scheduler.cache.block_size, request.num_computed_tokens))
 
     def _saved(self, feed: Feed) -> None:
         entry = self._entries.get(feed.request.request_id)
@@ -435,7 +442,7 @@ class Engine:
         held = [entry.request.block_ids for entry in self._entries.values()]
         problems = cache.pool.check_integrity([*held, *cache.pinned(), *self.loader.held(), *self.pusher.held(), *self.reservations.held()])
         known = {entry.request for entry in self._entries.values()}
-        queued = {*self.scheduler.running, *self.scheduler.waiting}
+        queued = {*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.fetching}
         problems += [f"request {request.request_id} is scheduled, but has ended" for request in queued - known]
         return problems
 

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from baton.scheduling.request import Request
+from baton.scheduling.request import Request, RequestStatus
 from baton.types import Fetch
 
 
@@ -22,8 +22,9 @@ class Feed:
     num_available: int = 0  # leading blocks that are here, or in a tier by now and worth fetching
     num_loaded: int = 0  # leading blocks that are here
     looked_up: bool = False
-    ready: bool = False
+    ready: bool = False  # there is nothing to wait for
     closed: bool = False
+    next_refetch: int = 0  # how often it must have been preempted to be looked up again; 0: it has not been yet
     deadline: float | None = None  # of the calls in flight
 
     asked: range = range(0)  # blocks of the lookup
@@ -52,6 +53,16 @@ class Feed:
     @property
     def saves_ended(self) -> bool:
         return self.num_saving == 0 or self.saves_given_up or self.num_saved_blocks >= self.num_blocks
+
+    @property
+    def is_awaited(self) -> bool:
+        """The scheduler has not seen the request yet."""
+        return not self.closed and self.request.status is RequestStatus.LOADING
+
+    @property
+    def has_own_room(self) -> bool:
+        """It is loaded into the request's own blocks."""
+        return self.next_refetch > 0
 
     def source_of(self, block: int) -> int | None:
         """The fastest tier that may give it."""

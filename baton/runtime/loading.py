@@ -6,6 +6,8 @@ Loading is prefetch into the prefix cache. A submitted request goes through here
                  │ budget                  ▲     │ nothing        │ budget, each call
                  └─────────────────────────┘     └────────────────┴──▶ what is missing gets computed
 
+What a request has lost by the time that it is admitted goes the same way once more (`runtime.refetch`), but into blocks that are its own.
+
 Each block comes from the fastest tier that has it, and is saved to those that are faster still. Loaded blocks are registered under their
 hashes and pinned; the scheduler's ordinary match finds them. A call that takes longer than its budget is given up as a miss, and that tier
 with it for this request; but its blocks stay taken until it has really returned, because it may still write.
@@ -26,7 +28,7 @@ from baton.runtime.feed import Feed
 from baton.runtime.tier import Tier
 from baton.scheduling.cache import KVCache
 from baton.scheduling.fetching import num_to_fetch
-from baton.scheduling.request import Request
+from baton.scheduling.request import Request, RequestStatus
 from baton.types import BlocksRemoved, BlocksStored, Fetch, KVEvent, Pace
 from baton.types import Tier as TierName
 
@@ -91,19 +93,39 @@ class Loader:
         cache.pin(request.request_id, matched)
         feed.num_matched = feed.num_found = feed.num_available = feed.num_loaded = len(matched)
         first, last = (0, feed.num_blocks) if feed.await_saves else (len(matched), cache.num_matchable_blocks(request))
-        feed.asked = range(first, last)
-        if not feed.asked or not self._tiers:
-            self._found(feed)
-        else:
-            self._expect(feed, self._budget_s * LOOKUP_SHARE)
-            keys = [self._key(key) for key in request.block_hashes[first:last]]
-            feed.answered = {number for number, tier in enumerate(self._tiers) if tier.doubtful}
-            for number, tier in enumerate(self._tiers):
-                tier.lookup(keys, lambda held, number=number: self._post(lambda: self._looked_up(feed, number, held)))
-            if len(feed.answered) == len(self._tiers):
-                self._found(feed)
+        self._look_up(feed, range(first, last))
         if self._outlasting and first > 0:
             self._touch(request.block_hashes[:first])
+
+    def fetch_again(self, feed: Feed) -> None:
+        """The request is set aside, and has blocks: looks up what they lack, and fills them."""
+        num_here = feed.request.num_computed_tokens // self._cache.block_size
+        feed.next_refetch, feed.room_deadline = feed.request.num_preemptions + 1, None
+        feed.num_matched = min(feed.num_matched, num_here)
+        feed.num_available = feed.num_loaded = num_here
+        feed.sources, feed.failed, feed.in_flight = {}, set(), []
+        feed.looked_up, feed.ready, feed.decides = False, False, True
+        self._look_up(feed, range(num_here, self._limit(feed)))
+
+    def _limit(self, feed: Feed) -> int:
+        """Leading blocks of which the request may have KV."""
+        request, matchable = feed.request, self._cache.num_matchable_blocks(feed.request)
+        if request.status is RequestStatus.LOADING:
+            return matchable
+        return min(matchable, len(request.block_hashes)) if request.status is RequestStatus.FETCHING else 0  # it was preempted meanwhile
+
+    def _look_up(self, feed: Feed, asked: range) -> None:
+        feed.asked = asked
+        if not asked or not self._tiers:
+            self._found(feed)
+            return
+        self._expect(feed, self._budget_s * LOOKUP_SHARE)
+        keys = [self._key(key) for key in feed.request.block_hashes[asked.start : asked.stop]]
+        feed.answered = {number for number, tier in enumerate(self._tiers) if tier.doubtful}
+        for number, tier in enumerate(self._tiers):
+            tier.lookup(keys, lambda held, number=number: self._post(lambda: self._looked_up(feed, number, asked, held)))
+        if len(feed.answered) == len(self._tiers):
+            self._found(feed)
 
     def _touch(self, prefix: Sequence[bytes]) -> None:
         """A lookup whose answer nobody needs: what is always found on the device is what tiers have not heard of for longest, and would
@@ -122,7 +144,7 @@ class Loader:
     def offer(self, feed: Feed, num_blocks: int) -> None:
         """The shared tiers hold the first `num_blocks` full blocks by now."""
         num_blocks = min(num_blocks, feed.num_blocks)
-        if not self._shared or num_blocks <= feed.num_available:
+        if not self._shared or not feed.is_awaited or num_blocks <= feed.num_available:
             return
         for block in range(feed.num_available, num_blocks):
             feed.sources[block] = sorted({*feed.sources.get(block, ()), *self._shared})
@@ -141,9 +163,9 @@ class Loader:
         self._wanting.pop(feed, None)
         self._cache.unpin(feed.request.request_id)
 
-    def _looked_up(self, feed: Feed, number: int, held: list[bool]) -> None:
+    def _looked_up(self, feed: Feed, number: int, asked: range, held: list[bool]) -> None:
         """A tier has answered. Slower ones are not waited for once all is found, unless it matters what they have; they may still help."""
-        if feed.closed or feed.ready:
+        if feed.closed or feed.ready or feed.asked is not asked:
             return
         feed.answered.add(number)
         self._notice_gone(feed, number, held)
@@ -163,7 +185,7 @@ class Loader:
         self._settle(feed)
         feed.looked_up = True
         self._count_saved(feed)
-        limit, end = self._cache.num_matchable_blocks(feed.request), feed.num_matched
+        limit, end = self._limit(feed), feed.num_loaded
         while end < limit and end in feed.sources:
             end += 1
         feed.num_available = end
@@ -212,9 +234,9 @@ class Loader:
         if number is not None and feed.decides and self._surprises(feed, number):
             self._decide(feed)
             number = self._next_source(feed)
-        end = min(feed.num_available, self._cache.num_matchable_blocks(feed.request), feed.num_loaded + MAX_BLOCKS_PER_LOAD)
+        end = min(feed.num_available, self._limit(feed), feed.num_loaded + MAX_BLOCKS_PER_LOAD)
         if number is not None and end > feed.num_loaded:
-            end = min(end, feed.num_loaded + self._cache.pool.num_free)
+            end = min(end, self._room(feed, end))
             self._fetching[feed] = None
             count = sum(1 for _ in takewhile(number.__eq__, feed.sources_of(range(feed.num_loaded, end))))
             if count:
@@ -235,7 +257,8 @@ class Loader:
         now = time.monotonic()
         if feed.room_deadline is None:
             feed.room_deadline = now + self._budget_s
-        waits = now < feed.room_deadline and bool(self._backlog())
+        others = [other for other in self._backlog() if other.status is RequestStatus.RUNNING or not feed.has_own_room]
+        waits = now < feed.room_deadline and bool(others)
         if waits:
             self._wanting[feed] = None
         return waits
@@ -244,7 +267,7 @@ class Loader:
         return feed.source_of(feed.num_loaded) if feed.num_loaded < feed.num_available else None
 
     def _load(self, feed: Feed, number: int, count: int) -> None:
-        feed.source, feed.in_flight, feed.begun = number, self._cache.pool.take(count), time.time()
+        feed.source, feed.in_flight, feed.begun = number, self._take(feed, count), time.time()
         hashes = feed.request.block_hashes[feed.num_loaded : feed.num_loaded + count]
         call = self._calls = self._calls + 1
         self._taken[call] = feed.in_flight
@@ -256,6 +279,22 @@ class Loader:
 
         self._after_steps(lambda: self._tiers[number].load(keys, buffers, loaded))
 
+    def _room(self, feed: Feed, end: int) -> int:
+        """Leading blocks that there is memory for, if no more than `end` are wanted."""
+        request, cache = feed.request, self._cache
+        if not feed.has_own_room:
+            return feed.num_loaded + cache.pool.num_free
+        if not cache.extend(request, end * cache.block_size):
+            cache.extend(request, min(end, len(request.block_ids) + cache.pool.num_free) * cache.block_size)
+        return len(request.block_ids)
+
+    def _take(self, feed: Feed, count: int) -> list[int]:
+        if not feed.has_own_room:
+            return self._cache.pool.take(count)
+        own = feed.request.block_ids[feed.num_loaded : feed.num_loaded + count]
+        self._cache.pool.reuse(own)  # the call may outlast the request
+        return own
+
     def _loaded(self, feed: Feed, call: int, hashes: list[bytes], found: list[bool]) -> None:
         block_ids = self._taken.pop(call)
         late = feed.closed or feed.in_flight is not block_ids
@@ -265,7 +304,10 @@ class Loader:
         if late:
             return
         self._settle(feed)
-        self._cache.pin(feed.request.request_id, block_ids[:good])
+        if feed.has_own_room:
+            self._cache.pool.release(block_ids[:good])
+        else:
+            self._cache.pin(feed.request.request_id, block_ids[:good])
         first, number = feed.num_loaded, feed.source
         for block, hit in enumerate(found, first):
             if hit:
@@ -381,6 +423,8 @@ class Loader:
             if feed.looked_up:
                 feed.failed.add(feed.source)
                 feed.in_flight = []
+                if feed.has_own_room:  # the call may still write where the next would
+                    feed.num_available = feed.num_loaded
                 self._advance(feed)
             else:
                 self._found(feed)

@@ -264,7 +264,7 @@ class Reservations:
             feed, now = first_in_line.feed, time.monotonic()
             first = max(feed.num_found, len(self._cache.match(feed.request)))
             count = self._cache.blocks_for(feed.num_tokens) - first
-            wanted = self._receiver is not None and count > 0 and not feed.closed and not feed.ready
+            wanted = self._receiver is not None and count > 0 and feed.is_awaited
             room = wanted and self._has_room(count + max(feed.num_found - feed.num_loaded - len(feed.in_flight), 0))
             if wanted and not room and now < first_in_line.deadline:
                 return
@@ -305,7 +305,7 @@ class Reservations:
             full = (number + 1) * size <= feed.num_tokens
             if full:
                 self._cache.pool.register([block_id], [feed.request.block_hashes[number]])
-            if feed.closed or feed.ready:
+            if not feed.is_awaited:
                 self._cache.pool.release([block_id])
             elif full:
                 self._cache.pin(feed.request.request_id, [block_id])

@@ -70,6 +70,12 @@ class KVCache:
             request.block_ids += self.pool.take(wanted)
         return True
 
+    def keep(self, request: Request, num_tokens: int) -> None:
+        """Takes back the blocks beyond a request's first tokens, which are all that it has computed."""
+        count = self.blocks_for(num_tokens)
+        self.pool.release(request.block_ids[count:])
+        request.block_ids, request.num_computed_tokens = request.block_ids[:count], num_tokens
+
     def register(self, request: Request, start: int, end: int) -> None:
         """Makes the blocks that became full by computing tokens start … end findable."""
         first, last = start // self.block_size, end // self.block_size

@@ -19,6 +19,7 @@ PENDING = -1
 class RequestStatus(StrEnum):
     LOADING = "loading"  # its KV is coming from the pool; the scheduler has not seen it yet
     WAITING = "waiting"  # queued; holds no blocks
+    FETCHING = "fetching"  # holds blocks; they are filled from tiers
     RUNNING = "running"  # holds blocks
     ENDING = "ending"  # holds blocks; its last token is being drawn
     FINISHED = "finished"
@@ -41,7 +42,7 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     cache: CacheReport | None = None  # set at the first admission
-    num_preemptions: int = 0
+    num_preemptions: int = 0  # how often its blocks were taken from it
     words: "array[int]" = field(default_factory=lambda: array("I"))  # the token ids known at first, as 32-bit words: quick to copy
 
     @classmethod

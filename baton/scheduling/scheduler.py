@@ -5,8 +5,8 @@ What never will: phases, pools, transfers, speculation, adapters, sampling, cloc
 computed yet (request.num_tokens - request.num_computed_tokens) or as cached blocks (`KVCache.match`); if it needs a branch in `schedule`,
 its design goes back.
 
-A request is added when nothing outside this worker is awaited for it any more, and leaves by finishing or `remove`. Only the engine's
-thread calls it.
+A request is added when nothing outside this worker is awaited for it any more, and leaves by finishing or `remove`. One that was just
+admitted may be set aside until its blocks have been filled. Only the engine's thread calls it.
 """
 
 from collections import deque
@@ -23,6 +23,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # by admission, oldest first
+        self.fetching: dict[Request, None] = {}  # admitted after those, and set aside
         self.num_preemptions = 0
 
     @property
@@ -39,6 +40,8 @@ class Scheduler:
             self.running.remove(request)
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
+        elif request.status is RequestStatus.FETCHING:
+            del self.fetching[request]
         request.status = RequestStatus.FINISHED
         self.cache.free(request)
 
@@ -52,14 +55,14 @@ class Scheduler:
             count = min(request.num_tokens - request.num_computed_tokens, budget)
             while request.status is RequestStatus.RUNNING and count and not self.cache.extend(request, request.num_computed_tokens + count):
                 short = True
-                if self.running[-1] is request:
+                if self.running[-1] is request and not self.fetching:
                     count = 0
                 else:
                     budget += scheduled.pop(self._preempt_latest(), 0)
             if request.status is RequestStatus.RUNNING and count:
                 scheduled[request] = count
                 budget -= count
-        while self.waiting and budget and not short and len(self.running) < self.max_num_seqs:
+        while self.waiting and budget and not short and len(self.running) + len(self.fetching) < self.max_num_seqs:
             request = self.waiting[0]
             if not self.cache.admit(request, budget):
                 break
@@ -95,8 +98,23 @@ class Scheduler:
                 if request.finish_reason is not None:
                     self.remove(request)
 
+    def set_aside(self, request: Request) -> None:
+        """Of a plan that is not submitted, one that it admits: it keeps its blocks, and gets those for all of its tokens if there is room,
+        but nothing of it is computed until `resume`. Meanwhile it may be preempted."""
+        self.running.remove(request)
+        self.fetching[request] = None
+        request.status = RequestStatus.FETCHING
+        self.cache.extend(request, request.num_tokens)
+
+    def resume(self, request: Request, num_computed_tokens: int) -> None:
+        """So many tokens' KV is in its blocks now; it gives up the others."""
+        del self.fetching[request]
+        self.cache.keep(request, num_computed_tokens)
+        self.running.append(request)
+        request.status = RequestStatus.RUNNING
+
     def _preempt_latest(self) -> Request:
-        request = self.running.pop()
+        request = self.fetching.popitem()[0] if self.fetching else self.running.pop()
         self.cache.free(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
