@@ -91,9 +91,10 @@ class Driver:
     async def _drain(self, sequence: object) -> tuple[float, float]:
         """When the first token came, and the last."""
         first = last = 0.0
-        async for _ in sequence:  # type: ignore[attr-defined]
-            last = time.perf_counter()
-            first = first or last
+        async for output in sequence:  # type: ignore[attr-defined]
+            if output.tokens:  # else a part of its prompt was computed
+                last = time.perf_counter()
+                first = first or last
         return first, last
 
 

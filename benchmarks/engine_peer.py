@@ -60,7 +60,7 @@ class Peer:
             engine.add_request(watched, prompt, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
-                if output.request_id == watched:
+                if output.request_id == watched and output.outputs[0].token_ids:
                     last = time.perf_counter()
                     first = first or last
         return ours.Times(time.perf_counter() - started, (last - first) / max(new_tokens - 1, 1))

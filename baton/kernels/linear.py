@@ -1,7 +1,8 @@
 """Products with a weight, x · weightᵀ, for the rows of a decode step. Weights stay as checkpoints have them: [N, K], row-major.
 
 Two CUDA kernels for Hopper, compiled at first use: skinny.cu to 32 rows, wide.cu (wgmma) from there; elsewhere, and where the library's
-product is the better one, torch's. Both give a row of the weight to one block: no sums across blocks, the same bits in each run.
+product is the better one, torch's. Both give a row of the weight to one block, or to the blocks of a cluster, whose sums are added in their
+order: the same bits in each run.
 """
 
 import ctypes
@@ -53,24 +54,30 @@ class Skinny(NamedTuple):
 
 
 class Wide(NamedTuple):
-    """The macros of wide.cu; see there."""
+    """The macros of wide.cu; see there. share: blocks of a cluster, which have a part of K each."""
 
     rows: int
     tokens: int
     boxes: int = 1
     split: int = 1
+    share: int = 1
 
     @property
     def stages(self) -> tuple[int, int]:
         """Buffers of weights and of x: as many of both as there is room for; with few rows of x, what is left is for more weights."""
-        w_bytes, x_bytes = self.boxes * 128 * self.rows, self.boxes * 128 * self.tokens
-        both = min(16, SHARED // (w_bytes + x_bytes))
-        return min(16, (SHARED - both * x_bytes) // w_bytes) if self.tokens == 64 else both, both
+        room, w_bytes, x_bytes = SHARED - self.mail, self.boxes * 128 * self.rows, self.boxes * 128 * self.tokens
+        both = min(16, room // (w_bytes + x_bytes))
+        return min(16, (room - both * x_bytes) // w_bytes) if self.tokens == 64 else both, both
+
+    @property
+    def mail(self) -> int:
+        """Bytes for the sums that the cluster's other blocks send."""
+        return (self.share - 1) * self.rows // self.share * self.tokens * 4
 
     @property
     def shared(self) -> int:
         w, x = self.stages
-        return self.boxes * 128 * (w * self.rows + x * self.tokens)
+        return self.boxes * 128 * (w * self.rows + x * self.tokens) + self.mail
 
     @property
     def threads(self) -> int:
@@ -88,6 +95,7 @@ SHAPES = {
     128: (8, 1, 64),
     224: (7, 1, 64),
 }
+_ROUNDS = 3  # from more on, as for a vocabulary, shorter tiles are better than few
 WIDE_ROWS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 232, 248, 256)
 
 
@@ -106,31 +114,41 @@ def _skinny(tokens: int, outputs: int, pair: bool, processors: int) -> Skinny | 
     return best[1] if best else None
 
 
-def _wide(tokens: int, outputs: int, pair: bool, processors: int) -> Wide | None:
+def _wide(tokens: int, outputs: int, depth: int, pair: bool, processors: int) -> Wide | None:
     width = -(-tokens // 64) * 64
+    if width == 64 and not pair and outputs > _ROUNDS * max(WIDE_ROWS) * processors:
+        return Wide(128, 64, 2)
     best: tuple[float, Wide] | None = None
     for rows in WIDE_ROWS:
         if (pair and (rows < 32 or rows % 16)) or rows * width > 224 * 128:  # registers
             continue
-        boxes, split = (max(1, min(4, 192 // rows)), 2 if pair and rows % 32 == 0 else 1) if width == 64 else (1, 1)
-        config = Wide(rows, width, boxes, split)
-        waves = -(-outputs // (rows * processors))
-        cost = waves * (rows + 2) * (1 + 0.3 * width / rows)
-        if config.stages[1] >= 3 and (best is None or cost < best[0]):
-            best = cost, config
+        for share in (1, 2):
+            waves = -(-outputs // (rows * (processors // share)))
+            if share > 1 and (width > 64 or pair or rows % 16 or waves > 1 or depth < 1024):
+                continue
+            boxes, split = (_boxes(rows, share), 2 if pair and rows % 32 == 0 else 1) if width == 64 else (1, 1)
+            config = Wide(rows, width, boxes, split, share)
+            cost = waves * (rows / share + 2) * (1 + 0.3 * width / rows)
+            if config.stages[1] >= 3 and (best is None or cost < best[0]):
+                best = cost, config
     return best[1] if best else None
+
+
+def _boxes(rows: int, share: int) -> int:
+    """Of 64 columns, in a buffer, with 64 rows of x. Half as many with K shared, for twice the rows."""
+    return max(1, min(4 // share, 192 // rows))
 
 
 @cache
 def plan(tokens: int, outputs: int, depth: int, pair: bool, processors: int) -> Skinny | Wide | None:
     """The block shape for [tokens, depth] x [outputs, depth]ᵀ, or None where the library's product is the better one (measured on an H200).
 
-    Good shapes give each SM one equal share of the rows: 6144 = 128 · 48, 4096 = 128 · 32, 28672 = 128 · 224. The copy engine is slow to
-    fill in for rows that are not there, hence the multiples of 64.
+    Good shapes give each SM one equal share of the rows: 6144 = 128 · 48, 4096 = 128 · 32, 28672 = 128 · 224; or each pair of them, with K
+    shared: 64 · 96, 64 · 64. The copy engine is slow to fill in for rows that are not there, hence the multiples of 64.
     """
     if tokens > 256 or depth % 8 or depth < 64 or outputs < 16 or (tokens > 64 and not pair) or (tokens > 32 and tokens % 64):
         return None
-    return _skinny(tokens, outputs, pair, processors) if tokens <= 32 else _wide(tokens, outputs, pair, processors)
+    return _skinny(tokens, outputs, pair, processors) if tokens <= 32 else _wide(tokens, outputs, depth, pair, processors)
 
 
 def _multiply(columns: int, half: bool) -> str:
@@ -156,7 +174,8 @@ def _kernel(config: Skinny | Wide, pair: bool, add: bool, bias: bool, half: bool
     if isinstance(config, Wide):
         name, source = "wide", source + _multiply(config.rows // config.split, half)
         stages, x_stages = config.stages
-        macros |= {"SPLIT": config.split, "BOXES": config.boxes, "STAGES": stages, "X_STAGES": x_stages, "LATE": int(config.tokens > 128)}
+        macros |= {"SPLIT": config.split, "SHARE": config.share, "BOXES": config.boxes, "STAGES": stages, "X_STAGES": x_stages}
+        macros |= {"LATE": int(config.tokens > 128)}
     else:
         name = "skinny"
         macros |= {"WARPS_N": config.warps_n, "WARPS_K": config.warps_k, "BLOCK_K": config.block_k}
@@ -189,8 +208,9 @@ def run(
     outputs, half, device = out.shape[1], x.dtype == torch.float16, x.device.index
     out_rows = config.rows // 2 if pair else config.rows
     box_rows = out_rows // config.split if pair and isinstance(config, Wide) else out_rows
-    tiles, processors = -(-outputs // out_rows), _processors(device)
-    grid = -(-tiles // -(-tiles // processors))
+    share = config.share if isinstance(config, Wide) else 1
+    tiles, clusters = -(-outputs // out_rows), _processors(device) // share
+    grid = -(-tiles // -(-tiles // clusters)) * share
     args = (
         _map(weight.data_ptr(), half, weight.shape[0], depth, depth * 2, box_rows),
         _map(x.data_ptr(), half, tokens, depth, x.stride(0) * 2, config.tokens),
@@ -201,7 +221,7 @@ def run(
         ctypes.c_int(depth),
     )
     kernel = _kernel(config, pair, add, bias is not None, half, device)
-    kernel.launch(grid, config.threads, args, torch.cuda.current_stream(device).cuda_stream, OVERLAP)
+    kernel.launch(grid, config.threads, args, torch.cuda.current_stream(device).cuda_stream, OVERLAP, share)
 
 
 @cache

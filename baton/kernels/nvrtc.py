@@ -17,7 +17,7 @@ import torch
 
 from baton.kernels.cpu.build import cache_folder
 
-PROGRAMMATIC_SERIALIZATION = 6  # CUlaunchAttributeID
+CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 
 
@@ -114,11 +114,13 @@ class Kernel:
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), "cuModuleGetFunction")
         _check(driver.cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, shared), f"{shared} bytes of shared memory")
 
-    def launch(self, grid: int, block: int, args: Sequence[Any], stream: int, overlap: bool = True) -> None:
-        """args: ctypes values. overlap: may start before the kernel before it has ended (the source waits for it itself)."""
-        attribute = _Attribute(PROGRAMMATIC_SERIALIZATION)
-        attribute.value[0] = 1
-        config = _LaunchConfig((grid, 1, 1), (block, 1, 1), self._shared, stream, ctypes.pointer(attribute), int(overlap))
+    def launch(self, grid: int, block: int, args: Sequence[Any], stream: int, overlap: bool = True, cluster: int = 1) -> None:
+        """args: ctypes values. overlap: may start before the kernel before it has ended (the source waits for it itself). cluster: so many
+        blocks share their memory."""
+        attributes = (_Attribute * 2)()
+        attributes[0].id, attributes[1].id = PROGRAMMATIC_SERIALIZATION, CLUSTER_DIMENSION
+        attributes[0].value[0], attributes[1].value[:3] = int(overlap), (cluster, 1, 1)
+        config = _LaunchConfig((grid, 1, 1), (block, 1, 1), self._shared, stream, attributes, 1 if cluster == 1 else 2)
         pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(a) for a in args))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "cuLaunchKernelEx")
 

@@ -81,6 +81,11 @@ def test_every_shape_of_few_rows(rows, poisoned):
 
 @pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 232, 248, 256])
 def test_every_shape_of_many_rows(rows, poisoned):
+    for boxes, share, k in ((1, 2, 1032), (2, 2, 776), (2, 4, 2056), (1, 2, 64)):
+        config = linear.Wide(rows, 64, boxes, 1, share)
+        if rows % (8 * share) == 0 and config.stages[1] >= 2:
+            check(config, 63, rows * (132 // share) - 7, k)
+            check(config, 64, rows * 20 + 1, k)
     for tokens, boxes, split in ((64, 1, 1), (64, 4, 1), (64, 2, 2), (128, 1, 1), (192, 1, 1), (256, 1, 1)):
         config = linear.Wide(rows, tokens, boxes, split)
         if rows % (8 * split) == 0 and rows * tokens <= 224 * 128 and config.stages[1] >= 2:
