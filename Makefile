@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/system-packages.sh
 	bash scripts/system-packages.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "Installing torch and the rest into $(VENV): some minutes, 2 GB"
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engine,mooncake,ray,test]'
 	$(BIN)/python -c 'from baton.kernels import cpu; cpu.load()'

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,7 +105,8 @@ def serve(
 ) -> None:
     """Run one service in this process. More arguments are settings: key=value."""
     if service not in ("router", "prefill", "decode", "kvstore"):
-        raise ConfigError(f"there is no service {service!r}; there are router, prefill, decode and kvstore")
+        unified = "; a unified worker is `baton serve decode` with `role: unified`" if service == "unified" else ""
+        raise ConfigError(f"there is no service {service!r}; there are router, prefill, decode and kvstore{unified}")
     arguments = [sys.executable, "-m", f"services.{service}", *(["--config", str(config)] if config else []), *context.args]
     os.execv(sys.executable, arguments)
 
@@ -199,7 +201,7 @@ def bench(
 
 @app.command()
 def replay(
-    trace: Annotated[Path, typer.Argument(help="In Mooncake's format.")],
+    trace: Annotated[Path, typer.Argument(help="In Mooncake's format (docs/simulation.md).")],
     url: Url = DEFAULT_URL,
     load: Annotated[float, typer.Option(min=1e-3, help="Times the trace's speed.")] = 1.0,
     seconds: Annotated[float, typer.Option(min=0, help="Of the trace, at its own speed. 0: all of it.")] = 60.0,
@@ -212,7 +214,7 @@ def replay(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     api_key: ApiKey = "",
 ) -> None:
-    """Play a trace against a running cluster; the columns are those of `simulate`."""
+    """Play a trace against a running cluster; what it measures is told in the columns of `simulate`."""
     from baton.cli.bench import Promise
     from baton.cli.replay import run_replay
     from baton.cli.trace import Scaling, play, read_trace
@@ -294,8 +296,10 @@ def _print_cluster(cluster: Any) -> None:
     console.print(table)
     for router in cluster.routers:
         console.print(f"HTTP  {router['http']}/v1     gRPC  {router['grpc']}")
+    console.print(f"Console  {cluster.http}/console     metrics  {cluster.http}/metrics", soft_wrap=True, highlight=False)
     console.print("Try:", style="bold")
     body = '{"messages": [{"role": "user", "content": "What is Baton?"}], "stream": true}'
     console.print(f"  curl -N {cluster.http}/v1/chat/completions -d '{body}'", soft_wrap=True, highlight=False)
-    console.print(f"  baton chat --url {cluster.http}", highlight=False)
+    program = "baton" if shutil.which("baton") else Path(sys.executable).with_name("baton")
+    console.print(f"  {program} chat --url {cluster.http}", soft_wrap=True, highlight=False)
     console.print("Ctrl-C stops everything.")

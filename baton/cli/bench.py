@@ -7,7 +7,7 @@ stream that carry tokens. A failed request counts as a failure and in no latency
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,17 @@ from baton.cli.stream import connect, message_of, stream_events
 from baton.errors import BatonError, ConfigError
 
 FIRST_ID = 10  # below lie special tokens
+_COLUMNS = (  # of simulations and replays: heading, key, format
+    ("requests", "requests", "d"),
+    ("failed", "failures", "d"),
+    ("TTFT mean", "ttft_mean_s", ".3f"),
+    ("p95, s", "ttft_p95_s", ".3f"),
+    ("ITL mean", "itl_mean_ms", ".1f"),
+    ("p95, ms", "itl_p95_ms", ".1f"),
+    ("met", "met", ".1%"),
+    ("goodput/s", "goodput", ".2f"),
+    ("hits", "hit_rate", ".1%"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +212,17 @@ def columns(samples: Sequence[Sample], seconds: float, promise: Promise) -> dict
         "goodput": kept / seconds if seconds else 0.0,
         "hit_rate": sum(s.cached_tokens for s in good) / prompt if prompt else 0.0,
     }
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], promise: Promise, *first: str, title: str | None = None) -> None:
+    """A line for each of the rows that `columns` made, behind its values of `first`; what was met only where something was promised."""
+    shown = [each for each in _COLUMNS if promise != Promise() or each[1] not in ("met", "goodput")]
+    table = Table(*first, *(heading for heading, _, _ in shown), title=title)
+    for row in rows:
+        table.add_row(*(f"{row[name]}" for name in first), *(f"{row[key]:{form}}" for _, key, form in shown))
+    console = Console()
+    console.width = max(console.width, 130)  # a narrow terminal wraps lines, which beats cutting off figures
+    console.print(table)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

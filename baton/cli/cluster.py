@@ -273,7 +273,7 @@ class Cluster:
                 if not self._failed.done():
                     self._failed.set_result(f"{child.name} cannot run (exit code {code}); from {child.log}:\n{_tail(child.log)}")
                 return
-            logger.warning("%s died (exit code %s); starting it again", child.name, code)
+            logger.warning("%s %s (exit code %s); starting it again", child.name, "ended" if code == 0 else "died", code)
             await asyncio.sleep(0.1 * 2**child.quick_deaths)
             if self._stopping:
                 return

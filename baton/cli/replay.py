@@ -1,4 +1,4 @@
-"""`baton replay`: a trace against a running cluster, in the columns that `baton simulate` has. Tokens are drawn by the names of their
+"""`baton replay`: a trace against a running cluster, told in the columns of `baton simulate`. Tokens are drawn by the names of their
 blocks, so that prompts share what they share in the trace.
 """
 
@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from baton.cli.bench import FIRST_ID, Promise, Sample, columns, send, vocab_size
+from baton.cli.bench import FIRST_ID, Promise, Sample, columns, print_rows, send, vocab_size
 from baton.cli.stream import connect
 from baton.cli.trace import Line
 
@@ -22,13 +21,9 @@ def run_replay(url: str, lines: Sequence[Line], block: int, seed: int, promise: 
     samples = asyncio.run(_drive(url, lines, block, seed, api_key))
     result = {"seconds": lines[-1].at, **columns(samples, lines[-1].at, promise)}
     result["errors"] = sorted({sample.error for sample in samples if sample.error is not None})[:5]
-    table = Table("", "mean", "p95", title=f"{result['requests']} requests in {result['seconds']:.1f} s, {result['failures']} failed")
-    table.add_row("TTFT, s", f"{result['ttft_mean_s']:.3f}", f"{result['ttft_p95_s']:.3f}")
-    table.add_row("ITL, ms", f"{result['itl_mean_ms']:.1f}", f"{result['itl_p95_ms']:.1f}")
     console = Console()
-    console.print(table)
-    goodput = f"goodput {result['goodput']:.2f} requests/s: {result['met']:.1%} met what was promised"
-    console.print(f"cache hit rate {result['hit_rate']:.1%}, {goodput}")
+    console.print(f"{result['requests']} requests in {result['seconds']:.1f} s, {result['failures']} failed", highlight=False)
+    print_rows([result], promise)
     for error in result["errors"]:
         console.print(f"failed: {error}", style="red", markup=False)
     return result

@@ -64,9 +64,7 @@ class Scaling:
     def block(self) -> int:
         """Tokens of a block of the trace, scaled. Raises ConfigError."""
         if not 0 < self.length <= 1 or TRACE_BLOCK * self.length != int(TRACE_BLOCK * self.length):
-            raise ConfigError(
-                f"a length scale of {self.length:g} makes no whole blocks of {TRACE_BLOCK} tokens: take 1, 0.5, 0.25, 0.125 …"
-            )
+            raise ConfigError(f"--length-scale {self.length:g} makes no whole blocks of {TRACE_BLOCK} tokens: take 1, 0.5, 0.25, 0.125 …")
         return int(TRACE_BLOCK * self.length)
 
 

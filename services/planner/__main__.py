@@ -46,6 +46,7 @@ class Planner:
         self, slo: Slo, bounds: Mapping[Role, Bounds], *, startup_s: float, scale_in_after_s: float, every_s: float, hands: Hands | None
     ) -> None:
         self._slo, self._bounds, self._hands = slo, bounds, hands
+        self._goes_on, self._scale_in_after_s = every_s > 0, scale_in_after_s
         self._steady, self._history = Steady(scale_in_after_s, every_s), History(startup_s)
         self._told: list[tuple[int, int | None, str]] = []
 
@@ -75,7 +76,9 @@ class Planner:
             return "→ left as it is"
         serving = len([worker for worker in workers if worker["state"] == "ready"])
         wanted = self._steady.advise(self._history.last.at, role, serving, needed)
-        later = f"→ {wanted} for now: fewer when fewer have been enough for the whole window" if wanted > needed else ""
+        later = ""
+        if wanted > needed and self._goes_on:  # else nobody looks again
+            later = f"→ {wanted} for now: fewer when fewer have been enough for {self._scale_in_after_s:g} s (--scale-in-after)"
         if self._hands is None:
             return later
         try:

@@ -52,19 +52,29 @@ def until(true: Callable[[], bool], log: Path, action: Callable[[], None] = lamb
         time.sleep(0.1)
 
 
-def test_what_is_told_of_a_cluster_that_nobody_scales(tiny_model: Path) -> None:
-    with running_cluster(model=tiny_model, prefill=1, decode=1, kvstore=0, etcd="none") as cluster:
+def test_what_is_told_of_a_cluster_that_nobody_scales(tiny_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with running_cluster(model=tiny_model, prefill=2, decode=1, kvstore=0, etcd="none") as cluster:
         ask(cluster.url, 5)
-        command = [*BATON, "planner", "--router", cluster.url, "--slo-ttft", "9", "--slo-itl", "1", "--window", "2", "--decode", "2-3"]
-        planner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [*BATON, "planner", "--router", cluster.url, "--slo-ttft", "9", "--slo-itl", "1", "--decode", "2-3"]
+        planner = subprocess.Popen([*command, "--window", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while planner.poll() is None:
             ask(cluster.url, 5)
         said = " ".join(planner.communicate()[0].replace("│", " ").split())
         assert planner.returncode == 0, said
-        assert "prefill 1 1 " in said
+        assert "prefill 2 1 " in said
+        assert "for now" not in said, "it does not look again"
         assert "decode 1 2 " in said
         assert "of first tokens come within 9 s" in said
         assert "2 are the fewest allowed" in said
+        with log.open("wb") as output:
+            planner = subprocess.Popen([*command, "--every", "1", "--scale-in-after", "77"], stdout=output, stderr=output)
+        try:
+            told = "→ 2 for now: fewer when fewer have been enough for 77 s (--scale-in-after)"
+            until(lambda: told in " ".join(log.read_text().replace("│", " ").split()), log, lambda: ask(cluster.url, 5))
+        finally:
+            planner.terminate()
+            assert planner.wait(20) == 0
 
 
 async def test_a_worker_that_drains_says_what_it_holds() -> None:

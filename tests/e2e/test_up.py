@@ -65,6 +65,14 @@ def test_a_unified_worker_without_etcd_serves(unified: RunningCluster) -> None:
     assert set(unified.children()) == {"unified-0", "router"}
 
 
+def test_what_is_said_when_it_is_ready_can_be_used(unified: RunningCluster) -> None:
+    said = (unified.logs / "up.log").read_text()
+    for page in ("console", "metrics"):
+        assert httpx.get(re.findall(rf"http://\S+/{page}", said)[0]).status_code == 200
+    program = re.findall(r"(\S+) chat --url", said)[0]
+    assert shutil.which(program)
+
+
 def names_of(cluster: RunningCluster) -> tuple[list[str], str, str]:
     """What the router lists; what its worker and the worker's metrics say."""
     listed = [card["id"] for card in httpx.get(f"{cluster.url}/v1/models").json()["data"]]
@@ -96,6 +104,7 @@ async def test_a_model_is_called_by_the_names_that_it_was_given_and_shown_by_the
 
 def test_a_worker_that_dies_is_started_again_under_its_name(unified: RunningCluster) -> None:
     restarts_after(unified, "unified-0", signal.SIGKILL)
+    assert "unified-0 died (exit code -9); starting it again" in (unified.logs / "up.log").read_text()
     unified.wait_ready()
     assert complete(unified).status_code == 200
 
@@ -121,6 +130,10 @@ def test_replay_sends_a_traces_prompts(unified: RunningCluster, tmp_path: Path) 
     result = json.loads(out.read_text())
     assert (result["requests"], result["failures"], result["met"]) == (3, 0, 1.0)
     assert result["hit_rate"] == pytest.approx(128 / (3 * 138))
+    told = ran.stdout.splitlines()
+    assert re.fullmatch(r"3 requests in \d+\.\d s, 0 failed", told[0])
+    columns = ["requests", "failed", "TTFT mean", "p95, s", "ITL mean", "p95, ms", "met", "goodput/s", "hits"]
+    assert [column.strip() for column in told[2].strip("┃").split("┃")] == columns
 
 
 def test_bench_counts_exactly(unified: RunningCluster, tmp_path: Path) -> None:
@@ -195,6 +208,7 @@ def test_drain_lets_streams_finish(tiny_model: Path) -> None:
             rest = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
         assert rest[-1]["choices"][0]["finish_reason"] == "length"
         assert rest[-1]["baton"]["moves"] == []
+        until(lambda: f"{name} ended (exit code 0); starting it again" in (cluster.logs / "up.log").read_text())
 
 
 def test_a_second_signal_stops_at_once(tiny_model: Path) -> None:
@@ -277,7 +291,8 @@ def test_a_router_alone_is_not_ready_and_says_what_is_missing(tiny_model: Path, 
 def test_there_is_no_such_service() -> None:
     ran = baton("serve", "planner")
     assert ran.returncode == 2
-    assert "router, prefill, decode and kvstore" in ran.stderr
+    assert ran.stderr.endswith("router, prefill, decode and kvstore\n")
+    assert "`baton serve decode` with `role: unified`" in baton("serve", "unified").stderr
 
 
 def test_a_taken_port(tiny_model: Path) -> None:

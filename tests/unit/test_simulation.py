@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from baton.cli.bench import Promise, Sample, columns
-from baton.cli.trace import Scaling, play, read_trace
+from baton.cli.trace import TRACE_BLOCK, Scaling, play, read_trace
 from baton.errors import ConfigError, InternalError
 from baton.hashing import block_hashes
 from baton.runtime.engine import Engine
@@ -32,6 +32,7 @@ from services.router.simulation.engine import Shape, SimulatedEngine, step_secon
 from services.router.simulation.workload import Agents, Ask, agents, asks_of
 from tests.properties.toy import VOCAB, ToyRunner
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 BLOCKS, SIZE = 24, 4
 PACE = Pace(base_s=0.01, token_s=1e-4, pair_s=1e-8, row_s=1e-3, context_s=1e-6, push_token_s=1e-5)
 SMALL = Agents(rate=2.0, seconds=8.0, turns=(3, 5), think_s=1.0, num_tools=4, tool_tokens=(100, 400), plan_tokens=(50, 150), burst=0.2)
@@ -246,6 +247,18 @@ def test_agents_share_what_they_say_they_share() -> None:
     assert max(shared) > 3000  # a tool prompt and a plan
 
 
+def test_the_shipped_trace_is_what_its_script_makes_and_fits_the_demo_model() -> None:
+    made = subprocess.run([sys.executable, EXAMPLES / "make_trace.py"], capture_output=True, text=True, timeout=60, check=True)
+    assert (EXAMPLES / "trace.jsonl").read_text() == made.stdout
+    rows = [json.loads(row) for row in made.stdout.splitlines()]
+    assert all(len(row["hash_ids"]) == -(-row["input_length"] // TRACE_BLOCK) for row in rows)  # as in Mooncake's
+    lines = play(read_trace(EXAMPLES / "trace.jsonl"), Scaling(length=0.125), 0)
+    context = json.loads((EXAMPLES / "demo-model/config.json").read_text())["max_position_embeddings"]
+    assert max(line.num_prompt_tokens + line.num_output_tokens for line in lines) <= context
+    ids = [each for line in lines for each in line.ids]
+    assert len(set(ids)) < 0.2 * len(ids)
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -265,7 +278,7 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
         read_trace(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="is empty"):
         read_trace(written(tmp_path))
-    with pytest.raises(ConfigError, match="choose a divisor of 64"):
+    with pytest.raises(ConfigError, match=r"--block-size 24: .*\(512 × --length-scale\): choose a divisor of 64"):
         asks_of([], 64, 24)
     with pytest.raises(ConfigError, match="makes no whole blocks"):
         Scaling(length=0.3).block()
@@ -290,6 +303,7 @@ def test_a_request_that_never_fits_is_refused_alone() -> None:
         (["--prefill", "3"], "a cluster needs prefill and decode workers, or unified ones"),
         (["--load", "0"], "--load must be above 0"),
         (["--trace", "nowhere.jsonl"], "cannot read the trace nowhere.jsonl"),
+        (["--trace", "nowhere.jsonl", "--length-scale", "0.3"], "--length-scale 0.3 makes no whole blocks"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(arguments: list[str], says: str) -> None:
@@ -309,3 +323,14 @@ def test_the_command_line_writes_its_rows(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["rows"]
     assert [row["policy"] for row in rows] == ["predicted", "random"]
     assert all(0 < row["ttft_mean_s"] <= row["ttft_p95_s"] for row in rows)
+    assert "goodput/s" in ended.stdout
+
+
+def test_a_scaled_trace_has_blocks_that_fit_and_nothing_is_met_where_nothing_was_promised() -> None:
+    command = [sys.executable, "-c", "from baton.cli import main; main()", "simulate", "--unified", "1", "--policy", "predicted"]
+    command += ["--trace", str(EXAMPLES / "trace.jsonl"), "--length-scale", "0.125", "--seconds", "60"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "TTFT mean" in ended.stdout
+    assert "goodput" not in ended.stdout
+    assert " met " not in ended.stdout

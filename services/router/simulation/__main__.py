@@ -9,10 +9,8 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from baton.cli.bench import Promise, columns
+from baton.cli.bench import Promise, columns, print_rows
 from baton.cli.command import run_command
 from baton.cli.trace import Scaling, play, read_trace
 from baton.config import POLICY_NAMES, check_policy
@@ -25,7 +23,6 @@ from services.router.simulation.workload import Agents, Ask, agents, asks_of
 
 DEFAULT_PACE = Pace(base_s=0.02, token_s=1.2e-4, pair_s=2.2e-9, row_s=5e-5, context_s=3e-8, push_token_s=1.6e-5)
 """Roughly 70 billion parameters on eight A800, and a 20 GB/s link (docs/simulation.md has the sums). Measured by nobody."""
-_COLUMNS = ("load", "policy", "seed", "requests", "refused", "TTFT mean", "p95, s", "ITL mean", "p95, ms", "met", "goodput/s", "hits")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -35,14 +32,16 @@ def simulate(
     prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 0,
     decode: Annotated[int, typer.Option(min=0, help="Decode workers.")] = 0,
     unified: Annotated[int, typer.Option(min=0, help="Workers that do both.")] = 0,
-    trace: Annotated[Path | None, typer.Option(help="In Mooncake's format; generated agents if left out.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="In Mooncake's format (docs/simulation.md); generated agents if left out.")] = None,
     load: Annotated[list[float] | None, typer.Option(help="Of a trace, times its speed; of agents, sessions a second.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="One, or several.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Of the trace, at its own speed; of agents. 0: the whole trace.")] = 600.0,
     copies: Annotated[int, typer.Option(min=1, help="So much of the trace at once, or so many times the agents.")] = 1,
     length_scale: Annotated[float, typer.Option(help="Of the trace's tokens.")] = 1.0,
     longest: Annotated[int, typer.Option(min=0, help="Leave requests of a trace with more tokens out.")] = 0,
-    block_size: Annotated[int | None, typer.Option(min=1, help="Tokens of a KV block; 512 for a trace, 64 for agents.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a KV block; 512 × --length-scale for a trace, 64 for agents.")
+    ] = None,
     kv_tokens: Annotated[int, typer.Option(min=1, help="KV cache of a worker.")] = 1 << 20,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1)] = 8192,
     max_num_seqs: Annotated[int, typer.Option(min=1)] = 256,
@@ -62,7 +61,7 @@ def simulate(
         prefill, decode = (8, 8) if not prefill and not decode else (prefill, decode)
         if not (prefill and decode):
             raise ConfigError("a cluster needs prefill and decode workers, or unified ones: --prefill 8 --decode 8, or --unified 16")
-    size = block_size or (512 if trace is not None else 64)
+    size = block_size or (64 if trace is None else Scaling(length=length_scale).block())
     plan = Plan(
         prefill=prefill,
         decode=decode,
@@ -108,14 +107,10 @@ def simulate(
 def compare(plan: Plan, policies: Sequence[str], workloads: Mapping[tuple[float, int], Sequence[Ask]]) -> list[dict[str, Any]]:
     """A row for each policy under each workload, by load and seed; prints them."""
     rows: list[dict[str, Any]] = []
-    table = Table(*_COLUMNS, title=f"{plan.prefill}P{plan.decode}D, {plan.unified} unified")
     for (load, seed), asks in workloads.items():
         for policy in policies:
             rows.append({"load": load, "policy": policy, "seed": seed, **run(plan, policy, asks, seed)})
-            table.add_row(*cells(rows[-1]))
-    console = Console()
-    console.width = max(console.width, 130)
-    console.print(table)
+    print_rows(rows, promised(plan), "load", "policy", "seed", title=f"{plan.prefill}P{plan.decode}D, {plan.unified} unified")
     return rows
 
 
@@ -125,27 +120,21 @@ def run(plan: Plan, policy: str, asks: Sequence[Ask], seed: int, promise: Promis
     begun = time.monotonic()
     cluster = SimulatedCluster(plan, POLICIES[check_policy(policy)], first_turn=seed << 32)
     samples = cluster.run(asks)
-    ttft_s, itl_s = plan.ttft_slo_s, plan.itl_slo_s
-    promise = promise or Promise(ttft_ms=None if ttft_s is None else 1e3 * ttft_s, itl_ms=None if itl_s is None else 1e3 * itl_s)
     span = asks[-1].at - asks[0].at if len(asks) > 1 else 1.0
     preempted = sum(engine.scheduler.num_preemptions for engine in cluster.engines.values())
     pace, served = plan.paces[Role.PREFILL if plan.prefill else Role.UNIFIED], [sample for sample in samples if sample.error is None]
     prompts_s = sum(pace.prompt_s(sample.prompt_tokens - sample.cached_tokens, sample.cached_tokens) for sample in served)
     return {
-        **columns(samples, span, promise),
+        **columns(samples, span, promise or promised(plan)),
         "computing": prompts_s / span,  # workers that the prompts keep busy, all the time
         "preemptions": preempted,
         "took_s": time.monotonic() - begun,
     }
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """Of _COLUMNS."""
-    return [
-        f"{row['load']:g}", row["policy"], str(row["seed"]), str(row["requests"]), str(row["failures"]), f"{row['ttft_mean_s']:.3f}",
-        f"{row['ttft_p95_s']:.3f}", f"{row['itl_mean_ms']:.1f}", f"{row['itl_p95_ms']:.1f}", f"{row['met']:.1%}", f"{row['goodput']:.2f}",
-        f"{row['hit_rate']:.1%}",
-    ]  # fmt: skip
+def promised(plan: Plan) -> Promise:
+    ttft_s, itl_s = plan.ttft_slo_s, plan.itl_slo_s
+    return Promise(ttft_ms=None if ttft_s is None else 1e3 * ttft_s, itl_ms=None if itl_s is None else 1e3 * itl_s)
 
 
 def parse_paces(text: str | None) -> Mapping[Role, Pace]:

@@ -23,7 +23,10 @@ class Ask:
 def asks_of(lines: Sequence[Line], block: int, block_size: int) -> list[Ask]:
     """With names for blocks of `block_size` tokens, of which a line's blocks have a whole number. Raises ConfigError."""
     if block % block_size:
-        raise ConfigError(f"blocks of {block_size} tokens do not fit into the trace's, of {block}: choose a divisor of {block}")
+        raise ConfigError(
+            f"--block-size {block_size}: KV blocks do not fit into the trace's, of {block} tokens (512 × --length-scale): "
+            f"choose a divisor of {block}"
+        )
     each = block // block_size
     names: dict[int, tuple[bytes, ...]] = {}
     asks: list[Ask] = []
