@@ -129,8 +129,8 @@ class Fleet:
                 self._write(worker)
 
     def view(self, hashes: Callable[[int], Sequence[bytes]], exclude: Sequence[str] = ()) -> View:
-        """Usable workers as they are now, with how much of a prompt each one holds. `hashes`: of the prompt's blocks, of so many tokens
-        each."""
+        """Usable workers as they are now, with how much of a prompt each one holds. `hashes`: of the prompt's blocks that may be found in
+        caches (`hashing.num_matchable_blocks`), of so many tokens each."""
         if self._stale:
             self._lay_out()
         layout, table, places, fetch = self._layout, self._table, self._places, self._fetch

@@ -11,7 +11,7 @@ import pytest
 from baton.cluster.membership import InMemoryMembership
 from baton.rpc.channel import Channels
 from baton.types import Member, Role
-from services.router.workers import Workers
+from services.router.workers import HashesBySize, Workers
 from tests.relay import FAULTS, relay
 from tests.workers import BLOCK_SIZE, NUM_BLOCKS, PATIENT_S, Worker, call, drained, prompt, standing, until, worker
 
@@ -75,7 +75,7 @@ async def test_what_was_routed_is_counted_once() -> None:
                 assert watched.load.num_waiting_pairs >= 80 * 80 // 2
                 assert usable(workers) == ["w"]
                 workers.unrouted("w", "never comes")
-                [seen] = workers.view(lambda size: [])
+                [seen] = workers.view(HashesBySize((), ""))
                 assert (seen.num_requests, seen.pending_tokens) == (2, watched.load.num_waiting_tokens)
                 second.cancel()
                 await until(lambda: watched.load.num_waiting_tokens < 80)
