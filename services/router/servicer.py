@@ -28,7 +28,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
         self._calls.add(context)
         context.add_done_callback(self._calls.discard)
         request.request_id = request.request_id or f"grpc-{secrets.token_hex(8)}"
-        async with guarded(context), noted(self._gateway, request):
+        async with guarded(context), noted(self._gateway, request), self._gateway.generator.grace.limit():
             gateway = self._gateway
             tenant = gateway.tenant(_metadata(context, "authorization"))
             gateway.generator.admission.check_rates(tenant)

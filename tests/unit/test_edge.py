@@ -1,5 +1,6 @@
 """What is known of requests that fail: by which id, how often, and in the log."""
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator
@@ -16,6 +17,7 @@ from services.router.tenants import Tenants
 from tests.unit.test_gateway import gateway
 
 HELLO: dict[str, Any] = {"prompt": "hello", "max_tokens": 4}
+LABELS = {"model_name": "demo-model", "worker": "router"}
 
 
 async def ask(made: Gateway, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
@@ -121,3 +123,52 @@ async def test_a_stream_that_breaks_off_is_one_too(
     assert counted(made, "request_failures", "code") == {"worker_lost": 1.0}
     (record,) = caplog.records
     assert (record.levelno, record.__dict__["request_id"]) == (logging.WARNING, "mine")
+
+
+async def going_on(*arguments: Any) -> AsyncGenerator[GenerateOutput]:
+    yield GenerateOutput(tokens=(OutputToken(100),))
+    await asyncio.Event().wait()
+
+
+async def begun(made: Gateway, num: int) -> None:
+    """So many sequences have their first token."""
+    async with asyncio.timeout(30):
+        while made.metrics.registry.get_sample_value("baton:time_to_first_token_seconds_count", LABELS) != num:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_is_told_to_go_elsewhere_is_one_too_and_has_not_left(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    made = gateway(demo_model, Role.UNIFIED)
+    monkeypatch.setattr(made.dispatcher, "generate", going_on)
+    asked = asyncio.create_task(ask(made, "POST", "/v1/completions", json={**HELLO, "n": 2, "stream": stream}))
+    await begun(made, 2)
+    made.generator.grace.end()
+    assert '"code":"draining"' in (await asked).text
+    late = await ask(made, "POST", "/v1/completions", json=HELLO)
+    assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+    assert counted(made, "request_failures", "code") == {"draining": 2.0}
+    assert counted(made, "request_success", "finished_reason") == {}
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_client_leaves_is_counted_as_aborted_with_its_tokens(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    made = gateway(demo_model, Role.UNIFIED)
+    monkeypatch.setattr(made.dispatcher, "generate", going_on)
+    asked = asyncio.create_task(ask(made, "POST", "/v1/completions", json={"prompt": [1, 2, 3], "n": 2, "stream": stream}))
+    await begun(made, 2)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert counted(made, "request_success", "finished_reason") == {"abort": 2.0}
+    page = made.metrics.exposition().decode()
+    for prefix in ("baton", "vllm"):
+        assert f'{prefix}:request_success_total{{finished_reason="abort",model_name="demo-model",worker="router"}} 2.0' in page
+        assert f'{prefix}:prompt_tokens_total{{model_name="demo-model",worker="router"}} 6.0' in page
+        assert f'{prefix}:generation_tokens_total{{model_name="demo-model",worker="router"}} 2.0' in page
+    assert counted(made, "request_failures", "code") == {}
+    assert not caplog.records
