@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCancelled, TooLarge, Unauthorized
 from baton.metrics import RouterMetrics
@@ -204,6 +205,9 @@ def make_app(gateway: Gateway) -> FastAPI:
         raise HTTPException(404, f"there is no worker {worker_id!r}; /debug/index names those that there are")
 
     console.mount(app, gateway)
+    for each in app.routes:
+        if isinstance(each, Route) and each.methods and "GET" in each.methods:
+            each.methods.add("HEAD")
     return app
 
 
@@ -325,9 +329,13 @@ async def _generate(request: Request, gateway: Gateway, cls: type[ChatBody] | ty
     def understand(sent: object) -> tuple[ChatBody | CompletionBody, list[Ask]]:
         body, limit = parse(cls, sent), gateway.max_model_len
         gateway.check_model(body.model)
-        prompts = body.prompts(gateway.tokenizer, limit)
-        for prompt in prompts:
-            gateway.generator.check(prompt, limit)
+        try:
+            prompts = body.prompts(gateway.tokenizer, limit)
+            for prompt in prompts:
+                gateway.generator.check(prompt, limit)
+        except InvalidRequest as error:
+            error.param = body.asks_with if error.param == "prompt" else error.param
+            raise
         return body, body.asks(request_id, prompts, gateway.defaults, limit)
 
     grace = gateway.generator.grace

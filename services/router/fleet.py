@@ -38,6 +38,11 @@ class Worker:
         return not self.gone and self.state is MemberState.READY and self.member.state is MemberState.READY
 
     @property
+    def drains(self) -> bool:
+        """It speaks, and has said that it leaves."""
+        return self.state is not None and MemberState.DRAINING in (self.state, self.member.state)
+
+    @property
     def has_work(self) -> bool:
         return bool(self.load.num_waiting_tokens) or any(tokens for tokens, _ in self.routed.values())
 

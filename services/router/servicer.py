@@ -59,6 +59,8 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
 
     def _ask(self, request: pb.RouterGenerateRequest, request_id: str) -> Ask:
         self._gateway.check_model(request.model or None)
+        if "" in request.stop:
+            raise InvalidRequest("a stop string must not be empty; leave it out", param="stop")
         prompt = self._prompt(request)
         self._gateway.generator.check(prompt, self._gateway.max_model_len)
         return Ask(

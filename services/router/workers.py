@@ -154,10 +154,11 @@ class Workers:
                     await asyncio.sleep(_RETRY_S)
                     continue
             except (grpc.aio.AioRpcError, TimeoutError) as error:
-                if worker.state is not None:
-                    logger.warning(
-                        "%s is lost: %s", worker.member.id, error.details() if isinstance(error, grpc.aio.AioRpcError) else "silent"
-                    )
+                ended = isinstance(error, grpc.aio.AioRpcError)
+                if worker.drains and ended:
+                    logger.info("%s has drained", worker.member.id)
+                elif worker.state is not None:
+                    logger.warning("%s is lost: %s", worker.member.id, error.details() if ended else "silent")
             except (asyncio.CancelledError, grpc.aio.UsageError):  # its channel was closed; or we were
                 if cast(Any, asyncio.current_task()).cancelling():
                     raise

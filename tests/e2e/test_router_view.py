@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import logging
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -53,6 +54,19 @@ async def test_a_successor_at_the_same_address_outlives_its_predecessors_lease()
             stream = call(new, prompt(200, max_tokens=1))  # changes its load
             await until(lambda: watched.load != seen)
             stream.cancel()
+
+
+@pytest.mark.parametrize("drains", [False, True])
+async def test_who_has_said_that_it_leaves_is_no_loss(caplog: pytest.LogCaptureFixture, drains: bool) -> None:
+    caplog.set_level(logging.INFO)
+    async with worker(Role.UNIFIED, {}) as w, view({"w": member("w", w.address)}) as workers:
+        await until(lambda: usable(workers) == ["w"])
+        w.intake.draining = drains
+        await until(lambda: (usable(workers) == []) is drains)
+        await w.server.stop(0)
+        await until(lambda: workers._workers["w"].state is None)
+    [record] = [each for each in caplog.records if each.name == "services.router.workers" and each.message.startswith("w ")]
+    assert (record.levelno, record.message.split(":")[0]) == ((logging.INFO, "w has drained") if drains else (logging.WARNING, "w is lost"))
 
 
 async def test_what_was_routed_is_counted_once() -> None:

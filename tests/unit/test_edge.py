@@ -41,7 +41,7 @@ def counted(made: Gateway, name: str, label: str) -> dict[str, float]:
         ("POST", "/v1/completions", {"content": b"x" * (17 << 20)}, 413, "request_too_large"),
         ("POST", "/tokenize", {"json": {}}, 400, "invalid_request_error"),
         ("POST", "/v1/nothing%0Ahere", {"json": {}}, 404, "not_found"),
-        ("GET", "/v1/completions", {}, 405, "http_error"),
+        ("GET", "/v1/completions", {}, 405, "method_not_allowed"),
         ("POST", "/v1/completions", {"json": HELLO}, 503, "no_workers"),
         ("POST", "/v1/completions", {"json": {**HELLO, "stream": True}}, 503, "no_workers"),
     ],
@@ -62,6 +62,34 @@ async def test_what_fails_is_counted_and_logged_once(
     assert f": {status} {code}: " in line
     assert line.isprintable()
     assert len(line) < 500
+
+
+async def test_what_is_not_there_is_answered_with_what_is_for_clients(demo_model: Path) -> None:
+    made = gateway(demo_model)
+    for method, path in [("GET", "/v1/nothing"), ("PUT", "/metrics")]:
+        message = (await ask(made, method, path)).json()["error"]["message"]
+        listed = message.partition("; there is ")[2].split(", ")
+        assert {"GET /v1/models", "POST /v1/chat/completions", "POST /v1/completions"} <= {*listed}
+        assert all(each.split(" ")[1].startswith("/v1/") for each in listed)
+
+
+@pytest.mark.parametrize("path", ["/console", "/", "/health", "/v1/models"])
+async def test_head_is_answered_where_get_is(demo_model: Path, path: str) -> None:
+    made = gateway(demo_model)
+    head, get = [await ask(made, method, path) for method in ("HEAD", "GET")]
+    assert head.status_code == get.status_code < 400
+    assert head.headers.get("content-type") == get.headers.get("content-type")
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["tokens", "characters"])
+async def test_a_prompt_that_is_too_long_names_the_field_that_it_came_in(demo_model: Path, text: bool) -> None:
+    made, content = gateway(demo_model), "word " * (100_000 if text else 5000)
+    for path, body, field in [
+        ("/v1/completions", {"prompt": content}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": content}]}, "messages"),
+    ]:
+        error = (await ask(made, "POST", path, json=body)).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", field)
 
 
 async def test_who_names_no_request_is_told_one(demo_model: Path) -> None:
