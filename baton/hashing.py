@@ -31,6 +31,12 @@ def _words(token_ids: Sequence[int]) -> bytes:
     return pack(f"<{len(token_ids)}I", *token_ids)
 
 
+def num_matchable_blocks(num_tokens: int, block_size: int) -> int:
+    """Leading full blocks that a request with so many known tokens may find in a cache. The last token is always computed, since its logits
+    are wanted; and the block that it fills with it."""
+    return (num_tokens - 1) // block_size
+
+
 def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "", known: Sequence[bytes] = ()) -> list[bytes]:
     """Hashes of all full blocks of `token_ids`; the partial last block has none.
 

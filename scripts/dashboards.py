@@ -25,7 +25,12 @@ OF_PODS = {
     "MODEL": "baton_model",
 }  # by the chart's PodMonitor
 CLIENTS_FAULT = "|".join(
-    [*(error.code for error in (InvalidRequest, PromptTooLong, ModelNotFound, TooLarge, RequestCancelled)), "not_found", "http_error"]
+    [
+        *(error.code for error in (InvalidRequest, PromptTooLong, ModelNotFound, TooLarge, RequestCancelled)),
+        "not_found",
+        "method_not_allowed",
+        "http_error",
+    ]
 )  # the last two: paths that are not there
 _SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 _METRIC = re.compile(r"(baton:\w+)(?:\{([^}]*)\})?")

@@ -33,7 +33,8 @@ from baton.config import KVStoreConfig, RouterConfig, WorkerConfig, check_policy
 from baton.errors import EXIT_CONFIG, BatonError, ConfigError
 
 logger = logging.getLogger(__name__)
-STOP_GRACE_S = 15.0
+_DRAIN_GRACE_S = 10.0  # of each child, unless it is told otherwise
+_LEAVE_S = 5.0  # beyond that, until it is killed
 _TELL_S = 30.0  # between two lines that say what a start waits for
 _STEADY_S = 10.0  # a child of a cluster that serves, which lived so long, may be started again at once
 _MAX_QUICK_DEATHS = 5
@@ -72,6 +73,7 @@ class Child:
     log: Path
     process: asyncio.subprocess.Process | None = None
     gpus: str = ""  # CUDA_VISIBLE_DEVICES: its own first
+    drain_grace_s: float = _DRAIN_GRACE_S
     quick_deaths: int = 0
     keeper: asyncio.Task[None] | None = None
 
@@ -141,6 +143,11 @@ class Cluster:
             if child.process is not None and child.process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     child.process.kill()
+
+    @property
+    def drain_grace_s(self) -> float:
+        """For so long streams may go on once it stops."""
+        return max((child.drain_grace_s for group in self._groups for child in group if child.role == "router"), default=_DRAIN_GRACE_S)
 
     def describe(self) -> dict[str, Any]:
         processes = [{"id": c.name, "role": c.role, "pid": c.pid, "log": str(c.log)} for group in self._groups for c in group]
@@ -230,7 +237,7 @@ class Cluster:
         return masters, pool, {"mode": "node", "cluster": cluster, "pool": pool, "masters": admins}
 
     def _service(self, service: str, role: str, name: str, config: Mapping[str, Any]) -> Child:
-        tree = {**config, "server": {"id": name, **config.get("server", {})}}
+        tree = {"drain_grace_s": _DRAIN_GRACE_S, **config, "server": {"id": name, **config.get("server", {})}}
         path = self._folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree))
         overrides: list[str] = []
@@ -240,11 +247,11 @@ class Cluster:
             if target in (role, service, name, "all"):
                 overrides.append(f"{rest}={value}")
         try:
-            load_config(_CONFIGS[service], path, overrides)
+            drain_grace_s = load_config(_CONFIGS[service], path, overrides).drain_grace_s
         except ConfigError as error:  # of what was set: nobody has written that file
             raise ConfigError(f"{name}: {error.message.removeprefix(f'{path}: ')} (--set {role}.KEY=VALUE)") from error
         command = [sys.executable, "-m", f"services.{service}", "--config", str(path), *overrides]
-        return Child(name, role, command, self._logs / f"{name}.log")
+        return Child(name, role, command, self._logs / f"{name}.log", drain_grace_s=drain_grace_s)
 
     # -- children
 
@@ -293,9 +300,10 @@ class Cluster:
                 process.send_signal(signal.SIGCONT)
                 process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+                await asyncio.wait_for(process.wait(), child.drain_grace_s + _LEAVE_S)
             except TimeoutError:
-                logger.warning("%s does not end; killing it", child.name)
+                told = (child.name, child.drain_grace_s + _LEAVE_S, _tail(child.log, 1))
+                logger.warning("%s has not ended after %g s; killing it. The end of its log: %s", *told)
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
@@ -410,7 +418,8 @@ async def run_until_signal(plan: Plan, on_ready: "Callable[[Cluster], None]") ->
         if stopped.is_set():
             cluster.kill()
         else:
-            logger.warning("stopping when the streams have ended, or %.0f s have gone by; a second Ctrl-C stops at once", STOP_GRACE_S)
+            told = "stopping when the streams have ended, or %g s have gone by (router.drain_grace_s); a second Ctrl-C stops at once"
+            logger.warning(told, cluster.drain_grace_s)
         stopped.set()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -3,15 +3,15 @@
     blocks of a request:   | matched (shared, full) | computed here (own) | next |
     tokens:                  0 ...                                     num_tokens
 
-The last known token is never matched: its logits are wanted, so it is computed. Blocks that were loaded ahead for a request that is not
-scheduled yet are *pinned* under its id, and so is the last block of a prompt that was pushed here, half full: its *tail*. Pins are broken,
-newest first, when somebody running needs the memory.
+The last known token is never matched (`hashing.num_matchable_blocks`). Blocks that were loaded ahead for a request that is not scheduled
+yet are *pinned* under its id, and so is the last block of a prompt that was pushed here, half full: its *tail*. Pins are broken, newest
+first, when somebody running needs the memory.
 Knows nothing of where loaded blocks come from. Only the engine's thread calls it.
 """
 
 from collections.abc import Sequence
 
-from baton.hashing import block_hashes
+from baton.hashing import block_hashes, num_matchable_blocks
 from baton.scheduling.blocks import BlockPool
 from baton.scheduling.request import Request
 
@@ -31,7 +31,7 @@ class KVCache:
         """Leading full blocks that a match may use. A request for prompt logprobs must compute every position, so it matches none."""
         if not self.prefix_caching or request.sampling.prompt_logprobs is not None:
             return 0
-        return (request.num_tokens - 1) // self.block_size
+        return num_matchable_blocks(request.num_tokens, self.block_size)
 
     def match(self, request: Request) -> list[int]:
         """Cached blocks of the longest prefix. Takes no reference."""

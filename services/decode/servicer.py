@@ -50,7 +50,7 @@ class Feeding:
 
     def report(self, output: GenerateOutput) -> CacheReport | None:
         """With the first token and the end: where the prompt's KV came from, with what the prefill worker found in its own cache counted
-        as cached."""
+        as cached. What was found and has not come is told with the decision."""
         first = bool(output.tokens) and not self._reported
         if not first and (output.finish_reason is None or output.cache is None):
             return None
@@ -58,6 +58,9 @@ class Feeding:
         local, pool = self.matched
         cache = output.cache or CacheReport(num_prompt_tokens=self._num_prompt_tokens, num_local_tokens=local, num_pool_tokens=pool)
         if self.prefill_cache is None:
+            lost = local + pool - cache.num_cached_tokens
+            if first and lost > 0:
+                self.decide(self.prefill_id, f"{self.reason}; {lost} that were found did not come")
             return cache
         found = max(cache.num_pool_tokens, self.prefill_cache.num_cached_tokens - cache.num_local_tokens)
         computed = max(self._num_prompt_tokens - cache.num_local_tokens - found, 0)
@@ -259,13 +262,14 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         feeding.matched = await sequence.matched()  # known by now where blocks are reserved
         feeding.lookup.set({"baton.kv.local_tokens": feeding.matched[0], "baton.kv.found_tokens": feeding.matched[1]})
         feeding.lookup.end()
-        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        known, so_far = len(request.prompt_token_ids) + len(request.output_token_ids), len(request.output_token_ids)
         missing = known - sum(feeding.matched)
+        told = f"{missing} of {known} tokens{f' (prompt and {so_far} so far)' if so_far else ''} missing"
         if missing <= self._max_local:
-            feeding.decide("", f"{missing} of {known} tokens missing, computed here")
+            feeding.decide("", f"{told}, computed here")
             self._metrics.prefill("local")
             return False
-        feeding.decide(candidate.id, feeding.reason or f"{missing} of {known} tokens missing")
+        feeding.decide(candidate.id, feeding.reason or told)
         return True
 
     @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ import asyncio
 import collections.abc
 import contextlib
 import gc
+import math
 import socket
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,8 @@ from services.router.policies import POLICIES
 from services.router.servicer import RouterServicer
 from services.router.tenants import Tenants
 from services.router.workers import Workers
+
+_LAST_WORDS_S = 2  # that clients have to take the error with which what they wait for has ended; whoever does not is cut off
 
 
 class _Server(uvicorn.Server):
@@ -112,7 +115,7 @@ async def serve(config: RouterConfig) -> None:
             http="httptools",
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=max(int(config.drain_grace_s), 1),
+            timeout_graceful_shutdown=math.ceil(config.drain_grace_s) + _LAST_WORDS_S,
             ssl_certfile=config.tls.cert or None,
             ssl_keyfile=config.tls.key or None,
         )
@@ -124,11 +127,12 @@ async def serve(config: RouterConfig) -> None:
     tasks = [http, gauges]
 
     async def drain() -> None:
-        """Both faces take nothing new, and finish what they have. Who watches our health, or asks what is served, is not waited for.
-        gRPC refuses by closing its port and its idle connections, so that clients go elsewhere. Calls that it has read and not yet given us
-        it cancels (grpc/grpc#41785)."""
+        """Both faces take nothing new, and finish what they have; what is left when the grace is over is told to go elsewhere. Who watches
+        our health, or asks what is served, is not waited for. gRPC refuses by closing its port and its idle connections, so that clients go
+        elsewhere. Calls that it has read and not yet given us it cancels (grpc/grpc#41785)."""
         server.should_exit = True
-        tasks.append(asyncio.create_task(host.grpc.stop(config.drain_grace_s), name="grpc"))
+        tasks.append(asyncio.create_task(host.grpc.stop(config.drain_grace_s + _LAST_WORDS_S), name="grpc"))
+        asyncio.get_running_loop().call_later(config.drain_grace_s, gateway.generator.grace.end)
         await http
         await servicer.finished()
 

@@ -269,7 +269,8 @@ class Admission:
         expected = forecast()
         ttft_s = waited_s + queue_s + (expected.ttft_s or 0.0)
         if ttft_slo_s is not None and ttft_s > ttft_slo_s:
-            told = f"its first token is expected after {ttft_s:.2f} s ({waited_s + queue_s:.2f} s queued); asked for: {ttft_slo_s:g} s"
+            told = f"its first token is expected after {ttft_s * 1000:.0f} ms ({(waited_s + queue_s) * 1000:.0f} ms queued)"
+            told += f"; asked for: {ttft_slo_s * 1000:g} ms"
             raise self._refusal("ttft", claim.tenant.name, told, ttft_s - ttft_slo_s)
         if itl_slo_s is not None and expected.itl_s is not None and expected.itl_s > itl_slo_s:
             told = f"a token is expected every {expected.itl_s * 1000:.1f} ms; asked for: {itl_slo_s * 1000:g} ms"

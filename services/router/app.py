@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from baton.errors import BatonError, InvalidRequest, ModelNotFound, RequestCancelled, TooLarge, Unauthorized
 from baton.metrics import RouterMetrics
@@ -204,6 +205,9 @@ def make_app(gateway: Gateway) -> FastAPI:
         raise HTTPException(404, f"there is no worker {worker_id!r}; /debug/index names those that there are")
 
     console.mount(app, gateway)
+    for each in app.routes:
+        if isinstance(each, Route) and each.methods and "GET" in each.methods:
+            each.methods.add("HEAD")
     return app
 
 
@@ -325,26 +329,37 @@ async def _generate(request: Request, gateway: Gateway, cls: type[ChatBody] | ty
     def understand(sent: object) -> tuple[ChatBody | CompletionBody, list[Ask]]:
         body, limit = parse(cls, sent), gateway.max_model_len
         gateway.check_model(body.model)
-        prompts = body.prompts(gateway.tokenizer, limit)
-        for prompt in prompts:
-            gateway.generator.check(prompt, limit)
+        try:
+            prompts = body.prompts(gateway.tokenizer, limit)
+            for prompt in prompts:
+                gateway.generator.check(prompt, limit)
+        except InvalidRequest as error:
+            error.param = body.asks_with if error.param == "prompt" else error.param
+            raise
         return body, body.asks(request_id, prompts, gateway.defaults, limit)
 
-    body, asks = await _read(request, gateway, understand)
-    claim = claim_of(request, tenant, body)
-    answers = Answers(body, request_id, gateway.model, gateway.tokenizer, asks)
-    stream = gateway.generator.run(request_id, asks, claim, request.headers.get("traceparent", ""))
-    if not body.stream:
-        choices = await until_gone(request.receive, lambda: _collect(stream))
-        return JSONResponse(answers.whole(choices), headers=_headers(choices))
-    try:  # errors before the first token are HTTP statuses
-        first = await until_gone(request.receive, lambda: anext(stream))
-    except BaseException:
-        await stream.aclose()
-        raise
+    grace = gateway.generator.grace
+    async with grace.limit():
+        body, asks = await _read(request, gateway, understand)
+        claim = claim_of(request, tenant, body)
+        answers = Answers(body, request_id, gateway.model, gateway.tokenizer, asks)
+        stream = gateway.generator.run(request_id, asks, claim, request.headers.get("traceparent", ""))
+        if not body.stream:
+            choices = await until_gone(request.receive, lambda: _collect(stream))
+            return JSONResponse(answers.whole(choices), headers=_headers(choices))
+        try:  # errors before the first token are HTTP statuses
+            first = await until_gone(request.receive, lambda: anext(stream))
+        except BaseException:
+            await stream.aclose()
+            raise
+
+    def failed(error: BatonError) -> bytes:
+        edge.note_failure(error, gateway.metrics, request_id, edge.called(request))
+        return _event(to_json(error_body(error.message, error.code, error.http_status, error.param)))
+
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _events(request, gateway, stream, first, answers, include_usage=include_usage)
-    return EventStream(events, _headers([first[0]]))
+    events = _events(stream, first, answers, include_usage=include_usage)
+    return EventStream(events, _headers([first[0]]), grace, failed)
 
 
 async def _collect(stream: Stream) -> list[Choice]:
@@ -355,25 +370,18 @@ async def _collect(stream: Stream) -> list[Choice]:
     return list(choices.values())
 
 
-async def _events(
-    request: Request, gateway: Gateway, stream: Stream, first: tuple[Choice, Piece], answers: Answers, *, include_usage: bool
-) -> AsyncGenerator[bytes]:
+async def _events(stream: Stream, first: tuple[Choice, Piece], answers: Answers, *, include_usage: bool) -> AsyncGenerator[bytes]:
     choices: dict[int, Choice] = {}
     async with aclosing(stream):
-        try:
-            item: tuple[Choice, Piece] | None = first
-            while item is not None:
-                choices[item[0].index] = item[0]
-                line = answers.line(*item)
-                if line is not None:
-                    yield _event(line)
-                item = await anext(stream, None)
-            if include_usage:
-                yield _event(to_json(answers.usage_chunk(list(choices.values()))))
-        except BatonError as error:
-            edge.note_failure(error, gateway.metrics, request.state.request_id, edge.called(request))
-            yield _event(to_json(error_body(error.message, error.code, error.http_status, error.param)))
-    yield b"data: [DONE]\n\n"
+        item: tuple[Choice, Piece] | None = first
+        while item is not None:
+            choices[item[0].index] = item[0]
+            line = answers.line(*item)
+            if line is not None:
+                yield _event(line)
+            item = await anext(stream, None)
+        if include_usage:
+            yield _event(to_json(answers.usage_chunk(list(choices.values()))))
 
 
 def _event(line: str) -> bytes:

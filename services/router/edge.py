@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 ID_HEADER, ROUTE_HEADER = "x-request-id", "x-baton-route"
 _EXPOSED = [ID_HEADER, ROUTE_HEADER, "retry-after"]  # to scripts of other origins
 _PREFIXES = {"/v1/chat/completions": "chatcmpl", "/v1/completions": "cmpl"}  # of ids; others begin with req
+_CODES = {404: "not_found", 405: "method_not_allowed"}  # of errors that are none of ours
 _MOST_LOGGED = 300  # characters of a message, which may repeat what the client sent
 
 
@@ -40,11 +41,12 @@ def mount(app: FastAPI, gateway: "Gateway") -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         status, message = error.status_code, str(error.detail)
-        code = "not_found" if status == 404 else "http_error"
+        code = _CODES.get(status, "http_error")
         if message == HTTPStatus(status).phrase:  # Starlette's own: no route took it
             metrics.failed(code)
             _log(logging.INFO, request.state.request_id, called(request), status, code, message)
-            paths = sorted({f"{' '.join(route.methods or ())} {route.path}" for route in app.routes if isinstance(route, Route)})
+            routes = [route for route in app.routes if isinstance(route, Route) and route.path.startswith("/v1/")]  # what is for clients
+            paths = sorted({f"{' '.join({*(route.methods or ())} - {'HEAD'})} {route.path}" for route in routes})
             message = f"{message}: {called(request)}; there is {', '.join(paths)}"
         return JSONResponse(error_body(message, code, status), status, error.headers)
 

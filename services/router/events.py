@@ -1,7 +1,6 @@
 """Server-sent events to a client that may go away."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import TypeVar
@@ -9,9 +8,11 @@ from typing import TypeVar
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from baton.errors import RequestCancelled
+from baton.errors import BatonError, RequestCancelled
+from services.router.grace import Grace
 
 T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
 _STRAIGHT = "baton.send"  # the server's own, in a scope
 
 
@@ -21,8 +22,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], headers: Mapping[str, str], grace: Grace, failed: Callable[[BatonError], bytes]
+    ) -> None:
+        """`failed`: the event that tells of an error. The last one is `[DONE]`, also then."""
         self._events, self.status_code, self.background = events, 200, None
+        self._grace, self._failed = grace, failed
         self.init_headers(headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,11 +37,17 @@ class EventStream(Response):
             async with aclosing(self._events):
                 async for event in self._events:
                     await straight({"type": "http.response.body", "body": event, "more_body": True})
-            await straight({"type": "http.response.body", "body": b""})
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        with contextlib.suppress(RequestCancelled):
-            await until_gone(receive, tell)
+        last = DONE
+        try:
+            async with self._grace.limit():
+                await until_gone(receive, tell)
+        except RequestCancelled:
+            return
+        except BatonError as error:
+            last = self._failed(error) + DONE
+        await straight({"type": "http.response.body", "body": last})
 
 
 def front(app: ASGIApp) -> ASGIApp:

@@ -38,6 +38,11 @@ class Worker:
         return not self.gone and self.state is MemberState.READY and self.member.state is MemberState.READY
 
     @property
+    def drains(self) -> bool:
+        """It speaks, and has said that it leaves."""
+        return self.state is not None and MemberState.DRAINING in (self.state, self.member.state)
+
+    @property
     def has_work(self) -> bool:
         return bool(self.load.num_waiting_tokens) or any(tokens for tokens, _ in self.routed.values())
 
@@ -129,8 +134,8 @@ class Fleet:
                 self._write(worker)
 
     def view(self, hashes: Callable[[int], Sequence[bytes]], exclude: Sequence[str] = ()) -> View:
-        """Usable workers as they are now, with how much of a prompt each one holds. `hashes`: of the prompt's blocks, of so many tokens
-        each."""
+        """Usable workers as they are now, with how much of a prompt each one holds. `hashes`: of the prompt's blocks that may be found in
+        caches (`hashing.num_matchable_blocks`), of so many tokens each."""
         if self._stale:
             self._lay_out()
         layout, table, places, fetch = self._layout, self._table, self._places, self._fetch

@@ -18,6 +18,7 @@ from baton.types import CacheReport, FinishReason, GenerateRequest, SamplingPara
 from services.router.admission import Admission, Claim, Promised, Ticket, Work
 from services.router.dispatch import Dispatcher, Route, Version
 from services.router.explain import Record, Records
+from services.router.grace import Grace
 from services.router.spans import request_span
 from services.router.text import Piece, TextStream
 from services.router.workers import HashesBySize
@@ -106,6 +107,7 @@ class Generator:
         """`explained`: how many requests `explain` remembers."""
         self._tokenizer, self._dispatcher, self.admission, self._metrics, self._eos = tokenizer, dispatcher, admission, metrics, eos
         self.records, self._tracer, self._model = Records(explained), tracer, model
+        self.grace = Grace()  # of what is generated
 
     def check(self, token_ids: Sequence[int], max_model_len: int | None) -> None:
         """Refuses a prompt that no worker could take, before it costs anything."""
@@ -131,15 +133,20 @@ class Generator:
         prompts = [_Prompt(ask, HashesBySize(ask.prompt_token_ids, ask.salt)) for ask in asks]
         with request_span(self._tracer, self._model, request_id, asks, traceparent) as (span, choices):
             promised = self.admission.promised(claim)
-            async with self.admission.enter(claim, self._work(prompts, promised)) as ticket:
-                run = _Run(ticket, promised, self.records.start(request_id, claim.tenant.name), span, choices, Version())
-                # Nearly always one: without a task and a queue, which cost a step of 32 half a millisecond.
-                one = len(asks) == 1 and asks[0].n == 1
-                pieces = self._sequence(prompts[0], 0, _drawn(asks[0].seed), run) if one else self._several(prompts, run)
-                async with aclosing(pieces) as items:
-                    async for item in items:
-                        ticket.told(len(item[1].tokens))
-                        yield item
+            try:
+                async with self.admission.enter(claim, self._work(prompts, promised)) as ticket:
+                    run = _Run(ticket, promised, self.records.start(request_id, claim.tenant.name), span, choices, Version())
+                    # Nearly always one: without a task and a queue, which cost a step of 32 half a millisecond.
+                    one = len(asks) == 1 and asks[0].n == 1
+                    pieces = self._sequence(prompts[0], 0, _drawn(asks[0].seed), run) if one else self._several(prompts, run)
+                    async with aclosing(pieces) as items:
+                        async for item in items:
+                            ticket.told(len(item[1].tokens))
+                            yield item
+            except (asyncio.CancelledError, GeneratorExit):
+                if not self.grace.over:  # else it is told, and counted, as a failure
+                    self._cancelled(asks, choices)
+                raise
 
     def _work(self, prompts: Sequence[_Prompt], promised: Promised) -> Work:
         """What is asked for, in all; forecasts are those of the longest prompt."""
@@ -249,10 +256,22 @@ class Generator:
 
     def _finish(self, choice: Choice, ask: Ask, begun: float) -> None:
         self._metrics.e2e_request_latency.observe(time.monotonic() - begun)
+        self._count(choice, ask)
+        self._metrics.success(str(choice.finish_reason))
+
+    def _cancelled(self, asks: Sequence[Ask], choices: Sequence[Choice]) -> None:
+        """By the client: of what was begun, that which has come to a token was served."""
+        for choice in choices:
+            if choice.finish_reason is None and choice.num_tokens:
+                self._count(choice, asks[choice.index // asks[0].n])
+        ended = sum(choice.finish_reason is not None for choice in choices)
+        for _ in range(sum(ask.n for ask in asks) - ended):
+            self._metrics.success(FinishReason.ABORT)
+
+    def _count(self, choice: Choice, ask: Ask) -> None:
         self._metrics.prompt_tokens.inc(len(ask.prompt_token_ids))
         self._metrics.generation_tokens.inc(choice.num_tokens)
         self._metrics.cached_tokens.inc(choice.cache.num_cached_tokens if choice.cache else 0)
-        self._metrics.success(str(choice.finish_reason))
 
 
 def _drawn(seed: int | None) -> int:

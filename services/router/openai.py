@@ -2,9 +2,9 @@
 Fields that would change the answer and are not served are refused; others that are unknown are tolerated."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from baton.errors import InvalidRequest
 from baton.tokenizer import Tokenizer
@@ -40,6 +40,7 @@ class _Sent(BaseModel):
 
 class _Body(_Sent):
     kind: ClassVar[str] = "text_completion"  # of the answer
+    asks_with: ClassVar[str] = "prompt"  # the field
     operation: ClassVar[str] = "text_completion"
 
     model: str | None = None
@@ -67,6 +68,14 @@ class _Body(_Sent):
     cache_salt: str = ""
     priority: int | None = None  # vLLM's: lower is served earlier
     service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None  # OpenAI's
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        """Every text has it."""
+        if stop == "" or (isinstance(stop, list) and "" in stop):
+            raise ValueError("a stop string must not be empty; leave it out")
+        return stop
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """`defaults` are the model's generation_config.json."""
@@ -104,8 +113,7 @@ class _Body(_Sent):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(string for string in stop if string)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def ask(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> Ask:
         return Ask(
@@ -166,8 +174,16 @@ class CompletionBody(_Body):
 
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
-    role: str
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: str | list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        """Or calls tools, where it is an answer of before."""
+        extra = self.model_extra or {}
+        if self.content is None and not (self.role == "assistant" and (extra.get("tool_calls") or extra.get("function_call"))):
+            raise ValueError("content is missing; send text, or a list of text parts")
+        return self
 
     def for_template(self) -> dict[str, Any]:
         message = self.model_dump()
@@ -181,6 +197,7 @@ class ChatMessage(BaseModel):
 
 class ChatBody(_Body):
     kind: ClassVar[str] = "chat.completion"
+    asks_with: ClassVar[str] = "messages"
     operation: ClassVar[str] = "chat"
     echo: ClassVar[bool] = False
     silent: ClassVar[bool] = False
@@ -255,7 +272,7 @@ def parse(cls: type[B], body: object) -> B:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else None
         where = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequest(f"{where}: {first['msg']}", param=field) from error
+        raise InvalidRequest(f"{where}: {first['msg'].removeprefix('Value error, ')}", param=field) from error
 
 
 def _refuse_not_served(body: Mapping[str, Any]) -> None:

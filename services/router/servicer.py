@@ -28,7 +28,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
         self._calls.add(context)
         context.add_done_callback(self._calls.discard)
         request.request_id = request.request_id or f"grpc-{secrets.token_hex(8)}"
-        async with guarded(context), noted(self._gateway, request):
+        async with guarded(context), noted(self._gateway, request), self._gateway.generator.grace.limit():
             gateway = self._gateway
             tenant = gateway.tenant(_metadata(context, "authorization"))
             gateway.generator.admission.check_rates(tenant)
@@ -59,6 +59,8 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
 
     def _ask(self, request: pb.RouterGenerateRequest, request_id: str) -> Ask:
         self._gateway.check_model(request.model or None)
+        if "" in request.stop:
+            raise InvalidRequest("a stop string must not be empty; leave it out", param="stop")
         prompt = self._prompt(request)
         self._gateway.generator.check(prompt, self._gateway.max_model_len)
         return Ask(

@@ -30,7 +30,7 @@ class WorkerView:
     block_size: int
     num_requests: int
     pending_tokens: int
-    matched_tokens: int  # leading prompt tokens in its prefix cache
+    matched_tokens: int  # leading prompt tokens that it finds in its prefix cache; never the last one
     expected_tokens: int = 0  # the same, when it will have computed what was sent there; never less than matched_tokens, whatever is given
     reachable_tokens: int = 0  # the same, when it has fetched too what its other tiers and the pool hold; never less than expected_tokens
     fetch_s: float = 0.0  # of fetching those

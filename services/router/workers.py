@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from baton.cluster.membership import Membership
-from baton.hashing import block_hashes
+from baton.hashing import block_hashes, num_matchable_blocks
 from baton.rpc import convert
 from baton.rpc.channel import Channels
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
@@ -81,8 +81,8 @@ class Workers:
         return len(self._fleet.index)
 
     def view(self, hashes_by_size: "HashesBySize", exclude: Sequence[str] = ()) -> View:
-        """Usable workers, with how much of a prompt each one holds."""
-        return self._fleet.view(hashes_by_size, exclude)
+        """Usable workers, with how much of a prompt each one need not compute."""
+        return self._fleet.view(hashes_by_size.matchable, exclude)
 
     def routed(self, worker_id: str, request_id: str, tokens: int, pairs: int, expected: Sequence[bytes] = ()) -> None:
         """A request is on its way there; see `Fleet.routed`."""
@@ -154,10 +154,11 @@ class Workers:
                     await asyncio.sleep(_RETRY_S)
                     continue
             except (grpc.aio.AioRpcError, TimeoutError) as error:
-                if worker.state is not None:
-                    logger.warning(
-                        "%s is lost: %s", worker.member.id, error.details() if isinstance(error, grpc.aio.AioRpcError) else "silent"
-                    )
+                ended = isinstance(error, grpc.aio.AioRpcError)
+                if worker.drains and ended:
+                    logger.info("%s has drained", worker.member.id)
+                elif worker.state is not None:
+                    logger.warning("%s is lost: %s", worker.member.id, error.details() if ended else "silent")
             except (asyncio.CancelledError, grpc.aio.UsageError):  # its channel was closed; or we were
                 if cast(Any, asyncio.current_task()).cancelling():
                     raise
@@ -231,6 +232,10 @@ class HashesBySize:
         if block_size not in self._hashes:
             self._hashes[block_size] = block_hashes(self._token_ids, block_size, self._salt)
         return self._hashes[block_size]
+
+    def matchable(self, block_size: int) -> list[bytes]:
+        """Of the blocks that a worker may find in a cache."""
+        return self(block_size)[: num_matchable_blocks(len(self._token_ids), block_size)]
 
 
 def _process(member: Member) -> tuple[str, int, str]:

@@ -45,6 +45,7 @@ async def test_text_token_ids_and_chat_give_what_http_gives(cluster: RunningClus
             grpc.StatusCode.INVALID_ARGUMENT,
             "ask for at most",
         ),
+        (router_pb2.RouterGenerateRequest(text="x", stop=["a", ""]), grpc.StatusCode.INVALID_ARGUMENT, "must not be empty"),
     ],
 )
 async def test_errors_have_a_status_and_say_what_to_do(

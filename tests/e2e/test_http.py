@@ -245,7 +245,7 @@ def test_a_client_that_goes_away_frees_everything(cluster: RunningCluster) -> No
         ("/v1/chat/completions", {"messages": USER, "max_completion_tokens": 4096}, 400, "context_length_exceeded", "4096"),
         ("/v1/completions", {"prompt": "x", "min_tokens": 3, "max_tokens": 2}, 400, "invalid_request_error", "min_tokens"),
         ("/nowhere", {}, 404, "not_found", "POST /v1/completions"),
-        ("/v1/models", {}, 405, "http_error", "GET /v1/models"),
+        ("/v1/models", {}, 405, "method_not_allowed", "GET /v1/models"),
     ],
 )
 def test_bad_requests_get_openais_error_object(http: httpx.Client, path: str, body: Any, status: int, code: str, says: str) -> None:

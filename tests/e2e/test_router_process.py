@@ -1,6 +1,7 @@
 """A router as a process: what becomes of its gRPC calls when it is told to stop."""
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -10,10 +11,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from baton.cluster.machine import free_port
 from baton.rpc.v1 import common_pb2, router_pb2, router_pb2_grpc
 from baton.types import Role
 from tests.e2e.test_worker_process import Process
@@ -23,10 +26,10 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 @asynccontextmanager
-async def routed(model: Path, grace_s: float) -> AsyncIterator[tuple[Process, grpc.aio.Channel, Worker]]:
+async def routed(model: Path, grace_s: float, http_port: int = 0) -> AsyncIterator[tuple[Process, grpc.aio.Channel, Worker]]:
     """A router that serves, a channel to it, and its only worker."""
     async with worker(Role.UNIFIED, {}) as w:
-        settings = [f'cluster.workers=["{w.address}"]', f"drain_grace_s={grace_s}", "http_port=0"]
+        settings = [f'cluster.workers=["{w.address}"]', f"drain_grace_s={grace_s}", f"http_port={http_port}"]
         with Process(model, *settings, service="router") as process:
             async with grpc.aio.insecure_channel(process.address) as channel:
                 await asyncio.wait_for(channel.channel_ready(), 60)
@@ -74,17 +77,33 @@ async def test_a_router_that_is_told_to_stop_finishes_its_calls_and_takes_no_new
         assert (await process.ended(20))[0] == 0
 
 
-async def test_a_call_that_outlives_the_grace_is_cut_off(demo_model: Path) -> None:
-    async with routed(demo_model, grace_s=1) as (process, channel, w):
+async def test_who_outlives_the_grace_is_told_to_go_elsewhere(demo_model: Path) -> None:
+    port = free_port()
+    async with (
+        routed(demo_model, grace_s=1, http_port=port) as (process, channel, w),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http,
+    ):
         w.runner.step_s = 0.1
-        stream = aiter(generate(channel, 700))
-        await anext(stream)
-        process.signal(signal.SIGTERM)
-        assert (await process.ended(30))[0] == 0
-        with pytest.raises(grpc.aio.AioRpcError):
-            await tokens(stream)
+        body = {"prompt": list(range(10)), "max_tokens": 600, "ignore_eos": True}
+        call = aiter(generate(channel, 600))
+        plain = asyncio.create_task(http.post("/v1/completions", json=body, headers={"x-request-id": "plain"}))
+        async with http.stream("POST", "/v1/completions", json={**body, "stream": True}, headers={"x-request-id": "stream"}) as stream:
+            await anext(call)
+            process.signal(signal.SIGTERM)
+            *_, error, done = [line async for line in stream.aiter_lines() if line]
+        assert (stream.status_code, done) == (200, "data: [DONE]")
+        told = {"message": "this router is going away; send the request again", "type": "server_error", "param": None, "code": "draining"}
+        assert json.loads(error.removeprefix("data: ")) == {"error": told}
+        answer = await plain
+        assert (answer.status_code, answer.headers["retry-after"], answer.headers["x-request-id"]) == (503, "1", "plain")
+        assert answer.json() == {"error": told}
+        with pytest.raises(grpc.aio.AioRpcError, match="going away") as caught:
+            await tokens(call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        code, log = await process.ended(30)
+        assert (code, log.count("503 draining"), "Traceback" in log) == (0, 3, False)
         w.runner.step_s = 0
-        await w.is_idle(5)
+        await w.is_idle()
 
 
 async def test_who_watches_its_health_or_has_left_does_not_hold_it(demo_model: Path) -> None:

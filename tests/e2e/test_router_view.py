@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import logging
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,7 +12,7 @@ import pytest
 from baton.cluster.membership import InMemoryMembership
 from baton.rpc.channel import Channels
 from baton.types import Member, Role
-from services.router.workers import Workers
+from services.router.workers import HashesBySize, Workers
 from tests.relay import FAULTS, relay
 from tests.workers import BLOCK_SIZE, NUM_BLOCKS, PATIENT_S, Worker, call, drained, prompt, standing, until, worker
 
@@ -55,6 +56,19 @@ async def test_a_successor_at_the_same_address_outlives_its_predecessors_lease()
             stream.cancel()
 
 
+@pytest.mark.parametrize("drains", [False, True])
+async def test_who_has_said_that_it_leaves_is_no_loss(caplog: pytest.LogCaptureFixture, drains: bool) -> None:
+    caplog.set_level(logging.INFO)
+    async with worker(Role.UNIFIED, {}) as w, view({"w": member("w", w.address)}) as workers:
+        await until(lambda: usable(workers) == ["w"])
+        w.intake.draining = drains
+        await until(lambda: (usable(workers) == []) is drains)
+        await w.server.stop(0)
+        await until(lambda: workers._workers["w"].state is None)
+    [record] = [each for each in caplog.records if each.name == "services.router.workers" and each.message.startswith("w ")]
+    assert (record.levelno, record.message.split(":")[0]) == ((logging.INFO, "w has drained") if drains else (logging.WARNING, "w is lost"))
+
+
 async def test_what_was_routed_is_counted_once() -> None:
     """By the router until the worker's own load has it. What comes and is cancelled is told while the worker's step goes on."""
     async with worker(Role.UNIFIED, {}) as w:
@@ -75,7 +89,7 @@ async def test_what_was_routed_is_counted_once() -> None:
                 assert watched.load.num_waiting_pairs >= 80 * 80 // 2
                 assert usable(workers) == ["w"]
                 workers.unrouted("w", "never comes")
-                [seen] = workers.view(lambda size: [])
+                [seen] = workers.view(HashesBySize((), ""))
                 assert (seen.num_requests, seen.pending_tokens) == (2, watched.load.num_waiting_tokens)
                 second.cancel()
                 await until(lambda: watched.load.num_waiting_tokens < 80)

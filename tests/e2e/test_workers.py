@@ -67,6 +67,30 @@ async def test_nobody_is_asked_where_it_would_not_help(role: Role, length: int, 
         assert p.called == 0
 
 
+class Forgetful(dict[str, tuple[int | None, ...]]):
+    """Says that it holds what it cannot give."""
+
+    def get(self, *_: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize("output", [0, 5], ids=["new", "migrated"])
+async def test_what_was_found_and_did_not_come_is_told_with_why_it_was_computed_here(output: int) -> None:
+    request, pool = prompt(output=output), Forgetful()
+    async with worker(Role.PREFILL, pool) as p:
+        message = prefill_pb2.PrefillRequest(sequence=convert.request_to_proto(request), fingerprint="f")
+        await drained(prefill_pb2_grpc.PrefillStub(p.channel).Prefill(message))
+    known = f"{60 + output} tokens{' (prompt and 5 so far)' if output else ''}"
+    missing = (59 + output) % BLOCK_SIZE + 1
+    async with scripted(silent) as p, worker(Role.DECODE, pool) as d:
+        answer = await generate(d, request, p.address)
+        assert answer.tokens == reference(request)
+        lost = 60 + output - missing
+        assert answer.decisions[-1] == ("", f"{missing} of {known} missing, computed here; {lost} that were found did not come")
+        assert answer.last.cache is not None
+        assert answer.last.cache.num_cached_tokens == 0
+
+
 async def test_a_step_longer_than_the_lease_is_not_taken_for_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody falls silent meanwhile: not the call, and not the state stream."""
     begun, over = threading.Event(), threading.Event()

@@ -173,7 +173,7 @@ async def test_who_cannot_be_in_time_is_refused_at_once_and_told_when_to_come_ag
     refused = await failure(await gate.come("late", Claim(ttft_slo_s=1.0), **slow))
     assert isinstance(refused, Overloaded)
     assert refused.retry_after_s == pytest.approx(2.5)
-    assert "expected after 3.50 s" in refused.message
+    assert "expected after 3500 ms (0 ms queued); asked for: 1000 ms" in refused.message
     assert "every 50.0 ms" in (await failure(await gate.come("choppy", Claim(itl_slo_s=0.02), **slow))).message
     await gate.come("patient", Claim(ttft_slo_s=4.0, itl_slo_s=0.1), **slow)
     await gate.come("nobody knows", Claim(ttft_slo_s=0.1))
@@ -186,8 +186,8 @@ async def test_who_cannot_be_in_time_is_refused_at_once_and_told_when_to_come_ag
 
 async def test_a_callers_deadline_makes_no_promise_of_the_routers_longer() -> None:
     gate, slow = Gate(ttft_slo_s=1.0), {"forecast": lambda: Forecast(ttft_s=3.5)}
-    assert "asked for: 1 s" in (await failure(await gate.come("configured", Claim(deadline_s=60.0), **slow))).message
-    assert "asked for: 2 s" in (await failure(await gate.come("gone by then", Claim(ttft_slo_s=5.0, deadline_s=2.0), **slow))).message
+    assert "asked for: 1000 ms" in (await failure(await gate.come("configured", Claim(deadline_s=60.0), **slow))).message
+    assert "asked for: 2000 ms" in (await failure(await gate.come("gone by then", Claim(ttft_slo_s=5.0, deadline_s=2.0), **slow))).message
     await gate.come("asks for less", Claim(ttft_slo_s=5.0, deadline_s=60.0), **slow)
     assert gate.inside == ["asks for less"]
     await gate.end("asks for less")

@@ -1,5 +1,6 @@
 """What is known of requests that fail: by which id, how often, and in the log."""
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator
@@ -16,6 +17,7 @@ from services.router.tenants import Tenants
 from tests.unit.test_gateway import gateway
 
 HELLO: dict[str, Any] = {"prompt": "hello", "max_tokens": 4}
+LABELS = {"model_name": "demo-model", "worker": "router"}
 
 
 async def ask(made: Gateway, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
@@ -39,7 +41,7 @@ def counted(made: Gateway, name: str, label: str) -> dict[str, float]:
         ("POST", "/v1/completions", {"content": b"x" * (17 << 20)}, 413, "request_too_large"),
         ("POST", "/tokenize", {"json": {}}, 400, "invalid_request_error"),
         ("POST", "/v1/nothing%0Ahere", {"json": {}}, 404, "not_found"),
-        ("GET", "/v1/completions", {}, 405, "http_error"),
+        ("GET", "/v1/completions", {}, 405, "method_not_allowed"),
         ("POST", "/v1/completions", {"json": HELLO}, 503, "no_workers"),
         ("POST", "/v1/completions", {"json": {**HELLO, "stream": True}}, 503, "no_workers"),
     ],
@@ -60,6 +62,34 @@ async def test_what_fails_is_counted_and_logged_once(
     assert f": {status} {code}: " in line
     assert line.isprintable()
     assert len(line) < 500
+
+
+async def test_what_is_not_there_is_answered_with_what_is_for_clients(demo_model: Path) -> None:
+    made = gateway(demo_model)
+    for method, path in [("GET", "/v1/nothing"), ("PUT", "/metrics")]:
+        message = (await ask(made, method, path)).json()["error"]["message"]
+        listed = message.partition("; there is ")[2].split(", ")
+        assert {"GET /v1/models", "POST /v1/chat/completions", "POST /v1/completions"} <= {*listed}
+        assert all(each.split(" ")[1].startswith("/v1/") for each in listed)
+
+
+@pytest.mark.parametrize("path", ["/console", "/", "/health", "/v1/models"])
+async def test_head_is_answered_where_get_is(demo_model: Path, path: str) -> None:
+    made = gateway(demo_model)
+    head, get = [await ask(made, method, path) for method in ("HEAD", "GET")]
+    assert head.status_code == get.status_code < 400
+    assert head.headers.get("content-type") == get.headers.get("content-type")
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["tokens", "characters"])
+async def test_a_prompt_that_is_too_long_names_the_field_that_it_came_in(demo_model: Path, text: bool) -> None:
+    made, content = gateway(demo_model), "word " * (100_000 if text else 5000)
+    for path, body, field in [
+        ("/v1/completions", {"prompt": content}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": content}]}, "messages"),
+    ]:
+        error = (await ask(made, "POST", path, json=body)).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", field)
 
 
 async def test_who_names_no_request_is_told_one(demo_model: Path) -> None:
@@ -121,3 +151,52 @@ async def test_a_stream_that_breaks_off_is_one_too(
     assert counted(made, "request_failures", "code") == {"worker_lost": 1.0}
     (record,) = caplog.records
     assert (record.levelno, record.__dict__["request_id"]) == (logging.WARNING, "mine")
+
+
+async def going_on(*arguments: Any) -> AsyncGenerator[GenerateOutput]:
+    yield GenerateOutput(tokens=(OutputToken(100),))
+    await asyncio.Event().wait()
+
+
+async def begun(made: Gateway, num: int) -> None:
+    """So many sequences have their first token."""
+    async with asyncio.timeout(30):
+        while made.metrics.registry.get_sample_value("baton:time_to_first_token_seconds_count", LABELS) != num:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_is_told_to_go_elsewhere_is_one_too_and_has_not_left(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    made = gateway(demo_model, Role.UNIFIED)
+    monkeypatch.setattr(made.dispatcher, "generate", going_on)
+    asked = asyncio.create_task(ask(made, "POST", "/v1/completions", json={**HELLO, "n": 2, "stream": stream}))
+    await begun(made, 2)
+    made.generator.grace.end()
+    assert '"code":"draining"' in (await asked).text
+    late = await ask(made, "POST", "/v1/completions", json=HELLO)
+    assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+    assert counted(made, "request_failures", "code") == {"draining": 2.0}
+    assert counted(made, "request_success", "finished_reason") == {}
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_client_leaves_is_counted_as_aborted_with_its_tokens(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    made = gateway(demo_model, Role.UNIFIED)
+    monkeypatch.setattr(made.dispatcher, "generate", going_on)
+    asked = asyncio.create_task(ask(made, "POST", "/v1/completions", json={"prompt": [1, 2, 3], "n": 2, "stream": stream}))
+    await begun(made, 2)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert counted(made, "request_success", "finished_reason") == {"abort": 2.0}
+    page = made.metrics.exposition().decode()
+    for prefix in ("baton", "vllm"):
+        assert f'{prefix}:request_success_total{{finished_reason="abort",model_name="demo-model",worker="router"}} 2.0' in page
+        assert f'{prefix}:prompt_tokens_total{{model_name="demo-model",worker="router"}} 6.0' in page
+        assert f'{prefix}:generation_tokens_total{{model_name="demo-model",worker="router"}} 2.0' in page
+    assert counted(made, "request_failures", "code") == {}
+    assert not caplog.records

@@ -13,7 +13,7 @@ import pytest
 from baton.cluster.membership import InMemoryMembership
 from baton.config import RouterConfig
 from baton.rpc.channel import Channels
-from baton.types import Load, Member, MemberState, Role, StateUpdate
+from baton.types import BlocksStored, Load, Member, MemberState, Role, StateUpdate
 from services.router.__main__ import build
 from services.router.app import Gateway, describe, make_app
 from services.router.policy import Facts, Placement
@@ -83,6 +83,16 @@ async def test_gauges_run_none_of_the_routers_code_on_other_threads(demo_model: 
     values = {line.split("{")[0]: float(line.split()[-1]) for line in page.splitlines() if line.startswith("baton:")}
     assert (values["baton:degraded"], values["baton:breakers_open"], values["baton:num_requests_queued"]) == (1.0, 1.0, 0.0)
     assert threads == {threading.current_thread()}
+
+
+@pytest.mark.parametrize(("num_tokens", "missing"), [(15, 15), (16, 16), (17, 1), (32, 16), (33, 1)])
+def test_the_last_token_of_a_prompt_is_computed_again_and_so_is_the_block_that_it_ends(
+    demo_model: Path, num_tokens: int, missing: int
+) -> None:
+    placer, workers = (dispatcher := gateway(demo_model, Role.UNIFIED).dispatcher).placer, dispatcher.workers
+    hashes = HashesBySize(range(num_tokens), "")
+    workers._fleet.index.apply("unified", [BlocksStored(tuple(hashes(16)))])
+    assert placer.decide(placer.facts(num_tokens, 10), hashes).placement.missing_tokens == missing
 
 
 def client(made: Gateway) -> httpx.AsyncClient:

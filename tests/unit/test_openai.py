@@ -32,12 +32,29 @@ from services.router.text import Piece
         ({"prompt": "x", "max_tokens": "many"}, "max_tokens"),
         ({"prompt": "x", "logprobs": 99}, "logprobs"),
         ({"prompt": "x", "stop": 3}, "stop"),
+        ({"prompt": "x", "stop": ""}, "stop"),
+        ({"prompt": "x", "stop": ["a", ""]}, "stop"),
     ],
 )
 def test_wrong_bodies_name_the_field(body: Any, field: str | None) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(CompletionBody, body)
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"role": "wizard", "content": "x"}, r"^messages\.1\.role: .*'assistant'"),
+        ({"role": "user"}, r"^messages\.1: content is missing"),
+        ({"role": "user", "content": None}, "content is missing"),
+        ({"role": "assistant", "tool_calls": []}, "content is missing"),
+    ],
+)
+def test_a_message_has_a_role_that_there_is_and_a_content(message: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says) as caught:
+        parse(ChatBody, {"messages": [{"role": "user", "content": "x"}, message]})
+    assert caught.value.param == "messages"
 
 
 def test_unknown_fields_are_tolerated_and_defaults_come_from_the_model() -> None:
@@ -109,9 +126,10 @@ def test_what_asks_for_nothing_is_taken(sent: dict[str, Any]) -> None:
     parse(CompletionBody, {"prompt": "x", **sent})
 
 
-def test_parts_are_lines_and_no_content_is_empty(tokenizer: Tokenizer) -> None:
+def test_parts_are_lines_and_a_call_of_tools_may_have_no_content(tokenizer: Tokenizer) -> None:
     parts = [{"type": "text", "text": "Summarise:"}, {"type": "text", "text": "Baton is"}]
-    messages = parse(ChatBody, {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]}).messages
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]}
+    messages = parse(ChatBody, {"messages": [{"role": "user", "content": parts}, called]}).messages
     assert [message.for_template()["content"] for message in messages] == ["Summarise:\nBaton is", ""]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from baton.cli.bench import Sample
 from baton.errors import InternalError, Overloaded
+from baton.hashing import num_matchable_blocks
 from baton.scheduling.plan import StepPlan
 from baton.scheduling.request import Request
 from baton.types import CacheReport, Member, MemberState, Pace, Role, SamplingParams, StateUpdate
@@ -133,7 +134,7 @@ class SimulatedCluster:
             itl_slo_s=plan.itl_slo_s,
         )
         try:
-            placement = self._policy(facts, fleet.view(lambda size: prompt))
+            placement = self._policy(facts, fleet.view(lambda size: prompt[: num_matchable_blocks(ask.num_prompt_tokens, size)]))
         except Overloaded as error:
             sample.error = f"refused: {error.message}"
             return
