@@ -33,6 +33,10 @@ from services.router.servicer import RouterServicer
 from services.router.tenants import Tenants
 from services.router.workers import Workers
 
+# So long a connection is kept without a request. Clients (httpx: 5 s) and load balancers (60 s) must close it first: what they send while
+# we do is lost, and a load balancer makes a 502 of it.
+KEEP_ALIVE_S = 75
+
 
 class _Server(uvicorn.Server):
     """Signals are the host's business."""
@@ -112,6 +116,7 @@ async def serve(config: RouterConfig) -> None:
             http="httptools",
             log_config=None,
             access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(int(config.drain_grace_s), 1),
             ssl_certfile=config.tls.cert or None,
             ssl_keyfile=config.tls.key or None,
