@@ -35,6 +35,9 @@ from services.router.tenants import Tenants
 from services.router.workers import Workers
 
 _LAST_WORDS_S = 2  # that clients have to take the error with which what they wait for has ended; whoever does not is cut off
+# So long a connection is kept without a request. Clients (httpx: 5 s) and load balancers (60 s) must close it first: what they send while
+# we do is lost, and a load balancer makes a 502 of it.
+_KEEP_ALIVE_S = 75
 
 
 class _Server(uvicorn.Server):
@@ -115,6 +118,7 @@ async def serve(config: RouterConfig) -> None:
             http="httptools",
             log_config=None,
             access_log=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=math.ceil(config.drain_grace_s) + _LAST_WORDS_S,
             ssl_certfile=config.tls.cert or None,
             ssl_keyfile=config.tls.key or None,

@@ -41,7 +41,7 @@ def test_one_that_scales_has_the_rights_for_that_alone() -> None:
             "resourceNames": ["rel-qwen3-32b-prefill", "rel-qwen3-32b-decode"],
             "verbs": ["get", "patch"],
         },
-        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch", "delete"]},
     ]
     (subject,) = objects["RoleBinding", NAME]["subjects"]
     assert subject == {"kind": "ServiceAccount", "name": NAME, "namespace": "prod"}

@@ -32,8 +32,10 @@ from tests.faults.traffic import Prompt
 
 pytestmark = [pytest.mark.chart, pytest.mark.slow, pytest.mark.timeout(600)]
 DEMO = ROOT / "examples/demo-model"
-# Nothing has failed, and there is no file tier.
-NOT_HERE = {"request_failures", "requests_refused", "kv_tier_evictions", "kv_tier_damaged", "kv_tier_used_bytes", "kv_tier_capacity_bytes"}
+# Nothing has failed or been hedged, and there is no file tier.
+NOT_HERE = {"request_failures", "requests_refused", "hedges"} | {
+    f"kv_tier_{name}" for name in ("evictions", "damaged", "used_bytes", "capacity_bytes")
+}
 SMALL = (
     "security.tls.secret=certs",
     "kvstore.node.memory=128Mi",

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import select
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx
@@ -196,6 +199,16 @@ def test_operators_pages(http: httpx.Client) -> None:
         own = httpx.get(f"http://{worker['metrics']}/metrics").text
         assert "vllm:num_requests_running" in own
         assert "baton:kv_pool_saved_blocks_total" in own
+
+
+def test_an_idle_connection_is_left_to_the_client_to_close(http: httpx.Client) -> None:
+    """httpx takes one again that was idle for up to 5 s: one that the router closed then would lose what is sent meanwhile."""
+    connection = HTTPConnection(http.base_url.host, http.base_url.port, timeout=60)
+    with closing(connection):
+        for wait_s in (6, 0):
+            connection.request("GET", "/health")
+            assert connection.getresponse().read()
+            assert select.select([connection.sock], [], [], wait_s)[0] == []
 
 
 def test_a_client_that_goes_away_in_its_request_is_no_news(cluster: RunningCluster, http: httpx.Client) -> None:
