@@ -35,9 +35,10 @@ from baton.runtime.outputs import Outputs
 from baton.runtime.pace import PaceLearner, Stopwatch
 from baton.runtime.pushing import Checksums, Pusher, Receiver, Reservations, Sender
 from baton.runtime.refetch import set_aside_lost
+from baton.runtime.saving import Saver
 from baton.runtime.sequence import EngineSequence
 from baton.runtime.state import StatePublisher, StateReader
-from baton.runtime.tier import Tier
+from baton.runtime.tier import Tier, Tiers
 from baton.runtime.validation import Limits, validate
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import Request, RequestStatus
@@ -78,11 +79,12 @@ class Engine:
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
         self._flights, self._pace, self._watch = Flights(), PaceLearner(), Stopwatch(cores)
         cache = scheduler.cache
+        self._tiers = Tiers(tiers, key=key, buffer=buffer, block_size=cache.block_size)
+        self.saver = Saver(cache, self._tiers, budget_s=budget_s, post=self._post, on_saved=self._saved)
         self.loader = Loader(
             cache,
-            tiers,
-            key=key,
-            buffer=buffer,
+            self._tiers,
+            self.saver,
             budget_s=budget_s,
             pace=lambda: self._pace.pace.by_the_clock(),
             step_tokens=scheduler.max_num_batched_tokens,
@@ -91,25 +93,23 @@ class Engine:
             after_steps=self._flights.after,
             on_matched=self._matched,
             on_ready=self._ready,
-            on_saved=self._saved,
         )
         self.pusher = Pusher(cache.pool, sender, block_size=cache.block_size, post=self._post, checksums=checksums)
         self.reservations = Reservations(cache, receiver, after_steps=self._flights.after, patience_s=budget_s, checksums=checksums)
         self.leases = EngineLeases(self.pusher, self.reservations, receiver, post=self._post, stopping=lambda: self._stopping)
-        self._sender, self._receiver = sender, receiver
-        self._tiers, self._eos_token_ids = tiers, eos_token_ids
+        self._sender, self._receiver, self._eos_token_ids = sender, receiver, eos_token_ids
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._entries: dict[str, Entry] = {}
-        self._outputs = Outputs(await_saves=self.loader.await_saves, end=self.abort)
+        self._outputs = Outputs(await_saves=self.saver.await_saves, end=self.abort)
         self._live: dict[str, EngineSequence] = {}  # the event loop's
         self._census = Census(
             scheduler,
             self._entries,
             lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s),
             self._flights,
-            self.loader.fetch_token_s,
+            self._tiers.fetch_token_s,
         )
-        self._publisher = StatePublisher(self._census, cache.pool, holdings, self.loader.take_news)
+        self._publisher = StatePublisher(self._census, cache.pool, holdings, self._tiers.take_news)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.turns = 0  # of the engine's thread
         self._stopping = False
@@ -217,7 +217,7 @@ class Engine:
 
         def run() -> None:
             entry = self._entries.get(request_id)
-            if entry is None or (entry.feed.looked_up and self._num_missing(entry.feed) <= beyond):
+            if entry is None or (entry.feed.looked_up and entry.feed.num_missing(self.scheduler.cache.block_size) <= beyond):
                 answer(None)
             elif entry.feed.looked_up:
                 self.reservations.reserve(entry.feed, answer)
@@ -270,6 +270,7 @@ class Engine:
                     if not self.runner.depth:  # what came meanwhile need not wait for the step, nor routers, which send to who seems idle
                         self._flush()
                     self.loader.tick(time.monotonic())
+                    self.saver.tick(time.monotonic())
                     self.reservations.serve()
                     if not self.runner.depth:
                         self._publisher.publish(time.monotonic())
@@ -311,7 +312,7 @@ class Engine:
         if self._owes:
             return OWING_WAIT_S
         waits = [IDLE_WAIT_S, self._publisher.wait(time.monotonic())]
-        for deadline in (self.loader.next_deadline, self.reservations.next_deadline):
+        for deadline in (self.loader.next_deadline, self.saver.next_deadline, self.reservations.next_deadline):
             if deadline is not None:
                 waits.append(deadline - time.monotonic())
         return max(min(waits), 0.001)
@@ -384,14 +385,14 @@ class Engine:
             return
         entry = self._entries[request.request_id]
         request.cache = entry.cache_report(item.start, self.scheduler.cache.block_size)
-        self.loader.save_matched(entry.feed)
+        self.saver.save_matched(entry.feed)
         if entry.shipment is not None:
             self.pusher.send(entry.shipment, request.block_ids, min(item.start, entry.shipment.num_tokens - 1))
 
     def _computed(self, item: ScheduledRequest, result: StepResult, *, save: bool) -> None:
         entry = self._entries[item.request.request_id]
         if save:
-            self.loader.save_new(entry.feed, item.block_ids, item.start, item.end)
+            self.saver.save_new(entry.feed, item.block_ids, item.start, item.end)
             if entry.shipment is not None:
                 self.pusher.send(entry.shipment, item.block_ids, item.end)
         self._outputs.computed(entry, item, result)
@@ -401,10 +402,6 @@ class Engine:
         size = self.scheduler.cache.block_size
         self._outputs.tell(entry, (feed.num_matched * size, (feed.num_found - feed.num_matched) * size))
         entry.run_waiting()
-
-    def _num_missing(self, feed: Feed) -> int:
-        """Tokens that were nowhere to be found when the request was looked up."""
-        return feed.num_tokens - feed.num_found * self.scheduler.cache.block_size
 
     def _ready(self, feed: Feed) -> None:
         request = feed.request
@@ -425,6 +422,7 @@ class Engine:
 
     def _drop(self, entry: Entry) -> None:
         self.loader.close(entry.feed)
+        self.saver.close(entry.feed)
         if entry.shipment is not None:
             self.pusher.close(entry.shipment)
         self._entries.pop(entry.request.request_id, None)
@@ -439,8 +437,10 @@ class Engine:
     def _check_integrity(self) -> list[str]:
         self._publisher.measure()  # who asks wants to know of this moment
         cache = self.scheduler.cache
-        held = [entry.request.block_ids for entry in self._entries.values()]
-        problems = cache.pool.check_integrity([*held, *cache.pinned(), *self.loader.held(), *self.pusher.held(), *self.reservations.held()])
+        held = [entry.request.block_ids for entry in self._entries.values()] + cache.pinned()
+        for part in (self.loader, self.saver, self.pusher, self.reservations):
+            held += part.held()
+        problems = cache.pool.check_integrity(held)
         known = {entry.request for entry in self._entries.values()}
         queued = {*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.fetching}
         problems += [f"request {request.request_id} is scheduled, but has ended" for request in queued - known]
