@@ -5,12 +5,8 @@
     Sequence ◀── one call per step ─────────────────────┘                      lookup, load, save ──▶ inbox
 
 The thread alone changes scheduler, blocks and requests; everything else reaches it as a function in the inbox. While it sleeps, having
-nothing to compute, or a step is computed, the event loop may look at them (`StatePublisher.lock`). A step that raises fails the requests in
-it, and nobody else. Knows nothing of gRPC, of other workers, or of roles.
-
-Where the runner can hold more than one step, the next one is decided and submitted while the device computes (see Request's pending
-tokens). Blocks that become free meanwhile may still be written by steps in flight: later steps come after those anyway, and loads from
-the pool wait for them (`Flights.after`).
+nothing to compute, or a step is computed, the event loop may look at them (`StatePublisher.lock`). Knows nothing of gRPC, of other workers,
+or of roles.
 """
 
 import asyncio
@@ -28,16 +24,17 @@ from baton.kv.store import Buffer
 from baton.runtime.census import Census
 from baton.runtime.entry import Entry
 from baton.runtime.feed import Feed
-from baton.runtime.flights import DeviceLost, Flights, Runner
+from baton.runtime.flights import Flights, Runner
 from baton.runtime.leases import EngineLeases, asked
 from baton.runtime.loading import Loader
 from baton.runtime.outputs import Outputs
-from baton.runtime.pace import PaceLearner, Stopwatch
+from baton.runtime.pace import PaceLearner
 from baton.runtime.pushing import Checksums, Pusher, Receiver, Reservations, Sender
 from baton.runtime.refetch import set_aside_lost
 from baton.runtime.saving import Saver
 from baton.runtime.sequence import EngineSequence
 from baton.runtime.state import StatePublisher, StateReader
+from baton.runtime.steps import Steps
 from baton.runtime.tier import Tier, Tiers
 from baton.runtime.validation import Limits, validate
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
@@ -77,7 +74,7 @@ class Engine:
         self.on_stopped: Callable[[], None] = lambda: None  # when all else has ended
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
-        self._flights, self._pace, self._watch = Flights(), PaceLearner(), Stopwatch(cores)
+        self._flights, self._pace = Flights(), PaceLearner()
         cache = scheduler.cache
         self._tiers = Tiers(tiers, key=key, buffer=buffer, block_size=cache.block_size)
         self.saver = Saver(cache, self._tiers, budget_s=budget_s, post=self._post, on_saved=self._saved)
@@ -110,6 +107,18 @@ class Engine:
             self._tiers.fetch_token_s,
         )
         self._publisher = StatePublisher(self._census, cache.pool, holdings, self._tiers.take_news)
+        self._steps = Steps(
+            scheduler,
+            runner,
+            self._flights,
+            self._pace,
+            cores=cores,
+            elsewhere=self._publisher.elsewhere,
+            meanwhile=self._tell,
+            on_computed=self._computed,
+            on_failed=self._fail,
+            on_step=lambda plan, seconds: self.on_step(plan, seconds),
+        )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.turns = 0  # of the engine's thread
         self._stopping = False
@@ -318,65 +327,18 @@ class Engine:
         return max(min(waits), 0.001)
 
     def _step(self) -> bool:
-        """Submits the next step, if there is one, and takes in those that are to end first. False where there was nothing to do."""
+        """Decides on a step and has it computed. False where there was nothing to do."""
         plan = self.scheduler.schedule()
         if self._tiers:
             plan = set_aside_lost(plan, self.scheduler, self.loader, self._entries)
-        if plan.scheduled:
-            self._submit(plan)
-        elif not self._flights:
-            return False
-        if self.runner.depth:  # the device is at work: now is time to tell what came
-            self._flush()
-            self._publisher.publish(time.monotonic())
-        ahead = self.runner.depth if plan.scheduled and not plan.needs_history else 0
-        while len(self._flights) > ahead:
-            self._collect()
-        return True
-
-    def _submit(self, plan: StepPlan) -> None:
         for item in plan.scheduled:
             self._admitted(item)
-        if not self._flights:
-            self._watch.start()
-        try:
-            with self._publisher.elsewhere():
-                result = self.runner.submit(plan)
-        except DeviceLost:
-            raise
-        except Exception as error:
-            self._step_failed(plan, error)
-            return
-        self._flights.add(plan, result)
-        self.scheduler.advance(plan)
+        return self._steps.run(plan)
 
-    def _collect(self) -> None:
-        """Takes in the oldest step in flight."""
-        flight = self._flights.oldest()
-        plan = flight.plan
-        try:
-            with self._publisher.elsewhere():
-                result = flight.result()
-        except DeviceLost:
-            raise
-        except Exception as error:
-            self._step_failed(plan, error)
-        else:
-            live = [item for item in plan.scheduled if item.request.status is not RequestStatus.FINISHED]
-            kept = {item.request for item in live if item.block_ids is item.request.block_ids}  # not preempted meanwhile
-            self.scheduler.update(plan, result)
-            for item in live:
-                self._computed(item, result, save=item.request in kept)
-            elapsed_s, own_s = self._watch.lap()
-            self._pace.observe(plan, own_s, elapsed_s)
-            self.on_step(plan, elapsed_s)
-        self._flights.ended()
-
-    def _step_failed(self, plan: StepPlan, error: Exception) -> None:
-        logger.error("a step of %d requests failed", len(plan.scheduled), exc_info=error)
-        for item in plan.scheduled:
-            if item.request.status is not RequestStatus.FINISHED:
-                self._fail(item.request, InternalError(f"the engine failed in a step: {type(error).__name__}: {error}"))
+    def _tell(self) -> None:
+        """What came, while the device is at work."""
+        self._flush()
+        self._publisher.publish(time.monotonic())
 
     def _admitted(self, item: ScheduledRequest) -> None:
         """The first time that a request is scheduled, its cache is known."""
@@ -389,7 +351,7 @@ class Engine:
         if entry.shipment is not None:
             self.pusher.send(entry.shipment, request.block_ids, min(item.start, entry.shipment.num_tokens - 1))
 
-    def _computed(self, item: ScheduledRequest, result: StepResult, *, save: bool) -> None:
+    def _computed(self, item: ScheduledRequest, result: StepResult, save: bool) -> None:
         entry = self._entries[item.request.request_id]
         if save:
             self.saver.save_new(entry.feed, item.block_ids, item.start, item.end)
