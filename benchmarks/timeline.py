@@ -38,7 +38,7 @@ HOPS = (
     ("decode", "baton.rpc.v1.prefill_pb2_grpc", "PrefillStub.__init__", "begin", "reserved, a message"),
     ("prefill", "baton.rpc.convert", "request_from_proto", "begin", "has it"),
     ("prefill", "baton.runtime.engine", "Engine.submit", "end", "unpacked, hashed, submitted"),
-    ("prefill", "baton.runtime.engine", "Engine._submit", "begin", "the step begins"),
+    ("prefill", "baton.runtime.steps", "Steps._submit", "begin", "the step begins"),
     ("prefill", "baton.runtime.engine", "Engine._computed", "begin", "the step has ended"),
     ("prefill", "baton.rpc.convert", "output_to_proto", "begin", "the event loop has the token"),
     ("decode", "baton.rpc.convert", "output_from_proto", "begin", "has the token"),

@@ -1,5 +1,5 @@
 """The tiers of a worker's KV behind the device, fastest first; docs/tiers.md has the picture. Each is a KVTransfer of its own, so that none
-waits for another; what is loaded from where, and what is saved, `runtime.loading` decides."""
+waits for another; what is loaded from where, `runtime.loading` decides, what is saved, `runtime.saving`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

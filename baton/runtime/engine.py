@@ -5,12 +5,8 @@
     Sequence ◀── one call per step ─────────────────────┘                      lookup, load, save ──▶ inbox
 
 The thread alone changes scheduler, blocks and requests; everything else reaches it as a function in the inbox. While it sleeps, having
-nothing to compute, or a step is computed, the event loop may look at them (`StatePublisher.lock`). A step that raises fails the requests in
-it, and nobody else. Knows nothing of gRPC, of other workers, or of roles.
-
-Where the runner can hold more than one step, the next one is decided and submitted while the device computes (see Request's pending
-tokens). Blocks that become free meanwhile may still be written by steps in flight: later steps come after those anyway, and loads from
-the pool wait for them (`Flights.after`).
+nothing to compute, or a step is computed, the event loop may look at them (`StatePublisher.lock`). Knows nothing of gRPC, of other workers,
+or of roles.
 """
 
 import asyncio
@@ -28,16 +24,18 @@ from baton.kv.store import Buffer
 from baton.runtime.census import Census
 from baton.runtime.entry import Entry
 from baton.runtime.feed import Feed
-from baton.runtime.flights import DeviceLost, Flights, Runner
+from baton.runtime.flights import Flights, Runner
 from baton.runtime.leases import EngineLeases, asked
 from baton.runtime.loading import Loader
 from baton.runtime.outputs import Outputs
-from baton.runtime.pace import PaceLearner, Stopwatch
+from baton.runtime.pace import PaceLearner
 from baton.runtime.pushing import Checksums, Pusher, Receiver, Reservations, Sender
 from baton.runtime.refetch import set_aside_lost
+from baton.runtime.saving import Saver
 from baton.runtime.sequence import EngineSequence
 from baton.runtime.state import StatePublisher, StateReader
-from baton.runtime.tier import Tier
+from baton.runtime.steps import Steps
+from baton.runtime.tier import Tier, Tiers
 from baton.runtime.validation import Limits, validate
 from baton.scheduling.plan import ScheduledRequest, StepPlan, StepResult
 from baton.scheduling.request import Request, RequestStatus
@@ -76,13 +74,14 @@ class Engine:
         self.on_stopped: Callable[[], None] = lambda: None  # when all else has ended
         self.on_step: Callable[[StepPlan, float], None] = lambda plan, seconds: None  # after each step, on the engine's thread
         self.scheduler, self.runner, self.limits = scheduler, runner, limits
-        self._flights, self._pace, self._watch = Flights(), PaceLearner(), Stopwatch(cores)
+        self._flights, self._pace = Flights(), PaceLearner()
         cache = scheduler.cache
+        self._tiers = Tiers(tiers, key=key, buffer=buffer, block_size=cache.block_size)
+        self.saver = Saver(cache, self._tiers, budget_s=budget_s, post=self._post, on_saved=self._saved)
         self.loader = Loader(
             cache,
-            tiers,
-            key=key,
-            buffer=buffer,
+            self._tiers,
+            self.saver,
             budget_s=budget_s,
             pace=lambda: self._pace.pace.by_the_clock(),
             step_tokens=scheduler.max_num_batched_tokens,
@@ -91,25 +90,35 @@ class Engine:
             after_steps=self._flights.after,
             on_matched=self._matched,
             on_ready=self._ready,
-            on_saved=self._saved,
         )
         self.pusher = Pusher(cache.pool, sender, block_size=cache.block_size, post=self._post, checksums=checksums)
         self.reservations = Reservations(cache, receiver, after_steps=self._flights.after, patience_s=budget_s, checksums=checksums)
         self.leases = EngineLeases(self.pusher, self.reservations, receiver, post=self._post, stopping=lambda: self._stopping)
-        self._sender, self._receiver = sender, receiver
-        self._tiers, self._eos_token_ids = tiers, eos_token_ids
+        self._sender, self._receiver, self._eos_token_ids = sender, receiver, eos_token_ids
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._entries: dict[str, Entry] = {}
-        self._outputs = Outputs(await_saves=self.loader.await_saves, end=self.abort)
+        self._outputs = Outputs(await_saves=self.saver.await_saves, end=self.abort)
         self._live: dict[str, EngineSequence] = {}  # the event loop's
         self._census = Census(
             scheduler,
             self._entries,
             lambda: replace(self._pace.pace, push_token_s=self.pusher.token_s),
             self._flights,
-            self.loader.fetch_token_s,
+            self._tiers.fetch_token_s,
         )
-        self._publisher = StatePublisher(self._census, cache.pool, holdings, self.loader.take_news)
+        self._publisher = StatePublisher(self._census, cache.pool, holdings, self._tiers.take_news)
+        self._steps = Steps(
+            scheduler,
+            runner,
+            self._flights,
+            self._pace,
+            cores=cores,
+            elsewhere=self._publisher.elsewhere,
+            meanwhile=self._tell,
+            on_computed=self._computed,
+            on_failed=self._fail,
+            on_step=lambda plan, seconds: self.on_step(plan, seconds),
+        )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.turns = 0  # of the engine's thread
         self._stopping = False
@@ -217,7 +226,7 @@ class Engine:
 
         def run() -> None:
             entry = self._entries.get(request_id)
-            if entry is None or (entry.feed.looked_up and self._num_missing(entry.feed) <= beyond):
+            if entry is None or (entry.feed.looked_up and entry.feed.num_missing(self.scheduler.cache.block_size) <= beyond):
                 answer(None)
             elif entry.feed.looked_up:
                 self.reservations.reserve(entry.feed, answer)
@@ -270,6 +279,7 @@ class Engine:
                     if not self.runner.depth:  # what came meanwhile need not wait for the step, nor routers, which send to who seems idle
                         self._flush()
                     self.loader.tick(time.monotonic())
+                    self.saver.tick(time.monotonic())
                     self.reservations.serve()
                     if not self.runner.depth:
                         self._publisher.publish(time.monotonic())
@@ -311,71 +321,24 @@ class Engine:
         if self._owes:
             return OWING_WAIT_S
         waits = [IDLE_WAIT_S, self._publisher.wait(time.monotonic())]
-        for deadline in (self.loader.next_deadline, self.reservations.next_deadline):
+        for deadline in (self.loader.next_deadline, self.saver.next_deadline, self.reservations.next_deadline):
             if deadline is not None:
                 waits.append(deadline - time.monotonic())
         return max(min(waits), 0.001)
 
     def _step(self) -> bool:
-        """Submits the next step, if there is one, and takes in those that are to end first. False where there was nothing to do."""
+        """Decides on a step and has it computed. False where there was nothing to do."""
         plan = self.scheduler.schedule()
         if self._tiers:
             plan = set_aside_lost(plan, self.scheduler, self.loader, self._entries)
-        if plan.scheduled:
-            self._submit(plan)
-        elif not self._flights:
-            return False
-        if self.runner.depth:  # the device is at work: now is time to tell what came
-            self._flush()
-            self._publisher.publish(time.monotonic())
-        ahead = self.runner.depth if plan.scheduled and not plan.needs_history else 0
-        while len(self._flights) > ahead:
-            self._collect()
-        return True
-
-    def _submit(self, plan: StepPlan) -> None:
         for item in plan.scheduled:
             self._admitted(item)
-        if not self._flights:
-            self._watch.start()
-        try:
-            with self._publisher.elsewhere():
-                result = self.runner.submit(plan)
-        except DeviceLost:
-            raise
-        except Exception as error:
-            self._step_failed(plan, error)
-            return
-        self._flights.add(plan, result)
-        self.scheduler.advance(plan)
+        return self._steps.run(plan)
 
-    def _collect(self) -> None:
-        """Takes in the oldest step in flight."""
-        flight = self._flights.oldest()
-        plan = flight.plan
-        try:
-            with self._publisher.elsewhere():
-                result = flight.result()
-        except DeviceLost:
-            raise
-        except Exception as error:
-            self._step_failed(plan, error)
-        else:
-            live = [item for item in plan.scheduled if item.request.status is not RequestStatus.FINISHED]
-            kept = {item.request for item in live if item.block_ids is item.request.block_ids}  # not preempted meanwhile
-            self.scheduler.update(plan, result)
-            for item in live:
-                self._computed(item, result, save=item.request in kept)
-            elapsed_s, own_s = self._watch.lap()
-            self._pace.observe(plan, own_s, elapsed_s)
-            self.on_step(plan, elapsed_s)
-        self._flights.ended()
-
-    def _step_failed(self, plan: StepPlan, error: Exception) -> None:
-        logger.error("a step of %d requests failed", len(plan.scheduled), exc_info=error)
-        for item in plan.scheduled:
-            if item.request.status is not RequestStatus.FINISHED:
-                self._fail(item.request, InternalError(f"the engine failed in a step: {type(error).__name__}: {error}"))
+    def _tell(self) -> None:
+        """What came, while the device is at work."""
+        self._flush()
+        self._publisher.publish(time.monotonic())
 
     def _admitted(self, item: ScheduledRequest) -> None:
         """The first time that a request is scheduled, its cache is known."""
@@ -384,14 +347,14 @@ class Engine:
             return
         entry = self._entries[request.request_id]
         request.cache = entry.cache_report(item.start, self.scheduler.cache.block_size)
-        self.loader.save_matched(entry.feed)
+        self.saver.save_matched(entry.feed)
         if entry.shipment is not None:
             self.pusher.send(entry.shipment, request.block_ids, min(item.start, entry.shipment.num_tokens - 1))
 
-    def _computed(self, item: ScheduledRequest, result: StepResult, *, save: bool) -> None:
+    def _computed(self, item: ScheduledRequest, result: StepResult, save: bool) -> None:
         entry = self._entries[item.request.request_id]
         if save:
-            self.loader.save_new(entry.feed, item.block_ids, item.start, item.end)
+            self.saver.save_new(entry.feed, item.block_ids, item.start, item.end)
             if entry.shipment is not None:
                 self.pusher.send(entry.shipment, item.block_ids, item.end)
         self._outputs.computed(entry, item, result)
@@ -401,10 +364,6 @@ class Engine:
         size = self.scheduler.cache.block_size
         self._outputs.tell(entry, (feed.num_matched * size, (feed.num_found - feed.num_matched) * size))
         entry.run_waiting()
-
-    def _num_missing(self, feed: Feed) -> int:
-        """Tokens that were nowhere to be found when the request was looked up."""
-        return feed.num_tokens - feed.num_found * self.scheduler.cache.block_size
 
     def _ready(self, feed: Feed) -> None:
         request = feed.request
@@ -425,6 +384,7 @@ class Engine:
 
     def _drop(self, entry: Entry) -> None:
         self.loader.close(entry.feed)
+        self.saver.close(entry.feed)
         if entry.shipment is not None:
             self.pusher.close(entry.shipment)
         self._entries.pop(entry.request.request_id, None)
@@ -439,8 +399,10 @@ class Engine:
     def _check_integrity(self) -> list[str]:
         self._publisher.measure()  # who asks wants to know of this moment
         cache = self.scheduler.cache
-        held = [entry.request.block_ids for entry in self._entries.values()]
-        problems = cache.pool.check_integrity([*held, *cache.pinned(), *self.loader.held(), *self.pusher.held(), *self.reservations.held()])
+        held = [entry.request.block_ids for entry in self._entries.values()] + cache.pinned()
+        for part in (self.loader, self.saver, self.pusher, self.reservations):
+            held += part.held()
+        problems = cache.pool.check_integrity(held)
         known = {entry.request for entry in self._entries.values()}
         queued = {*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.fetching}
         problems += [f"request {request.request_id} is scheduled, but has ended" for request in queued - known]

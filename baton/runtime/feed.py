@@ -1,4 +1,4 @@
-"""Feed: what one request gets from the tiers of KV and gives to them. `runtime.loading` keeps it."""
+"""Feed: what one request gets from the tiers of KV and gives to them. `runtime.loading` and `runtime.saving` keep it."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -43,12 +43,25 @@ class Feed:
     shared: set[int] = field(default_factory=set[int])  # blocks that other workers can read
     num_saved_blocks: int = 0  # leading run of `shared`
     num_saving: int = 0  # calls to shared tiers
-    saves_deadline: float | None = None  # set when nothing but saves is awaited
     saves_given_up: bool = False
 
     def take_fetches(self) -> tuple[Fetch, ...]:
         taken, self.fetches = tuple(self.fetches), []
         return taken
+
+    def keep(self, number: int, block: int, *, shared: bool) -> None:
+        """A tier has the block; others can read that tier if it is `shared`."""
+        self.kept[number].add(block)
+        if shared:
+            self.shared.add(block)
+
+    def count_saved(self) -> None:
+        while self.num_saved_blocks in self.shared and self.num_saved_blocks < self.num_blocks:
+            self.num_saved_blocks += 1
+
+    def num_missing(self, block_size: int) -> int:
+        """Tokens that were nowhere to be found when the request was looked up."""
+        return self.num_tokens - self.num_found * block_size
 
     @property
     def saves_ended(self) -> bool:

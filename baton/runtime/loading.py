@@ -1,6 +1,6 @@
-"""Traffic between a worker's KV blocks and the tiers behind them (host memory, KV pool, files), both ways, for the engine's thread.
+"""Loader: prefetch from the tiers behind the device (host memory, KV pool, files) into the prefix cache. Belongs to the engine's thread.
 
-Loading is prefetch into the prefix cache. A submitted request goes through here before the scheduler sees it:
+A submitted request goes through here before the scheduler sees it:
 
     start ─▶ lookup in all tiers ─▶ decide: fetch or compute ─▶ load ─▶ [held: load what gets offered, until released] ─▶ ready
                  │ budget                  ▲     │ nothing        │ budget, each call
@@ -8,11 +8,10 @@ Loading is prefetch into the prefix cache. A submitted request goes through here
 
 What a request has lost by the time that it is admitted goes the same way once more (`runtime.refetch`), but into blocks that are its own.
 
-Each block comes from the fastest tier that has it, and is saved to those that are faster still. Loaded blocks are registered under their
-hashes and pinned; the scheduler's ordinary match finds them. A call that takes longer than its budget is given up as a miss, and that tier
-with it for this request; but its blocks stay taken until it has really returned, because it may still write.
-
-Saving pins each block until its call has returned. Neither ever makes a request fail.
+Each block comes from the fastest tier that has it, and is saved to those that are faster still (`runtime.saving`). Loaded blocks are
+registered under their hashes and pinned; the scheduler's ordinary match finds them. A call that takes longer than its budget is given up as
+a miss, and that tier with it for this request; but its blocks stay taken until it has really returned, because it may still write.
+Loading never makes a request fail.
 """
 
 import logging
@@ -23,18 +22,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import compress, takewhile
 
-from baton.kv.store import Buffer
 from baton.runtime.feed import Feed
-from baton.runtime.tier import Tier
+from baton.runtime.saving import Saver
+from baton.runtime.tier import Tiers
 from baton.scheduling.cache import KVCache
 from baton.scheduling.fetching import num_to_fetch
 from baton.scheduling.request import Request, RequestStatus
-from baton.types import BlocksRemoved, BlocksStored, Fetch, KVEvent, Pace
+from baton.types import Fetch, Pace
 from baton.types import Tier as TierName
 
 logger = logging.getLogger(__name__)
 
-MAX_SAVING_FRACTION = 0.5  # of all blocks may wait to be saved; beyond, saves are skipped
 MAX_BLOCKS_PER_LOAD = 64  # one call's worth: smaller calls give earlier progress
 LOOKUP_SHARE = 0.5  # of the budget: a question, without data
 SURPRISE = 1.5  # a tier that turns out to be so much slower than was assumed is decided about again
@@ -44,16 +42,15 @@ _REMEMBERED = 4096  # such prefixes
 
 class Loader:
     """`post` runs a function on the engine's thread; `after_steps` too, once blocks that are free by now are written by no step any more.
-    `pace` tells what steps take here, `step_tokens` are the most of one, `backlog` gives the requests that the scheduler has. `on_ready`,
-    `on_matched` and `on_saved` are called on the engine's thread."""
+    `pace` tells what steps take here, `step_tokens` are the most of one, `backlog` gives the requests that the scheduler has. `on_ready`
+    and `on_matched` are called on the engine's thread."""
 
     def __init__(
         self,
         cache: KVCache,
-        tiers: Sequence[Tier],
+        tiers: Tiers,
+        saver: Saver,
         *,
-        key: Callable[[bytes], str],
-        buffer: Callable[[int], Buffer],
         budget_s: float,
         pace: Callable[[], Pace],
         step_tokens: int,
@@ -62,26 +59,18 @@ class Loader:
         after_steps: Callable[[Callable[[], None]], None],
         on_matched: Callable[[Feed], None],
         on_ready: Callable[[Feed], None],
-        on_saved: Callable[[Feed], None],
     ) -> None:
-        self._cache, self._tiers, self._key, self._buffer = cache, tiers, key, buffer
+        self._cache, self._tiers, self._saver = cache, tiers, saver
         self._budget_s, self._post, self._after_steps = budget_s, post, after_steps
         self._pace, self._step_tokens, self._backlog = pace, step_tokens, backlog
-        self._on_matched, self._on_ready, self._on_saved = on_matched, on_ready, on_saved
-        self._direct = [number for number, tier in enumerate(tiers) if tier.direct]
-        self._shared = [number for number, tier in enumerate(tiers) if tier.shared]
-        self._private = [number for number in self._direct if not tiers[number].shared]
+        self._on_matched, self._on_ready = on_matched, on_ready
         self._taken: dict[int, list[int]] = {}  # blocks of calls in flight, by call
         self._calls = 0
         self._feeds: dict[Feed, None] = {}  # with a deadline, oldest first
         self._fetching: dict[Feed, None] = {}  # with something to load
         self._wanting: dict[Feed, None] = {}  # of them, those that wait for free blocks
-        self._num_saving = Counter[int]()  # blocks, by tier
         self._outlasting = [tier for tier in tiers if tier.name != TierName.HOST]
         self._touched: OrderedDict[bytes, float] = OrderedDict()  # last blocks of prefixes
-        self._news: list[KVEvent] = []  # of the pool
-
-    # -- loading
 
     def start(self, feed: Feed) -> None:
         """Looks up what the own cache and the tiers have of the request's known tokens."""
@@ -120,7 +109,7 @@ class Loader:
             self._found(feed)
             return
         self._expect(feed, self._budget_s * LOOKUP_SHARE)
-        keys = [self._key(key) for key in feed.request.block_hashes[asked.start : asked.stop]]
+        keys = [self._tiers.key(key) for key in feed.request.block_hashes[asked.start : asked.stop]]
         feed.answered = {number for number, tier in enumerate(self._tiers) if tier.doubtful}
         for number, tier in enumerate(self._tiers):
             tier.lookup(keys, lambda held, number=number: self._post(lambda: self._looked_up(feed, number, asked, held)))
@@ -137,17 +126,17 @@ class Loader:
         self._touched.move_to_end(prefix[-1])
         if len(self._touched) > _REMEMBERED:
             self._touched.popitem(last=False)
-        keys = list(map(self._key, prefix))
+        keys = list(map(self._tiers.key, prefix))
         for tier in self._outlasting:
             tier.lookup(keys, lambda held: None)
 
     def offer(self, feed: Feed, num_blocks: int) -> None:
         """The shared tiers hold the first `num_blocks` full blocks by now."""
         num_blocks = min(num_blocks, feed.num_blocks)
-        if not self._shared or not feed.is_awaited or num_blocks <= feed.num_available:
+        if not self._tiers.shared or not feed.is_awaited or num_blocks <= feed.num_available:
             return
         for block in range(feed.num_available, num_blocks):
-            feed.sources[block] = sorted({*feed.sources.get(block, ()), *self._shared})
+            feed.sources[block] = sorted({*feed.sources.get(block, ()), *self._tiers.shared})
         feed.num_available = num_blocks
         self._advance(feed)
 
@@ -168,11 +157,12 @@ class Loader:
         if feed.closed or feed.ready or feed.asked is not asked:
             return
         feed.answered.add(number)
-        self._notice_gone(feed, number, held)
+        if False in held:
+            self._tiers.missed(number, feed.request.block_hashes[asked[held.index(False)]])
         for block in compress(feed.asked, held):
             if number not in feed.sources.setdefault(block, []):
                 insort(feed.sources[block], number)
-            self._keep(feed, number, block)
+            feed.keep(number, block, shared=self._tiers[number].shared)
         if feed.looked_up:
             return
         num_heard = next((other for other in range(len(self._tiers)) if other not in feed.answered), len(self._tiers))
@@ -184,7 +174,7 @@ class Loader:
         """The lookup is over, whoever has answered."""
         self._settle(feed)
         feed.looked_up = True
-        self._count_saved(feed)
+        feed.count_saved()
         limit, end = self._limit(feed), feed.num_loaded
         while end < limit and end in feed.sources:
             end += 1
@@ -199,7 +189,7 @@ class Loader:
         start, end, size = feed.num_loaded, feed.num_available, self._cache.block_size
         if start >= end:
             return
-        feed.assumed_s = {number: tier.seconds(self._buffer(0).nbytes) for number, tier in enumerate(self._tiers)}
+        feed.assumed_s = {number: self._tiers.block_s(number) for number in range(len(self._tiers))}
         pace = self._pace()
         if not (pace.token_s or pace.pair_s):
             return
@@ -250,7 +240,7 @@ class Loader:
             self._on_ready(feed)
 
     def _surprises(self, feed: Feed, number: int) -> bool:
-        return self._tiers[number].seconds(self._buffer(0).nbytes) > SURPRISE * feed.assumed_s.get(number, math.inf)
+        return self._tiers.block_s(number) > SURPRISE * feed.assumed_s.get(number, math.inf)
 
     def _wait_for_room(self, feed: Feed) -> bool:
         """While others compute, they hold all blocks; a request that waits for memory anyway may as well fetch what it then gets."""
@@ -272,7 +262,7 @@ class Loader:
         call = self._calls = self._calls + 1
         self._taken[call] = feed.in_flight
         self._expect(feed, self._budget_s)
-        keys, buffers = [self._key(key) for key in hashes], [self._buffer(block_id) for block_id in feed.in_flight]
+        keys, buffers = [self._tiers.key(key) for key in hashes], [self._tiers.buffer(block_id) for block_id in feed.in_flight]
 
         def loaded(found: list[bool]) -> None:
             self._post(lambda: self._loaded(feed, call, hashes, found))
@@ -311,7 +301,7 @@ class Loader:
         first, number = feed.num_loaded, feed.source
         for block, hit in enumerate(found, first):
             if hit:
-                self._keep(feed, number, block)
+                feed.keep(number, block, shared=self._tiers[number].shared)
             else:
                 feed.sources[block].remove(number)
                 feed.kept[number].discard(block)
@@ -320,104 +310,15 @@ class Loader:
         feed.num_loaded += good
         feed.in_flight = []
         feed.fetches.append(Fetch(self._tiers[number].name, good, feed.begun, time.time() - feed.begun))
-        faster = [other for other in self._direct if other < number]
-        self._save(feed, dict(enumerate(block_ids[:good], first)), faster)
+        faster = [other for other in self._tiers.direct if other < number]
+        self._saver.save(feed, dict(enumerate(block_ids[:good], first)), faster)
         self._advance(feed)
-
-    # -- saving
-
-    def save_new(self, feed: Feed, block_ids: Sequence[int], start: int, end: int) -> None:
-        """Tokens start … end were just computed: saves the blocks that became full. `block_ids` are the request's."""
-        first, last = start // self._cache.block_size, end // self._cache.block_size
-        if last > first and self._direct:
-            self._save(feed, {block: block_ids[block] for block in range(first, last)}, self._direct)
-
-    def save_matched(self, feed: Feed) -> None:
-        """Called when the request was admitted. For a prefill: saves the cached blocks of its prompt that tiers lack. Else those that were
-        pushed here, which other workers save, to private tiers."""
-        block_ids, end = feed.request.block_ids, min(feed.request.num_computed_tokens // self._cache.block_size, feed.num_blocks)
-        if feed.await_saves:
-            self._save(feed, {block: block_ids[block] for block in range(end)}, self._direct)
-        elif self._private:
-            self._save(feed, {block: block_ids[block] for block in range(feed.num_matched, end)}, self._private)
-
-    def _save(self, feed: Feed, blocks: dict[int, int], tiers: Sequence[int]) -> None:
-        """`blocks`: device blocks by their number in the prompt."""
-        for number in tiers:
-            wanted = [block for block in blocks if block not in feed.kept[number]]
-            room = max(int(self._cache.pool.num_blocks * MAX_SAVING_FRACTION / len(self._direct)) - self._num_saving[number], 0)
-            if wanted[room:]:
-                self._tiers[number].leave_out(len(wanted[room:]))
-            if wanted[:room]:
-                self._save_to(number, feed, wanted[:room], [blocks[block] for block in wanted[:room]])
-
-    def _save_to(self, number: int, feed: Feed, wanted: Sequence[int], pinned: list[int]) -> None:
-        keys = [self._key(feed.request.block_hashes[block]) for block in wanted]
-        self._cache.pool.reuse(pinned)
-        call = self._calls = self._calls + 1
-        self._taken[call] = pinned
-        self._num_saving[number] += len(pinned)
-        feed.num_saving += self._tiers[number].shared
-        self._tiers[number].save(
-            keys,
-            [self._buffer(block_id) for block_id in pinned],
-            lambda stored: self._post(lambda: self._saved(feed, call, number, wanted, stored)),
-        )
-
-    def _saved(self, feed: Feed, call: int, number: int, wanted: Sequence[int], stored: list[bool]) -> None:
-        pinned = self._taken.pop(call)
-        self._cache.pool.release(pinned)
-        self._num_saving[number] -= len(pinned)
-        for block, good in zip(wanted, stored, strict=True):
-            if good:
-                self._keep(feed, number, block)
-        if self._tiers[number].name == TierName.POOL and any(stored):
-            hashes = (feed.request.block_hashes[block] for block in compress(wanted, stored))
-            self._news.append(BlocksStored(tuple(hashes), TierName.POOL))
-        if self._tiers[number].shared:
-            feed.num_saving -= 1
-            self._count_saved(feed)
-            if not feed.closed:
-                self._on_saved(feed)
-
-    def await_saves(self, feed: Feed) -> None:
-        """All is computed: what is not saved within the budget is given up, and `on_saved` called."""
-        feed.saves_deadline = time.monotonic() + self._budget_s
-        self._feeds[feed] = None
-
-    # -- what the routers are told
-
-    def take_news(self) -> list[KVEvent]:
-        """Of the pool, which nobody owns: what was saved, and, of each prompt, the first block that was not found: there the prefix ends,
-        and no router need know more. Calls that were not made say nothing."""
-        news, self._news = self._news, []
-        return news
-
-    def fetch_token_s(self) -> tuple[tuple[TierName, float], ...]:
-        """See `Load`. In steps of a fifth, so that what ages slowly is not told all the time."""
-        if not self._tiers:
-            return ()
-        nbytes, size = self._buffer(0).nbytes, self._cache.block_size
-        names = frozenset(map(str, TierName))
-        rates = [(TierName(tier.name), tier.seconds(nbytes) / size) for tier in self._tiers if tier.name in names and tier.available]
-        return tuple((tier, 2 ** (round(4 * math.log2(rate)) / 4) if rate > 0 else 0.0) for tier, rate in rates)
-
-    def _notice_gone(self, feed: Feed, number: int, held: list[bool]) -> None:
-        tier = self._tiers[number]
-        if tier.name == TierName.POOL and False in held and tier.available and not tier.doubtful:
-            self._news.append(BlocksRemoved((feed.request.block_hashes[feed.asked[held.index(False)]],), TierName.POOL))
-
-    # -- time
 
     def tick(self, now: float) -> None:
         """Gives up calls that are past their deadline; loads on where there is room now."""
         for feed in list(self._wanting):
             del self._wanting[feed]
             self._advance(feed)
-        for feed in [feed for feed in self._feeds if feed.saves_deadline is not None and feed.saves_deadline <= now]:
-            feed.saves_deadline, feed.saves_given_up = None, True
-            self._feeds.pop(feed, None)
-            self._on_saved(feed)
         for feed in [feed for feed in self._feeds if feed.deadline is not None and feed.deadline <= now]:
             self._settle(feed)
             if feed.looked_up:
@@ -433,8 +334,7 @@ class Loader:
     def next_deadline(self) -> float | None:
         if self._wanting:
             return 0.0
-        deadlines = (deadline for feed in self._feeds for deadline in (feed.deadline, feed.saves_deadline) if deadline is not None)
-        return min(deadlines, default=None)
+        return min((feed.deadline for feed in self._feeds if feed.deadline is not None), default=None)
 
     def held(self) -> list[list[int]]:
         """Blocks of calls in flight, for the integrity check."""
@@ -447,12 +347,3 @@ class Loader:
     def _settle(self, feed: Feed) -> None:
         feed.deadline = None
         self._feeds.pop(feed, None)
-
-    def _keep(self, feed: Feed, number: int, block: int) -> None:
-        feed.kept[number].add(block)
-        if self._tiers[number].shared:
-            feed.shared.add(block)
-
-    def _count_saved(self, feed: Feed) -> None:
-        while feed.num_saved_blocks in feed.shared and feed.num_saved_blocks < feed.num_blocks:
-            feed.num_saved_blocks += 1

@@ -226,7 +226,7 @@ async def test_from_any_tier(folder: Path, tmp_path: Path, sampling: SamplingPar
                 assert ids(outputs) == wanted
                 report = next(o.cache for o in outputs if o.cache is not None)
                 assert (report.num_local_tokens, report.num_pool_tokens) == (0, 160 * found)
-                keys = [built.loader._key(bytes.fromhex(item)) for item in hashes]
+                keys = [built._tiers.key(bytes.fromhex(item)) for item in hashes]
                 while not all(all(tier._store.contains(keys)) for tier in built._tiers):
                     await asyncio.sleep(0.01)
                 await collect(built, request(980, sampling))

@@ -31,7 +31,7 @@ async def test_a_burst_that_does_not_fit_together(folder: Path) -> None:
         (tier,) = built._tiers
         for length in LENGTHS:
             await collect(built, request(length, sampling))
-            keys = [built.loader._key(key) for key in block_hashes(prompt_of(length), 16)]
+            keys = [built._tiers.key(key) for key in block_hashes(prompt_of(length), 16)]
             while not all(tier._store.contains(keys)):
                 await asyncio.sleep(0.01)
         built.on_step = lambda plan, seconds: computed.append(plan.num_tokens)

@@ -182,6 +182,7 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self) -> None:
         self.run_inbox()
         self.engine.loader.tick(time.monotonic())
+        self.engine.saver.tick(time.monotonic())
         self.engine._step()
         self.flush()
 
@@ -203,6 +204,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def budget_is_over(self) -> None:
         self.engine.loader.tick(time.monotonic() + BUDGET_S)
+        self.engine.saver.tick(time.monotonic() + BUDGET_S)
         self.flush()
 
     @precondition(lambda self: self.held)

@@ -380,14 +380,14 @@ def test_who_ends_before_it_was_looked_up_reserves_nothing(tiers: Tiers) -> None
 
 def test_the_pool_is_told_of_by_who_saves_and_by_who_does_not_find(tiers: Tiers) -> None:
     hashes = block_hashes(PROMPT, BLOCK_SIZE)
-    loader = tiers.machine.engine.loader
+    news = tiers.machine.engine._tiers
     tiers.fill(tiers.pool, 0)
     name = tiers.submit()
     tiers.answer()
-    assert loader.take_news() == [BlocksRemoved((hashes[1],), Tier.POOL)]  # where the prefix ends
+    assert news.take_news() == [BlocksRemoved((hashes[1],), Tier.POOL)]  # where the prefix ends
     tiers.machine.step()
     tiers.answer()
-    assert loader.take_news() == [BlocksStored(tuple(hashes[1:NUM_FULL]), Tier.POOL)]
+    assert news.take_news() == [BlocksStored(tuple(hashes[1:NUM_FULL]), Tier.POOL)]
     tiers.end(name)
 
 
@@ -395,11 +395,11 @@ def test_a_pool_that_does_not_answer_is_not_said_to_hold_nothing(tiers: Tiers) -
     tiers.pool.available = False
     name = tiers.submit()
     tiers.answer(works=False)
-    loader = tiers.machine.engine.loader
-    assert loader.take_news() == []
+    news = tiers.machine.engine._tiers
+    assert news.take_news() == []
     tiers.host.block_s, tiers.files.block_s = 4.0, 0.0
-    assert [tier for tier, _ in loader.fetch_token_s()] == [Tier.HOST, Tier.FILES]
-    told = dict(loader.fetch_token_s())
+    assert [tier for tier, _ in news.fetch_token_s()] == [Tier.HOST, Tier.FILES]
+    told = dict(news.fetch_token_s())
     assert told[Tier.HOST] == pytest.approx(1.0, rel=0.2)  # in steps, so that ageing is not told all the time
     assert told[Tier.FILES] == 0
     tiers.pool.available = True
