@@ -24,7 +24,7 @@ from pathlib import Path
 
 import httpx
 
-from baton.cli.bench import Load, _drive, summarise
+from baton.cli.bench import Load, drive, summarise
 from benchmarks.engine import MODELS
 from benchmarks.handover import one
 from benchmarks.serving import cluster
@@ -141,7 +141,7 @@ def under_load(
                     output_len=(load[1], load[1]), shared_prefix=0, repeat_prompts=1, seed=time.time_ns() % 2**31,
                     ttft_slo_ms=slo[0], itl_slo_ms=slo[1],
                 )  # fmt: skip
-                result = summarise(*asyncio.run(_drive(url, sent)), sent)
+                result = summarise(*asyncio.run(drive(url, sent)), sent)
                 if not number:
                     continue
                 ttft, itl = result["ttft_ms"], result["itl_ms"]

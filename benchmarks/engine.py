@@ -135,7 +135,7 @@ async def profile(driver: Driver, batch: int, length: int, new_tokens: int) -> N
     for event in sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:12]:
         total = event.self_device_time_total
         print(f"{event.key[:60]:60} {total / 1e3:9.2f} ms {event.count:6} x {total / event.count:8.1f} us")
-    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in profiler.events() if event.device_time)
+    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in profiler.events() or () if event.device_time)
     end, last, gaps, idle = spans[0][0], "", [], 0.0
     for start, stop, name in spans:
         if start > end:

@@ -24,7 +24,7 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVE
 
 
 def start(folder: Path, load_format: str):  # noqa: ANN201 - vLLM's own type
-    from vllm import LLM
+    from vllm import LLM  # pyright: ignore[reportMissingImports]
 
     return LLM(
         model=str(folder),
@@ -45,8 +45,8 @@ class Peer:
 
     async def run(self, batch: int, length: int, new_tokens: int) -> ours.Times:
         """As `LLM.generate` does it, with an eye on the last request's tokens."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
         engine, first, last = self._llm.llm_engine, 0.0, 0.0
         prompts = [{"prompt_token_ids": [self._rng.randrange(10, self._vocab - 300) for _ in range(length)]} for _ in range(batch)]

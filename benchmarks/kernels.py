@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--flops", type=float, default=790.0, help="TFLOP/s, bf16")
     args = parser.parse_args()
     for _ in range(30):
-        random(8192, 8192) @ random(8192, 8192)
+        _ = random(8192, 8192) @ random(8192, 8192)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; limits: {args.bandwidth} TB/s, {args.flops} TFLOP/s")
     print(f"attention of prompts: {attention.describe(torch.bfloat16, DIM)}\n")
     print(

@@ -223,7 +223,13 @@ def simulate(asks: Sequence[Ask], scaler: str, first: tuple[int, int], arguments
 
     every(SAMPLE_S, busy.sample)
     every(SAMPLE_S, lambda: cluster.sample(SAMPLE_S))
-    every(EVERY_S, lambda: (act(), curve.append((cluster.clock.now, *map(cluster.replicas, POOLS)))))
+
+    def planned() -> None:
+        act()
+        prefill, decode = map(cluster.replicas, POOLS)
+        curve.append((cluster.clock.now, prefill, decode))
+
+    every(EVERY_S, planned)
     samples = cluster.run(asks)
     cluster.worker_s += sum(max(last - begun, 0.0) for begun in cluster.since.values())
     return {"scaler": scaler, "curve": curve, "samples": samples, "hours": cluster.worker_s / 3600}

@@ -30,7 +30,7 @@ from baton.kv.connect import connect_push
 from baton.kv.push import Copy, PushResult, PushStatus
 from baton.kv.store import Buffer
 from baton.kv.transfer_engine import Engine
-from baton.types import PushTarget, Role
+from baton.types import PushShard, Role
 
 HOST = "127.0.0.1"
 PATIENCE_S = 60
@@ -153,7 +153,7 @@ def main(given: Sequence[str]) -> None:
     session = dict(map(tuple, peer.sessions))[arguments.protocol]
     engine.open(session, 5.0)
     places = random.Random(1).sample(range(count), count)
-    whole = PushTarget(lease="", machine=this_machine(), sessions=tuple(map(tuple, peer.sessions)), first_block=0, addresses=())
+    whole = PushShard(machine=this_machine(), sessions=tuple(map(tuple, peer.sessions)), addresses=())
 
     def copies(order: Sequence[int]) -> list[Copy]:
         return [Copy(region.address + i * nbytes, peer.base + place * nbytes, nbytes) for i, place in enumerate(order)]

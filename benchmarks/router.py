@@ -159,7 +159,7 @@ class Process:
 
 
 @contextlib.contextmanager
-def child(command: Sequence[str], **more: Any) -> Iterator[subprocess.Popen[bytes]]:
+def child(command: Sequence[str], **more: Any) -> Iterator[subprocess.Popen[Any]]:
     process = subprocess.Popen(command, **more)
     try:
         yield process

@@ -284,6 +284,7 @@ def main() -> None:
                 least = statistics.mean(bound(setting, workload(setting, arguments.trace, load, seed)) for seed in arguments.seeds)
                 print(f"{setting.name} at {load:g}: no less than {least:.2f} s", flush=True)
         return
+    assert arguments.rows is not None
     rows, whole = collect(arguments.rows, arguments.trace, arguments.limit_s, arguments.variants, settings, arguments.seeds)
     if arguments.out is not None:
         command = "python -m benchmarks.routing --trace conversation_trace.jsonl --rows FOLDER"

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 
 import psutil
 
-from baton.cli.bench import Load, _drive, summarise
+from baton.cli.bench import Load, drive, summarise
 
 LOADS = ((512, 64, 1, 8), (512, 64, 8, 24), (512, 64, 32, 64), (32, 256, 1, 3), (32, 256, 8, 16), (32, 256, 32, 64), (1000, 1, 1, 6))
 
 
 def measure(url: str, load: Load) -> tuple[float, float]:
     """Output tokens per second, and the median TTFT in ms."""
-    samples, seconds = asyncio.run(_drive(url, load))
+    samples, seconds = asyncio.run(drive(url, load))
     result = summarise(samples, seconds, load)
     assert not result["failures"], result["errors"]
     return result["output_tokens_per_s"], result["ttft_ms"]["p50"]

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import psutil
 
-from baton.cli.bench import Load, _drive
+from baton.cli.bench import Load, drive
 from baton.cli.cluster import Cluster, Plan
 from baton.config import EngineConfig
 from baton.runtime.build import build_engine
@@ -42,16 +42,16 @@ def one_layer(folder: Path) -> Path:
 
 async def engine_alone(folder: Path, batch: int, rounds: int) -> None:
     loaded = load(folder, EngineConfig.model_validate(SETTINGS))
-    forward, inside = loaded.runner._model.forward, 0.0
+    forward, inside = loaded.runner._forward, 0.0
 
-    def timed(step: object) -> object:
+    def timed(*step: Any) -> Any:
         nonlocal inside
         begun = time.perf_counter()
-        out = forward(step)
+        out = forward(*step)
         inside += time.perf_counter() - begun
         return out
 
-    loaded.runner._model.forward = timed
+    loaded.runner._forward = timed
     engine = build_engine(loaded, (), budget_s=2.0)
     engine.start()
 
@@ -93,7 +93,7 @@ async def streamed(folder: Path, batch: int, rounds: int) -> None:
                 shared_prefix=0, repeat_prompts=1, seed=number,
             )  # fmt: skip
             before, begun = {name: sum(p.cpu_times()[:2]) for name, p in processes.items()}, time.perf_counter()
-            await _drive(cluster.http, load)
+            await drive(cluster.http, load)
             spent = {name: sum(p.cpu_times()[:2]) - before[name] for name, p in processes.items()} | {"wall": time.perf_counter() - begun}
             for name, seconds in spent.items():
                 seen[name].append(seconds / (load.num_requests * NEW_TOKENS) * 1e6)

@@ -76,13 +76,13 @@ def parse_range(text: str) -> tuple[int, int]:
 
 def run_bench(url: str, load: Load, api_key: str = "") -> dict[str, Any]:
     """Drives the server and prints a table; the result is ready for JSON. Raises BatonError where no server answers, or refuses to."""
-    samples, seconds = asyncio.run(_drive(url, load, api_key))
+    samples, seconds = asyncio.run(drive(url, load, api_key))
     result = summarise(samples, seconds, load)
     _print(result)
     return result
 
 
-async def _drive(url: str, load: Load, api_key: str) -> tuple[list[Sample], float]:
+async def drive(url: str, load: Load, api_key: str = "") -> tuple[list[Sample], float]:
     async with connect(url, api_key, timeout_s=600) as client:
         vocab = await vocab_size(client)
         rng = random.Random(load.seed)
