@@ -129,10 +129,16 @@ def served(api: Api, certificate: tuple[Path, Path]) -> Iterator[str]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     server.socket = context.wrap_socket(server.socket, server_side=True)
+    with serving(server):
+        yield f"https://127.0.0.1:{server.server_port}"
+
+
+@contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[None]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        yield f"https://127.0.0.1:{server.server_port}"
+        yield
     finally:
         server.shutdown()
         thread.join()

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +158,14 @@ async def going_on(*arguments: Any) -> AsyncGenerator[GenerateOutput]:
     await asyncio.Event().wait()
 
 
-async def begun(made: Gateway, num: int) -> None:
-    """So many sequences have their first token."""
+async def two_begun(made: Gateway, monkeypatch: pytest.MonkeyPatch, body: Mapping[str, Any]) -> "asyncio.Task[httpx.Response]":
+    """A request for two answers, which have their first tokens and go on."""
+    monkeypatch.setattr(made.dispatcher, "generate", going_on)
+    asked = asyncio.create_task(ask(made, "POST", "/v1/completions", json={**body, "n": 2}))
     async with asyncio.timeout(30):
-        while made.metrics.registry.get_sample_value("baton:time_to_first_token_seconds_count", LABELS) != num:
+        while made.metrics.registry.get_sample_value("baton:time_to_first_token_seconds_count", LABELS) != 2:
             await asyncio.sleep(0.01)
+    return asked
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -170,9 +173,7 @@ async def test_who_is_told_to_go_elsewhere_is_one_too_and_has_not_left(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     made = gateway(demo_model, Role.UNIFIED)
-    monkeypatch.setattr(made.dispatcher, "generate", going_on)
-    asked = asyncio.create_task(ask(made, "POST", "/v1/completions", json={**HELLO, "n": 2, "stream": stream}))
-    await begun(made, 2)
+    asked = await two_begun(made, monkeypatch, {**HELLO, "stream": stream})
     made.generator.grace.end()
     assert '"code":"draining"' in (await asked).text
     late = await ask(made, "POST", "/v1/completions", json=HELLO)
@@ -187,9 +188,7 @@ async def test_what_the_client_leaves_is_counted_as_aborted_with_its_tokens(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     made = gateway(demo_model, Role.UNIFIED)
-    monkeypatch.setattr(made.dispatcher, "generate", going_on)
-    asked = asyncio.create_task(ask(made, "POST", "/v1/completions", json={"prompt": [1, 2, 3], "n": 2, "stream": stream}))
-    await begun(made, 2)
+    asked = await two_begun(made, monkeypatch, {"prompt": [1, 2, 3], "stream": stream})
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
     assert counted(made, "request_success", "finished_reason") == {"abort": 2.0}
