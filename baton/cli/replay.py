@@ -18,7 +18,7 @@ from baton.cli.trace import Line
 def run_replay(url: str, lines: Sequence[Line], block: int, seed: int, promise: Promise, api_key: str = "") -> dict[str, Any]:
     """Sends each request at its time, `block` tokens for each of its ids; prints a table. The result is ready for JSON. Raises BatonError
     where no server answers, or refuses to."""
-    samples = asyncio.run(drive(url, lines, block, seed, api_key))
+    samples = asyncio.run(_drive(url, lines, block, seed, api_key))
     result = {"seconds": lines[-1].at, **columns(samples, lines[-1].at, promise)}
     result["errors"] = sorted({sample.error for sample in samples if sample.error is not None})[:5]
     console = Console()
@@ -29,7 +29,7 @@ def run_replay(url: str, lines: Sequence[Line], block: int, seed: int, promise: 
     return result
 
 
-async def drive(url: str, lines: Sequence[Line], block: int, seed: int, api_key: str) -> list[Sample]:
+async def _drive(url: str, lines: Sequence[Line], block: int, seed: int, api_key: str) -> list[Sample]:
     async with connect(url, api_key, timeout_s=600) as client:
         vocab = await vocab_size(client)
         prompts = [prompt_of(line, block, vocab, f"{seed}/{number}") for number, line in enumerate(lines)]
